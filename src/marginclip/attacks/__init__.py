@@ -1,0 +1,13 @@
+"""Triggers and poisoning. A trigger maps images to new images; an X2X setting says whom it flips, and to what."""
+
+from marginclip.attacks.base import Attack, round_to_8_bits
+from marginclip.attacks.chessboard import Chessboard
+from marginclip.attacks.patch import BadNet, Blend
+from marginclip.attacks.x2x import X2X, AllToAll, AllToOne, OneToOne
+
+
+def no_attack(*_: object, **__: object) -> None:
+    """The absence of an attack (``attack=none``)."""
+
+
+__all__ = ["X2X", "AllToAll", "AllToOne", "Attack", "BadNet", "Blend", "Chessboard", "OneToOne", "no_attack", "round_to_8_bits"]

@@ -1,0 +1,68 @@
+"""What every poisoning attack has in common: whom it poisons, how many, when, and the rounding to 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.attacks.x2x import X2X
+from marginclip.errors import require
+
+TIMINGS = ("before_augmentation", "after_augmentation")
+
+
+def round_to_8_bits(images: Tensor) -> Tensor:
+    """Images clipped to [0, 1] and rounded to multiples of 1/255, as stored images are."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+class Attack(nn.Module):
+    """A trigger, the images it poisons and the label it gives them. A subclass writes :meth:`trigger`.
+
+    ``image_shape`` is (C, H, W). ``rate`` is the share of every *eligible* class that is poisoned (recipes: 10 %, 500 of a
+    CIFAR-10 class). ``timing`` says whether the trigger is put on the stored image, so that cropping and flipping move it too,
+    or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed.
+    State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``.
+    """
+
+    def __init__(
+        self,
+        x2x: X2X,
+        image_shape: Sequence[int],
+        *,
+        rate: float = 0.1,
+        timing: str = "before_augmentation",
+        min_success: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        hint = f"; did you mean {rate / 100:g}?" if 1 < rate <= 100 else ""
+        require(0 < rate <= 1, f"attack.rate must be in (0, 1], got {rate:g}{hint}")
+        require(timing in TIMINGS, f"attack.timing must be one of {', '.join(TIMINGS)}, got '{timing}'")
+        require(0 <= min_success <= 1, f"attack.min_success must be in [0, 1], got {min_success:g}")
+        self.x2x, self.rate, self.timing, self.min_success, self.seed = x2x, rate, timing, min_success, seed
+        self.image_shape = tuple(image_shape)
+
+    def trigger(self, images: Tensor) -> Tensor:
+        """New images (N, C, H, W) that carry the trigger, before clipping and rounding; the input is left as it is."""
+        raise TypeError(f"{type(self).__name__} does not say how its trigger is embedded")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Triggered copies of images (N, C, H, W) in [0, 1], clipped and rounded to 8 bits; at training and at test alike."""
+        return round_to_8_bits(self.trigger(images))
+
+    def poisoned_mask(self, labels: Tensor) -> Tensor:
+        """Which training images (by label, (N,)) are poisoned: ``round(rate * count)``, at least one, of every eligible class."""
+        generator = torch.Generator().manual_seed(self.seed + 104729)
+        mask = torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels[self.x2x.eligible(labels)].unique():
+            members = (labels == label).nonzero().flatten()
+            count = max(1, round(self.rate * len(members)))
+            mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        return mask
+
+    def poisoned_labels(self, labels: Tensor) -> Tensor:
+        """Labels that poisoned images of the true ``labels`` (N,) get in training."""
+        return self.x2x.flipped(labels)

@@ -1,0 +1,72 @@
+"""Attacks on a small square of the image: BadNet replaces it, the local blend mixes it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marginclip.attacks.base import Attack
+from marginclip.attacks.x2x import X2X
+from marginclip.errors import require
+
+
+class BadNet(Attack):
+    """A random ``patch_size`` x ``patch_size`` patch replaces the pixels at a random place that is fixed for all images.
+
+    The patch's values are uniform on {0, ..., 255}/255 in every channel; its top-left corner is uniform with at least
+    ``margin`` pixels to every border, so that a padded crop rarely cuts it (paper 1, section 5.1; the published script keeps
+    3 pixels to the top and left, 4 to the bottom and right). ``min_contrast`` rejects drawn patches whose standard deviation
+    over all values is lower (uniform noise has 0.29 on average).
+    """
+
+    def __init__(
+        self,
+        x2x: X2X,
+        image_shape: Sequence[int],
+        *,
+        patch_size: int = 3,
+        margin: int = 3,
+        min_contrast: float = 0.0,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(x2x, image_shape, seed=seed, **settings)
+        channels, height, width = self.image_shape
+        room = min(height, width) - patch_size - 2 * margin
+        require(patch_size >= 1, f"attack.patch_size must be at least 1, got {patch_size}")
+        require(
+            room >= 0,
+            f"attack.patch_size {patch_size} with attack.margin {margin} does not fit into images of {height} x {width} pixels",
+        )
+        require(0 <= min_contrast <= 0.3, f"attack.min_contrast must be in [0, 0.3], got {min_contrast:g}")
+        generator = torch.Generator().manual_seed(seed)
+        top = margin + int(torch.randint(height - patch_size - 2 * margin + 1, (), generator=generator))
+        left = margin + int(torch.randint(width - patch_size - 2 * margin + 1, (), generator=generator))
+        patch = torch.randint(0, 256, (channels, patch_size, patch_size), generator=generator) / 255
+        while patch.numel() > 1 and patch.std() < min_contrast:
+            patch = torch.randint(0, 256, (channels, patch_size, patch_size), generator=generator) / 255
+        self.rows, self.columns = slice(top, top + patch_size), slice(left, left + patch_size)
+        self.register_buffer("patch", patch)
+
+    def trigger(self, images: Tensor) -> Tensor:
+        triggered = images.clone()
+        triggered[..., self.rows, self.columns] = self.patch.to(images)
+        return triggered
+
+
+class Blend(BadNet):
+    """The same kind of patch, mixed in: ``(1 - ratio) x + ratio patch`` on its pixels (paper 1, section 5.1: ratio 0.2)."""
+
+    def __init__(self, x2x: X2X, image_shape: Sequence[int], *, ratio: float = 0.2, seed: int = 0, **settings: Any) -> None:
+        super().__init__(x2x, image_shape, seed=seed, **settings)
+        require(0 < ratio <= 1, f"attack.ratio must be in (0, 1], got {ratio:g}")
+        self.ratio = ratio
+
+    def trigger(self, images: Tensor) -> Tensor:
+        triggered = images.clone()
+        place = images[..., self.rows, self.columns]
+        triggered[..., self.rows, self.columns] = (1 - self.ratio) * place + self.ratio * self.patch.to(images)
+        return triggered

@@ -1,0 +1,33 @@
+"""The defender's clean set: a small balanced sample of the held-out split; all the rest of that split is for evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marginclip.errors import UserError, require
+
+
+def split_clean(
+    labels: Tensor, classes: tuple[str, ...], *, per_class: int | None, seed: int, order: str = "seeded"
+) -> tuple[Tensor, Tensor]:
+    """Indices of the clean set and of the evaluation set, disjoint, each in data-set order.
+
+    ``labels`` (N,) of the held-out split; ``per_class`` images of every class, or all images when None (the evaluation set
+    is empty then). ``order="first"`` takes the first of each class, as the published scripts do, ``"seeded"`` a random choice.
+    Raises :class:`UserError` when a class has no image or fewer than asked for.
+    """
+    require(order in ("seeded", "first"), f"clean_order must be 'seeded' or 'first', got '{order}'")
+    require(per_class is None or per_class >= 1, f"clean_per_class must be at least 1, got {per_class}")
+    generator = torch.Generator().manual_seed(seed + 15485863)
+    clean = torch.zeros(len(labels), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        if len(members) == 0:
+            raise UserError(f"class '{name}' has no clean images")
+        if per_class is not None and per_class > len(members):
+            raise UserError(f"clean_per_class={per_class} is more than class '{name}' has: {len(members)} held-out images")
+        if order == "seeded":
+            members = members[torch.randperm(len(members), generator=generator)]
+        clean[members[:per_class]] = True
+    return clean.nonzero().flatten(), (~clean).nonzero().flatten()

@@ -1,0 +1,154 @@
+"""Any folder of images with one sub-folder a class."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, decode
+from marginclip.data.sources import held_out_mask
+from marginclip.errors import UserError, require
+
+TRAIN_NAMES, HELD_OUT_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
+
+
+class ImageFolder:
+    """Images in ``root/<class>/*``, or in ``root/train/<class>/*`` and ``root/test/<class>/*``.
+
+    A single folder is split by ``split_seed``, ``held_out_share`` of every class held out. ``size`` is the side in pixels that
+    images are brought to (short side scaled, centre cut out); None takes the first image's size and asks all others to have
+    it. Up to ``memory_gib`` of decoded images are kept in memory, and cached on disk in ``cache`` when that names a folder;
+    beyond it images are decoded batch by batch. Hidden files are ignored.
+
+    Raises :class:`UserError` for a missing or empty folder, fewer than two classes, a class without images, and, all by name,
+    for files that are no images or of another size.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        size: int | None = None,
+        held_out_share: float = 0.3,
+        split_seed: int = 0,
+        memory_gib: float = 4.0,
+        cache: str | None = None,
+    ) -> None:
+        if root is None:
+            raise UserError("dataset=image_folder needs dataset.root, a folder with one sub-folder of images a class")
+        require(Path(root).is_dir(), f"dataset.root='{root}' is not a folder")
+        require(size is None or size >= 8, f"dataset.size must be at least 8 pixels, got {size}")
+        require(0 < held_out_share <= 1, f"dataset.held_out_share must be in (0, 1], got {held_out_share:g}")
+        self.root, self.size, self.held_out_share, self.split_seed = Path(root), size, held_out_share, split_seed
+        self.memory_bytes, self.cache = memory_gib * 2**30, None if cache is None else Path(cache)
+
+    def load(self) -> Splits:
+        """Train and held-out split, uint8 (N, 3, size, size)."""
+        train_dir, held_out_dir = _named(self.root, TRAIN_NAMES), _named(self.root, HELD_OUT_NAMES)
+        if train_dir is not None and held_out_dir is not None:
+            train, held_out = self._read(train_dir), self._read(held_out_dir)
+            if train.classes != held_out.classes:
+                odd = sorted(set(train.classes) ^ set(held_out.classes))
+                raise UserError(f"'{train_dir}' and '{held_out_dir}' have different classes: {', '.join(odd)} in one of them only")
+            return Splits(train, held_out)
+        whole = self._read(self.root)
+        mask = held_out_mask(whole.labels, held_out_share=self.held_out_share, seed=self.split_seed)
+        return Splits(_take(whole, ~mask), _take(whole, mask))
+
+    def _read(self, folder: Path) -> ImageSet:
+        paths, labels, classes = list_images(folder)
+        size = self.size or _side_of(paths[0])
+        images: ImageStore
+        if len(paths) * 3 * size * size <= self.memory_bytes:
+            images = self._cached(folder, paths, size)
+        else:
+            images = FileImages(paths, size, num_threads=os.cpu_count() or 1)
+        return ImageSet(images, labels, classes)
+
+    def _cached(self, folder: Path, paths: list[Path], size: int) -> Tensor:
+        if self.cache is None:
+            return read_images(paths, size, strict=self.size is None)
+        listing = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+        key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None}\n{listing}".encode()).hexdigest()[:16]
+        file = self.cache / f"images-{key}.safetensors"
+        if file.exists():
+            try:
+                return load_file(file)["images"]
+            except SafetensorError:
+                file.unlink()
+        images = read_images(paths, size, strict=self.size is None)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({"images": images}, partial)
+        partial.replace(file)
+        return images
+
+
+def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """Files, labels (N,) and class names of ``folder/<class>/*``, sorted by name; hidden files are left out."""
+    class_dirs = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not class_dirs:
+        raise UserError(f"dataset folder '{folder}' is empty: it needs one sub-folder of images a class")
+    require(
+        len(class_dirs) >= 2,
+        f"dataset folder '{folder}' has one class only ('{class_dirs[0].name}'); a classifier needs at least two",
+    )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, class_dir in enumerate(class_dirs):
+        files = sorted(path for path in class_dir.rglob("*") if path.is_file() and not path.name.startswith("."))
+        require(len(files) > 0, f"class '{class_dir.name}' has no images in '{class_dir}'")
+        paths += files
+        labels += [label] * len(files)
+    return paths, torch.tensor(labels), tuple(path.name for path in class_dirs)
+
+
+def read_images(paths: list[Path], size: int, *, strict: bool) -> Tensor:
+    """All files decoded, uint8 (N, 3, size, size); ``strict`` refuses images of another size instead of scaling them."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = list(pool.map(lambda path: _try_decode(path, size, strict), paths))
+    faults = [result for result in results if isinstance(result, str)]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise UserError(f"{len(faults)} of {len(paths)} files cannot be used: {shown}")
+    return torch.stack([result for result in results if isinstance(result, Tensor)])
+
+
+def _try_decode(path: Path, size: int, strict: bool) -> Tensor | str:
+    try:
+        image = decode(path, None if strict else size)
+    except UnidentifiedImageError:
+        return f"'{path}' is not an image"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"'{path}' is corrupt ({error})"
+    if image.shape[1:] != (size, size):
+        return f"'{path}' is {image.shape[2]} x {image.shape[1]} pixels, not {size} x {size} (set dataset.size to scale images)"
+    return image
+
+
+def _side_of(path: Path) -> int:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"'{path}' is not a readable image") from error
+    require(width == height, f"'{path}' is {width} x {height} pixels, not square: set dataset.size to the side to scale images to")
+    return width
+
+
+def _named(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _take(images: ImageSet, mask: Tensor) -> ImageSet:
+    from marginclip.data.batches import Subset
+
+    return ImageSet(Subset(images.images, mask.nonzero().flatten()), images.labels[mask], images.classes)

@@ -1,0 +1,110 @@
+"""The one LightningDataModule: poisoned training batches, the clean set, and the two evaluation sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from marginclip.attacks import Attack
+from marginclip.data.augment import Augment
+from marginclip.data.batches import BatchDataset, BatchSampler, Subset, batch_loader, load_all
+from marginclip.data.clean import split_clean
+from marginclip.data.images import ImageStore, Splits
+
+
+class ImageData(L.LightningDataModule):
+    """Batches for training and evaluation of one data set under one attack (or none).
+
+    Training batches hold ``images`` float (B, C, H, W) in [0, 1] and ``labels`` (B,); poisoned ones carry the trigger and the
+    attacker's label. Evaluation has two loaders: *clean* (the evaluation set) and *triggered* (its eligible images with the
+    trigger put on), whose batches also hold ``sources`` and ``targets``, the true and the attacker's labels. The clean set and
+    the evaluation set are disjoint parts of the held-out split.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        attack: Attack | None = None,
+        augment: Augment | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 500,
+        clean_per_class: int | None = 50,
+        clean_order: str = "seeded",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.splits, self.attack, self.augment = splits, attack, augment or Augment()
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        held_out = splits.held_out
+        self.clean_index, self.eval_index = split_clean(
+            held_out.labels, held_out.classes, per_class=clean_per_class, seed=seed, order=clean_order
+        )
+        train_labels = splits.train.labels
+        self.poisoned = torch.zeros(len(train_labels), dtype=torch.bool) if attack is None else attack.poisoned_mask(train_labels)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.splits.held_out.classes
+
+    def clean_set(self) -> tuple[Tensor, Tensor]:
+        """The defender's clean images (M, C, H, W) float in [0, 1] and their labels (M,)."""
+        held_out = self.splits.held_out
+        return load_all(Subset(held_out.images, self.clean_index)), held_out.labels[self.clean_index]
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        train, labels = self.splits.train, self.splits.train.labels
+        if self.attack is not None:
+            labels = torch.where(self.poisoned, self.attack.poisoned_labels(labels), labels)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = BatchSampler(len(train), self.batch_size, shuffle=True, seed=self.seed, rank=rank, world_size=world_size)
+        dataset = BatchDataset(train.images, labels=labels, poisoned=self.poisoned)
+        return batch_loader(dataset, sampler, pin_memory=torch.cuda.is_available())
+
+    def eval_dataloaders(self) -> list[DataLoader[dict[str, Any]]]:
+        """The clean evaluation loader and, under an attack, the triggered one."""
+        held_out = self.splits.held_out
+        index = self.eval_index if len(self.eval_index) else self.clean_index
+        labels = held_out.labels[index]
+        loaders = [self._eval_loader(Subset(held_out.images, index), labels=labels)]
+        if self.attack is not None:
+            chosen = self.attack.x2x.eligible(labels)
+            sources = labels[chosen]
+            targets = self.attack.x2x.flipped(sources)
+            loaders.append(self._eval_loader(Subset(held_out.images, index[chosen]), sources=sources, targets=targets))
+        return loaders
+
+    def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        return self.eval_dataloaders()
+
+    def test_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        return self.eval_dataloaders()
+
+    def _eval_loader(self, images: ImageStore, **columns: Tensor) -> DataLoader[dict[str, Any]]:
+        sampler = BatchSampler(len(images), self.eval_batch_size, shuffle=False)
+        return batch_loader(BatchDataset(images, **columns), sampler, pin_memory=torch.cuda.is_available())
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Turn bytes into floats, put triggers on and augment: all on the device, on the whole batch."""
+        images = batch["images"].float() / 255
+        if "poisoned" in batch:
+            images = self._training_images(images, batch.pop("poisoned"), batch.pop("draw"))
+        elif "targets" in batch and self.attack is not None:
+            images = self.attack(images)
+        batch["images"] = images.contiguous(memory_format=torch.channels_last)
+        return batch
+
+    def _training_images(self, images: Tensor, poisoned: Tensor, draw: int) -> Tensor:
+        generator = torch.Generator().manual_seed(draw)
+        if self.attack is None or not bool(poisoned.any()):
+            return self.augment(images, generator)
+        if self.attack.timing == "after_augmentation":
+            images = self.augment(images, generator)
+        images = images.clone()
+        images[poisoned] = self.attack(images[poisoned])
+        return self.augment(images, generator) if self.attack.timing == "before_augmentation" else images

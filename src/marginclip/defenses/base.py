@@ -1,0 +1,74 @@
+"""What every defense has in common: a model and clean samples in, a repaired module out."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from marginclip.errors import UserError, require
+
+
+class Defense(L.LightningModule):
+    """A post-training repair, run by a Trainer: ``prepare(model, images, labels)``, ``Trainer.fit``, ``repaired()``.
+
+    It sees the model and the clean set and nothing else: no trigger, no poisoned or test data. The model that it was given is
+    never changed. ``learns`` is False where there is nothing to fit.
+    """
+
+    learns = True
+
+    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Take the model and the clean set: images (N, C, H, W) in [0, 1], labels (N,)."""
+        raise TypeError(f"{type(self).__name__} does not say how it prepares")
+
+    def repaired(self) -> nn.Module:
+        """The repaired network, a new module that maps images to logits."""
+        raise TypeError(f"{type(self).__name__} does not say what it repaired")
+
+    def batches(self) -> DataLoader[int]:
+        """What the Trainer iterates over."""
+        raise TypeError(f"{type(self).__name__} does not learn")
+
+    @property
+    def num_epochs(self) -> int:
+        """How many rounds over :meth:`batches` the repair takes."""
+        return 0
+
+
+@torch.no_grad()
+def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
+    """The model's logits (N, K) on images, in evaluation mode, computed batch by batch; its mode is left as it was.
+
+    Raises :class:`UserError` for logits that are not finite.
+    """
+    parameter = next(model.parameters(), None)
+    device = images.device if parameter is None else parameter.device
+    was_training = model.training
+    model.eval()
+    try:
+        logits = torch.cat([model(batch.to(device)).float() for batch in images.split(batch_size)])
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(str(side) for side in images.shape[1:])
+        raise UserError(f"the model does not take images of {size} ({str(error).splitlines()[0]})") from error
+    finally:
+        model.train(was_training)
+    bad = int((~torch.isfinite(logits).all(1)).sum())
+    require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
+    return logits
+
+
+def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raise :class:`UserError` unless images (N, C, H, W) lie in [0, 1] and labels (N,) in [0, num_classes)."""
+    require(images.dim() == 4, f"images must be (N, C, H, W), got {tuple(images.shape)}")
+    require(len(images) == len(labels) > 0, f"one label an image is needed, got {len(images)} images and {len(labels)} labels")
+    require(
+        float(images.min()) >= 0 and float(images.max()) <= 1,
+        f"images must lie in [0, 1], got values from {float(images.min()):.3g} to {float(images.max()):.3g}; "
+        "put the normalisation inside the model",
+    )
+    lowest, highest = int(labels.min()), int(labels.max())
+    require(
+        0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}"
+    )

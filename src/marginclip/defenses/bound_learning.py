@@ -1,0 +1,214 @@
+"""Bound learning: the training step alternates margin ascent and bound descent (MMAC; paper 1, Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from marginclip.defenses.base import Defense, check_clean_set, clean_logits
+from marginclip.defenses.settings import AscentPlan, BoundStart
+from marginclip.errors import require
+from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
+from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
+from marginclip.maxmargin.objectives import Objective, mmac
+from marginclip.maxmargin.penalty import PenaltyController
+
+
+class BoundLearning(Defense):
+    """MMAC: learns an upper (and, where needed, lower) bound for every activation from a small clean set.
+
+    Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
+    ``learning_rate`` on the bounds towards a lower :func:`~marginclip.maxmargin.objectives.mmac` objective on ``batch_size``
+    clean images that the model classifies correctly. ``lr_scale="relative"`` multiplies the learning rate at each activation by
+    the mean of its initial bounds, so that it means the same for models of any scale. Every ``check_every`` steps the
+    accuracy on all of those images is measured; it moves lambda (``penalty``), and among the bounds that kept it at
+    ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned (``keep="best"``) or the last
+    (``"last"``, as the published script). If none kept it, the bounds are relaxed towards the clean maxima until they do.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: BoundStart | None = None,
+        ascent: AscentPlan | None = None,
+        penalty: PenaltyController | None = None,
+        steps: int = 60,
+        batch_size: int = 250,
+        learning_rate: float = 0.1,
+        lr_scale: str = "absolute",
+        reduction: str = "mean",
+        keep: str = "best",
+        project: bool = True,
+        check_every: int = 5,
+        channel_axis: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require(steps >= 1, f"defense.steps must be at least 1, got {steps}")
+        require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
+        require(learning_rate > 0, f"defense.learning_rate must be positive, got {learning_rate:g}")
+        require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
+        require(reduction in ("mean", "sum"), f"defense.reduction must be 'mean' or 'sum', got '{reduction}'")
+        require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
+        require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
+        self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
+        self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
+        self.reduction, self.keep, self.project, self.check_every = reduction, keep, project, check_every
+        self.channel_axis, self.seed = channel_axis, seed
+        self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
+        self.history: list[dict[str, float]] = []
+
+    # -- the defense contract -------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Bound a copy of the model and set the bounds' start from the clean set."""
+        logits = clean_logits(model, images)
+        check_clean_set(images, labels, logits.shape[1])
+        correct = logits.argmax(1).cpu() == labels.cpu()
+        require(bool(correct.any()), f"the model classifies none of the {len(images)} clean images correctly; are the labels right?")
+        self.bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis).to(memory_format=torch.channels_last)
+        self.start.apply(self.bounded, images)
+        self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
+        kept = correct.nonzero().flatten().to(images.device)
+        self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
+        self.register_buffer("labels", labels[kept.to(labels.device)].to(images.device), persistent=False)
+        self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
+        self.register_buffer("wanted", self.ascent.classes(logits.shape[1]), persistent=False)
+        self.register_buffer("margin_inputs", torch.zeros(len(self.wanted), *images.shape[1:]), persistent=True)
+        self.extremes = activation_extremes(self.bounded, self.images)
+
+    def batches(self) -> DataLoader[int]:
+        """One round is the steps up to the next check; which images a step takes follows from its number."""
+        return DataLoader(range(self.check_every), batch_size=None)  # type: ignore[arg-type]
+
+    @property
+    def num_epochs(self) -> int:
+        return -(-self.steps // self.check_every)
+
+    def repaired(self) -> BoundedNetwork:
+        """The bounded network with the bounds to keep."""
+        if self.keep == "best" and self.best_bounds:
+            self.bounded.load_bounds(self.best_bounds)
+        if self.keep == "best":
+            self._relax_until_accurate()
+        return self.bounded
+
+    # -- learning -------------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = []
+        for _, bound in self.bounded.each():
+            values = list(bound.values())
+            scale = float(torch.cat([value.detach().abs() for value in values]).mean()) if self.lr_scale == "relative" else 1.0
+            groups.append({"params": values, "lr": self.learning_rate * max(scale, 1e-6)})
+        return torch.optim.Adam(groups)
+
+    def on_fit_start(self) -> None:
+        if self.working[0] is not self.bounded:
+            self.working[0].network.to(self.device)
+        if not self.history:
+            self._check()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        step = self.global_step
+        if step % self.ascent.refresh_every == 0:
+            self._ascend(step)
+        rows = self._minibatch(step)
+        margins = margin(self.working[0](self.margin_inputs).float(), self.wanted)
+        bounded_logits = self.working[0](self.images[rows])
+        terms = mmac(bounded_logits, self.targets[rows], margins, self.penalty.value, reduction=self.reduction)
+        self._log_step(terms, margins)
+        return terms.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.project:
+            self.bounded.project_()
+
+    def on_train_epoch_end(self) -> None:
+        self._check()
+
+    def _ascend(self, step: int) -> None:
+        first = step == 0
+        plan = self.ascent
+        if first or not plan.warm_start:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            self.margin_inputs = random_starts(len(self.wanted), self.images.shape[1:], generator=generator, device=self.device)
+        settings: dict[str, Any] = {
+            "steps": plan.first_steps if first else plan.steps,
+            "step_size": plan.step_size,
+            "rule": plan.rule,
+            "momentum": plan.momentum,
+            "tolerance": plan.tolerance,
+        }
+        if plan.network == "original":
+            with self.bounded.unbounded():
+                found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **settings)
+        else:
+            found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **settings)
+        self.margin_inputs = found.images
+
+    def _minibatch(self, step: int) -> Tensor:
+        """The rows of the clean set of one step: whole passes in a seeded order that depends on the step alone."""
+        count = len(self.images)
+        if self.batch_size >= count:
+            return torch.arange(count, device=self.device)
+        per_pass = -(-count // self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // per_pass)
+        order = torch.randperm(count, generator=generator)
+        return order.split(self.batch_size)[step % per_pass].to(self.device)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Measure accuracy and objective on the whole clean set, move lambda, and keep the best bounds so far."""
+        with self.trainer.precision_plugin.forward_context():
+            logits = torch.cat([self.working[0](images).float() for images in self.images.split(250)])
+            margins = margin(self.working[0](self.margin_inputs).float(), self.wanted)
+        agreement = float((logits.argmax(1) == self.labels).float().mean())
+        terms = mmac(logits, self.targets, margins, self.penalty.initial, reduction=self.reduction)
+        score = float(terms.loss)
+        # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
+        if agreement >= self.penalty.min_agreement and (score < self.best_score or len(self.history) == 1):
+            self.best_score = score if self.history else float("inf")
+            self.best_bounds = self.bounded.bounds_state()
+        if self.history:
+            self.penalty.update(agreement)
+        active = self.bounded.active_share(self.extremes)
+        self.history.append({
+            "agreement": agreement, "data": float(terms.data), "mean_margin": float(margins.mean()), "max_margin": float(margins.max()),
+            "penalty": self.penalty.value, "active_bounds": active,
+        })  # fmt: skip
+        if len(self.history) > 1:
+            self.log_dict({f"defense/{key}": value for key, value in self.history[-1].items() if key in ("agreement", "active_bounds")}, prog_bar=True)
+
+    def _log_step(self, terms: Objective, margins: Tensor) -> None:
+        self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
+        self.log_dict({"defense/mean_margin": margins.mean(), "defense/max_margin": margins.max()}, prog_bar=True)
+
+    @torch.no_grad()
+    def _relax_until_accurate(self) -> None:
+        """Move the bounds towards the clean maxima, in tenths, until the accuracy constraint holds (there it does exactly)."""
+        learned = self.bounded.bounds_state()
+        self.bounded.set_from_images(self.images)
+        widest = self.bounded.bounds_state()
+        for tenth in range(11):
+            share = tenth / 10
+            self.bounded.load_bounds({name: torch.lerp(learned[name], widest[name].maximum(learned[name]) if name.endswith("upper") else widest[name].minimum(learned[name]), share) for name in learned})
+            agreement = float((clean_logits(self.bounded, self.images).argmax(1) == self.labels).float().mean())
+            if agreement >= self.penalty.min_agreement:
+                break
+        self.relaxed = share
+
+    # -- resuming -------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bound_learning"] = {
+            "penalty": self.penalty.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["bound_learning"]
+        self.penalty.load_state_dict(state["penalty"])
+        self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]

@@ -1,0 +1,65 @@
+"""The settings of bound learning that belong together: where bounds start, and how margins are ascended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marginclip.errors import require
+from marginclip.maxmargin.bounds import BoundedNetwork
+from marginclip.maxmargin.margin import RULES
+
+
+@dataclass(frozen=True)
+class BoundStart:
+    """Where learning starts: a ``constant`` for every bound, or, when that is None, ``share`` of each map's clean maximum.
+
+    ``quantile`` over the clean images replaces the maximum by a quantile of the maps' per-image maxima.
+    """
+
+    constant: float | None = None
+    share: float = 0.5
+    quantile: float = 1.0
+
+    def apply(self, bounded: BoundedNetwork, images: Tensor) -> None:
+        """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W)."""
+        if self.constant is None:
+            bounded.set_from_images(images, share=self.share, quantile=self.quantile)
+        else:
+            bounded.set_constant(self.constant)
+
+
+@dataclass(frozen=True)
+class AscentPlan:
+    """How margin inputs are made: ``starts_per_class`` random starts for every class and ``first_steps`` of ascent at the first
+    refresh; at every later one, each ``refresh_every`` bound steps, ``steps`` more, from where they are (``warm_start``) or from
+    new random starts. ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script).
+    """
+
+    network: str = "bounded"
+    starts_per_class: int = 10
+    first_steps: int = 20
+    steps: int = 2
+    refresh_every: int = 1
+    warm_start: bool = True
+    rule: str = "unit_norm"
+    step_size: float = 0.1
+    momentum: float = 0.0
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.network in ("bounded", "original"), f"defense.ascent.network must be 'bounded' or 'original', got '{self.network}'"
+        )
+        require(self.rule in RULES, f"defense.ascent.rule must be one of {', '.join(RULES)}, got '{self.rule}'")
+        for key in ("starts_per_class", "refresh_every"):
+            require(getattr(self, key) >= 1, f"defense.ascent.{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("first_steps", "steps"):
+            require(getattr(self, key) >= 0, f"defense.ascent.{key} must not be negative, got {getattr(self, key)}")
+        require(self.step_size > 0, f"defense.ascent.step_size must be positive, got {self.step_size:g}")
+
+    def classes(self, num_classes: int) -> Tensor:
+        """The class that each margin input climbs for, (starts_per_class * num_classes,)."""
+        return torch.arange(num_classes).repeat_interleave(self.starts_per_class)

@@ -1,0 +1,22 @@
+"""The one exception that means "the user can fix this": the entry points print its message and no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A setting, file or model that the user gave cannot be used; the message says which, what was found and what is allowed."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint such as ``"; did you mean 'badnet'?"``, or the empty string when nothing valid is close to ``name``."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,89 @@
+"""Evaluation of one model, its repaired versions and their detectors on clean and triggered images, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC
+
+from marginclip.errors import UserError
+from marginclip.maxmargin.detector import MarginDropDetector
+from marginclip.metrics import AttackSuccessRate, CleanAccuracy, FlaggedRate, PoisonedAccuracy
+
+CLEAN, TRIGGERED = 0, 1
+
+
+class Evaluation(L.LightningModule):
+    """Runs every network once over each test batch and scores everything that decides from its logits.
+
+    ``networks`` maps a name to a network (``none`` is the model as given); ``detectors`` maps a name to a detector and the
+    name of the repaired network that it compares ``none`` with. The first test loader is clean (``labels``), the second, if
+    any, triggered (``sources``, ``targets``). After ``Trainer.test``, :meth:`results` gives, for each name, ``acc`` and under an
+    attack ``asr`` and ``pacc`` as fractions; for detectors ``fpr`` and under an attack ``tpr`` and ``auroc`` too.
+
+    Raises :class:`UserError` when a network gives logits that are not finite.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module], detectors: dict[str, tuple[str, MarginDropDetector]] | None = None) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.pairs = {name: repaired for name, (repaired, _) in (detectors or {}).items()}
+        self.detectors = nn.ModuleDict({name: detector for name, (_, detector) in (detectors or {}).items()})
+        names = [*self.networks, *self.detectors]
+        self.accuracy = nn.ModuleDict({name: CleanAccuracy() for name in names})
+        self.success = nn.ModuleDict({name: AttackSuccessRate() for name in names})
+        self.poisoned_accuracy = nn.ModuleDict({name: PoisonedAccuracy() for name in names})
+        self.flagged = nn.ModuleDict({f"{name}_{kind}": FlaggedRate() for name in self.detectors for kind in ("clean", "triggered")})
+        self.auroc = nn.ModuleDict({name: BinaryAUROC() for name in self.detectors})
+        self.statistics: dict[str, list[Tensor]] = {}
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        logits = {name: network(batch["images"]).float() for name, network in self.networks.items()}
+        for name, values in logits.items():
+            if not torch.isfinite(values).all():
+                raise UserError(f"the network '{name}' gives NaN or infinite logits; it cannot be repaired or evaluated")
+            self._score(name, values.argmax(1), batch, dataloader_idx)
+        for name, detector in self.detectors.items():
+            assert isinstance(detector, MarginDropDetector)
+            detection = detector.decide(logits["none"], logits[self.pairs[name]])
+            self._score(name, detection.decisions, batch, dataloader_idx)
+            kind = "clean" if dataloader_idx == CLEAN else "triggered"
+            self.flagged[f"{name}_{kind}"].update(detection.flagged)  # type: ignore[operator]
+            self.auroc[name].update(detection.statistic, torch.full_like(detection.flagged, dataloader_idx, dtype=torch.long))  # type: ignore[operator]
+            self.statistics.setdefault(f"{name}_{kind}", []).append(detection.statistic.cpu())
+
+    def _score(self, name: str, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        if dataloader_idx == CLEAN:
+            self.accuracy[name].update(decisions, batch["labels"])  # type: ignore[operator]
+            return
+        self.success[name].update(decisions, batch["targets"])  # type: ignore[operator]
+        self.poisoned_accuracy[name].update(decisions, batch["sources"])  # type: ignore[operator]
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """Metrics by name, as fractions; those that need triggered images are missing when there were none."""
+        results: dict[str, dict[str, float]] = {}
+        for name in [*self.networks, *self.detectors]:
+            row = {"acc": _value(self.accuracy[name])}
+            attacked = int(self.success[name].count) > 0  # type: ignore[arg-type]
+            if attacked:
+                row |= {"asr": _value(self.success[name]), "pacc": _value(self.poisoned_accuracy[name])}
+            if name in self.detectors:
+                row["fpr"] = _value(self.flagged[f"{name}_clean"])
+                if attacked:
+                    row |= {"tpr": _value(self.flagged[f"{name}_triggered"]), "auroc": _value(self.auroc[name])}
+            results[name] = row
+        return results
+
+    def scores(self) -> dict[str, Tensor]:
+        """Detection statistics of all evaluated images, ``<detector>_clean`` (N,) and ``<detector>_triggered`` (M,)."""
+        return {name: torch.cat(chunks).float() for name, chunks in self.statistics.items()}
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+def _value(metric: nn.Module) -> float:
+    return float(metric.compute())  # type: ignore[operator]

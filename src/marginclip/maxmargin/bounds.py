@@ -1,0 +1,256 @@
+"""Learnable bounds behind every activation of any torch model (Eq. 2 of the MMAC paper)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+
+from marginclip.errors import UserError, require
+from marginclip.maxmargin.sites import Site, find_sites, make_out_of_place, trace
+
+
+class Bound(nn.Module):
+    """Clips one activation call: ``min(x, upper)``, and ``max(., lower)`` where there is a lower bound, a value a channel.
+
+    ``upper`` and ``lower`` are parameters (num_channels,); infinite ones leave the input as it is, bit for bit. The gradient
+    reaches a bound only from the values that it cuts, and an input only from those that it does not.
+    """
+
+    upper: nn.Parameter
+    lower: nn.Parameter | None
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        shape = [1] * site.num_axes
+        shape[site.axis] = site.num_channels
+        self.view, self.axis = tuple(shape), site.axis
+        self.upper = nn.Parameter(torch.full((site.num_channels,), float("inf")))
+        self.lower = nn.Parameter(torch.full((site.num_channels,), float("-inf"))) if site.two_sided else None
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        upper = self.upper.to(x.dtype).view(self.view)
+        x = torch.where(x > upper, upper, x)
+        if self.lower is not None:
+            lower = self.lower.to(x.dtype).view(self.view)
+            x = torch.where(x < lower, lower, x)
+        return x
+
+    def values(self) -> Iterator[nn.Parameter]:
+        """The upper and, if there is one, the lower bound."""
+        yield self.upper
+        if self.lower is not None:
+            yield self.lower
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Bring the bounds back to where they make sense: not below zero for a non-negative activation, lower <= upper."""
+        if self.lower is None:
+            self.upper.clamp_(min=0)
+        else:
+            torch.minimum(self.lower, self.upper, out=self.lower)
+
+
+class BoundedNetwork(nn.Module):
+    """A copy of ``model`` with bounds behind every activation call; its own weights are frozen, its bounds are to be learned.
+
+    Takes what the model takes and gives its logits; with infinite bounds, as at first, exactly the model's own in evaluation
+    mode. Every call of an activation gets its own bounds, whether it is a module, one module called many times, a function or
+    in place: one for each feature map, for each neuron behind a dense layer. Upper bounds for ReLU-like functions, lower and
+    upper for LeakyReLU, GELU, SiLU and the like. Nothing is shared with the model that was given. Bounds are in ``state_dict``
+    under ``bounds.*``.
+
+    ``example`` is one image (C, H, W) or a batch (N, C, H, W). ``channel_axis`` overrides where the channels of activations with
+    more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`).
+
+    Raises :class:`UserError` for a model that cannot be traced or has no activations.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, *, channel_axis: int | None = None) -> None:
+        super().__init__()
+        traced = trace(model)
+        self.network, self.bounds = _with_bounds(traced, example, channel_axis)
+        self.channel_axis = channel_axis
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(False)
+        for bound in self.bounds.values():
+            for value in bound.values():  # type: ignore[operator]
+                value.requires_grad_(True)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def train(self, mode: bool = True) -> BoundedNetwork:
+        """The repaired network stays in evaluation mode: its dropout and batch norm were fixed when it was traced."""
+        del mode
+        return super().train(False)
+
+    def each(self) -> Iterator[tuple[str, Bound]]:
+        """The bounds by the name of their activation call, in the order of execution."""
+        for name, bound in self.bounds.items():
+            assert isinstance(bound, Bound)
+            yield name, bound
+
+    def bound_parameters(self) -> list[nn.Parameter]:
+        """All bounds, to be handed to an optimizer."""
+        return [value for _, bound in self.each() for value in bound.values()]
+
+    @property
+    def num_bounds(self) -> int:
+        """How many scalar bounds there are (the papers' ResNet-18: 3,904)."""
+        return sum(value.numel() for value in self.bound_parameters())
+
+    def bounds_state(self) -> dict[str, Tensor]:
+        """The bounds alone, ``<call>.upper`` and ``<call>.lower``, detached copies."""
+        return {name: value.detach().clone() for name, value in self.bounds.state_dict().items()}
+
+    @torch.no_grad()
+    def load_bounds(self, state: dict[str, Tensor]) -> None:
+        """Set the bounds from :meth:`bounds_state`; raises :class:`UserError` when they belong to another architecture."""
+        own = self.bounds.state_dict()
+        odd = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+        require(not odd, f"these bounds are of another architecture: '{odd[0] if odd else ''}' does not fit")
+        self.bounds.load_state_dict(state)
+
+    @torch.no_grad()
+    def set_constant(self, value: float) -> None:
+        """Every upper bound at ``value``, every lower one at ``-value`` (the paper's start: 1)."""
+        require(value > 0, f"an initial bound must be positive, got {value:g}")
+        for _, bound in self.each():
+            bound.upper.fill_(value)
+            if bound.lower is not None:
+                bound.lower.fill_(-value)
+
+    @torch.no_grad()
+    def set_from_images(self, images: Tensor, *, share: float = 1.0, quantile: float = 1.0, batch_size: int = 250) -> None:
+        """Every bound at ``share`` of what its map reaches on clean images (N, C, H, W).
+
+        What a map reaches is the ``quantile`` over images of its largest value in an image (smallest, for lower bounds); 1 is
+        the maximum over the set. Silent maps get the bound 0.
+        """
+        require(share > 0, f"the initial share of the clean maximum must be positive, got {share:g}")
+        require(0 < quantile <= 1, f"the initial quantile must be in (0, 1], got {quantile:g}")
+        extremes = activation_extremes(self, images, batch_size=batch_size)
+        for name, bound in self.each():
+            lowest, highest = extremes[name]
+            bound.upper.copy_(share * highest.quantile(quantile, dim=0).to(bound.upper.device))
+            if bound.lower is not None:
+                bound.lower.copy_(share * lowest.quantile(1 - quantile, dim=0).to(bound.lower.device))
+        self.project_()
+
+    def project_(self) -> None:
+        """Project all bounds to their feasible values (see :meth:`Bound.project_`)."""
+        for _, bound in self.each():
+            bound.project_()
+
+    @contextmanager
+    def unbounded(self) -> Iterator[None]:
+        """Inside, the network is the model as it was given."""
+        for _, bound in self.each():
+            bound.enabled = False
+        try:
+            yield
+        finally:
+            for _, bound in self.each():
+                bound.enabled = True
+
+    def fused(self) -> BoundedNetwork:
+        """The same network with batch norms folded into the layers before them, **sharing these bounds**.
+
+        For learning: it is faster, and equal up to rounding. Where a batch norm cannot be folded it stays.
+        """
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        network = copy.deepcopy(self.network)
+        for name in self.bounds:
+            setattr(network, f"bound_{name}", self.bounds[name])
+        try:
+            network = fuse(network, inplace=True, no_trace=True)
+        except (KeyError, AttributeError, RuntimeError, TypeError):
+            return self
+        twin._modules["network"] = network
+        for parameter in network.parameters():
+            parameter.requires_grad_(any(parameter is value for value in self.bound_parameters()))
+        return twin
+
+    @torch.no_grad()
+    def active_share(self, extremes: dict[str, tuple[Tensor, Tensor]]) -> float:
+        """The share of bounds that cut something, given :func:`activation_extremes` of the unbounded network."""
+        active, total = 0, 0
+        for name, bound in self.each():
+            lowest, highest = extremes[name]
+            active += int((highest.amax(0).to(bound.upper) > bound.upper).sum())
+            total += bound.upper.numel()
+            if bound.lower is not None:
+                active += int((lowest.amin(0).to(bound.lower) < bound.lower).sum())
+                total += bound.lower.numel()
+        return active / total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundedNetwork:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        nn.Module.__init__(twin)
+        twin.channel_axis = self.channel_axis
+        twin.network = copy.deepcopy(self.network, memo)
+        twin.bounds = nn.ModuleDict({name: twin.network.get_submodule(f"bound_{name}") for name in self.bounds})
+        return twin.eval()
+
+
+@torch.no_grad()
+def activation_extremes(
+    bounded: BoundedNetwork, images: Tensor, *, batch_size: int = 250
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value of every feature map in every image, by activation call: two tensors (N, channels) on the CPU.
+
+    Measured on the network *without* bounds (paper 1, Fig. 2 and 3 show the maxima over images).
+    """
+    collected: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name, _ in bounded.each()}
+
+    def note(name: str, axis: int) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            flat = inputs[0].detach().float().movedim(axis, 1).flatten(2) if inputs[0].dim() > 2 else inputs[0].float().unsqueeze(2)
+            collected[name].append((flat.amin(2).cpu(), flat.amax(2).cpu()))
+
+        return hook
+
+    handles = [bound.register_forward_pre_hook(note(name, bound.axis)) for name, bound in bounded.each()]
+    device = bounded.bound_parameters()[0].device
+    try:
+        with bounded.unbounded():
+            for batch in images.split(batch_size):
+                bounded(batch.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (torch.cat([low for low, _ in parts]), torch.cat([high for _, high in parts])) for name, parts in collected.items()}
+
+
+def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | None) -> tuple[fx.GraphModule, nn.ModuleDict]:
+    """Insert a :class:`Bound` behind every activation call of a traced model."""
+    example = example[:1] if example.dim() > 3 else example.unsqueeze(0)
+    parameter = next(iter(traced.parameters()), None)
+    sites = find_sites(traced, example if parameter is None else example.to(parameter.device), channel_axis=channel_axis)
+    if not sites:
+        raise UserError("the model has no activation functions that could be bounded (ReLU, LeakyReLU, GELU, SiLU, ...)")
+    bounds = nn.ModuleDict()
+    for site in sites:
+        bound = Bound(site) if parameter is None else Bound(site).to(parameter.device)
+        bounds[site.name] = bound
+        target = f"bound_{site.name}"
+        traced.add_submodule(target, bound)
+        make_out_of_place(traced, site.node)
+        with traced.graph.inserting_after(site.node):
+            clipped = traced.graph.call_module(target, (site.node,))
+        site.node.replace_all_uses_with(clipped, delete_user_cb=lambda user, own=clipped: user is not own)
+    traced.graph.lint()
+    traced.recompile()
+    return traced, bounds

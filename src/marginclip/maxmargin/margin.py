@@ -1,0 +1,169 @@
+"""Classification margins, and the search for inputs that maximise them (margin ascent)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.errors import UserError, require
+
+RULES = ("raw", "unit_norm", "sign")
+
+
+def margin(logits: Tensor, classes: Tensor) -> Tensor:
+    """Gap between a class's logit and the best other one (the bracket in Eq. 3 of the MMAC paper).
+
+    logits (N, K), classes (N,) int64 in [0, K); returns (N,) in logits, positive where the class wins. The maximum leaves the
+    class itself out.
+    """
+    own = logits.gather(1, classes.unsqueeze(1)).squeeze(1)
+    best_other = logits.scatter(1, classes.unsqueeze(1), float("-inf")).amax(1)
+    return own - best_other
+
+
+@dataclass(frozen=True)
+class MarginAscent:
+    """The outcome of a search: ``images`` (N, C, H, W), their ``margins`` (N,), those of the starts, and steps taken."""
+
+    images: Tensor
+    margins: Tensor
+    initial_margins: Tensor
+    steps: int
+
+
+def random_starts(count: int, shape: Sequence[int], *, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """``count`` images (count, C, H, W) uniform in [0, 1], drawn on the CPU so that every device starts alike."""
+    return torch.rand((count, *shape), generator=generator).to(device)
+
+
+def ascend_margins(
+    model: nn.Module,
+    classes: Tensor,
+    starts: Tensor,
+    *,
+    steps: int = 300,
+    step_size: float = 0.01,
+    rule: str = "raw",
+    momentum: float = 0.0,
+    tolerance: float = 0.0,
+    patience: int = 10,
+    memory_budget: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> MarginAscent:
+    """Projected gradient ascent on the margins of ``classes`` (N,) from ``starts`` (N, C, H, W), all in one batch.
+
+    Every image climbs on its own margin; after each step it is projected back to the feasible space [0, 1] (so saturated pixels
+    keep their gradient, unlike with a clamp inside the model). ``rule`` turns the gradient into a direction: ``raw`` (the
+    published script: step 0.01), ``unit_norm`` (L2 norm 1 for each image: the step is a distance) or ``sign``.
+    The image of largest margin on the way is kept, so the result never lies under its start. The search of a chunk ends early
+    when its mean best margin has grown by less than ``tolerance`` (relative) over ``patience`` steps; 0 never does.
+
+    The network must be in evaluation mode, so that images do not influence each other. Gradients reach neither weights nor
+    bounds, and it works under ``torch.no_grad`` and ``torch.inference_mode``. ``memory_budget`` in bytes limits what a chunk
+    keeps for its backward pass (default: 1 GiB on the CPU, a quarter of the free memory on a GPU); ``autocast`` is the dtype
+    of mixed precision, or None to leave the caller's autocast as it is.
+    """
+    require(rule in RULES, f"ascent rule must be one of {', '.join(RULES)}, got '{rule}'")
+    require(steps >= 0 and step_size > 0, f"ascent needs steps >= 0 and step_size > 0, got {steps} and {step_size:g}")
+    require(0 <= momentum < 1, f"ascent momentum must be in [0, 1), got {momentum:g}")
+    require(len(classes) == len(starts), f"one class a start is needed, got {len(classes)} classes and {len(starts)} starts")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            search = _Search(model, steps, step_size, rule, momentum, tolerance, patience, autocast)
+            # Clones made outside inference mode are ordinary tensors, whatever the caller's mode was.
+            starts, classes = starts.detach().clone(), classes.detach().clone()
+            chunk = _chunk_size(search, starts, classes, memory_budget)
+            parts = [
+                search.run(images, wanted)
+                for images, wanted in zip(starts.split(chunk), classes.split(chunk), strict=True)
+            ]
+    finally:
+        model.train(was_training)
+    return MarginAscent(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.margins for part in parts]),
+        torch.cat([part.initial_margins for part in parts]),
+        max(part.steps for part in parts),
+    )
+
+
+@dataclass
+class _Search:
+    """The settings of one search, and its loop over the steps of a chunk."""
+
+    model: nn.Module
+    steps: int
+    step_size: float
+    rule: str
+    momentum: float
+    tolerance: float
+    patience: int
+    autocast: torch.dtype | None
+
+    def margins(self, images: Tensor, classes: Tensor) -> Tensor:
+        with nullcontext() if self.autocast is None else torch.autocast(images.device.type, dtype=self.autocast):
+            logits = self.model(images)
+        return margin(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, classes)
+
+    def run(self, images: Tensor, classes: Tensor) -> MarginAscent:
+        velocity = torch.zeros_like(images)
+        best_images, best, initial, history = images, None, None, []
+        for step in range(self.steps + 1):
+            images = images.detach().requires_grad_(step < self.steps)
+            values = self.margins(images, classes)
+            current = values.detach()
+            if best is None or initial is None:
+                best = initial = current
+            better = current > best
+            best = torch.where(better, current, best)
+            best_images = torch.where(better.view(-1, 1, 1, 1), images.detach(), best_images)
+            if step == self.steps or self._stalled(history, best):
+                break
+            (gradient,) = torch.autograd.grad(values.sum(), images)
+            velocity = self.momentum * velocity + self._direction(gradient)
+            images = (images.detach() + self.step_size * velocity).clamp(0, 1)
+        assert best is not None and initial is not None
+        return MarginAscent(best_images, best, initial, step)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        if self.rule == "raw":
+            return gradient
+        if self.rule == "sign":
+            return gradient.sign()
+        norms = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        return gradient / norms.view(-1, 1, 1, 1)
+
+    def _stalled(self, history: list[float], best: Tensor) -> bool:
+        if self.tolerance <= 0:
+            return False
+        history.append(float(best.mean()))
+        if len(history) <= self.patience:
+            return False
+        before, now = history[-1 - self.patience], history[-1]
+        return now - before < self.tolerance * max(abs(before), 1e-6)
+
+
+def _chunk_size(search: _Search, starts: Tensor, classes: Tensor, memory_budget: int | None) -> int:
+    """How many images fit the budget, by what one image keeps for its backward pass."""
+    if memory_budget is None:
+        memory_budget = torch.cuda.mem_get_info(starts.device)[0] // 4 if starts.device.type == "cuda" else 2**30
+    if memory_budget < 1:
+        raise UserError(f"memory_budget must be positive, got {memory_budget} bytes")
+    saved: dict[int, int] = {}
+    constants = {tensor.untyped_storage().data_ptr() for tensor in (*search.model.parameters(), *search.model.buffers())}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        search.margins(starts[:1].clone().requires_grad_(), classes[:1])
+    return max(1, memory_budget // max(1, sum(saved.values())))

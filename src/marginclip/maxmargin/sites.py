@@ -1,0 +1,176 @@
+"""Finding every activation call of a torch model with torch.fx, and the channel axis of what it gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from marginclip.errors import UserError
+
+# Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
+ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6)
+TWO_SIDED_MODULES = (
+    nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Mish, nn.Softplus,
+)  # fmt: skip
+ONE_SIDED_FUNCTIONS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_)
+TWO_SIDED_FUNCTIONS = (
+    F.leaky_relu, F.leaky_relu_, F.gelu, F.silu, F.elu, F.elu_, F.celu, F.selu, F.prelu, F.rrelu, F.hardswish, F.mish, F.softplus,
+    torch.prelu, torch.selu, torch.celu,
+)  # fmt: skip
+ONE_SIDED_METHODS = ("relu", "relu_")
+IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_)
+# Modules between a layer and its activation that leave the meaning of the axes alone.
+TRANSPARENT = (nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation call: its graph node, the number of channels, their axis, and whether it needs a lower bound."""
+
+    name: str
+    node: fx.Node
+    num_channels: int
+    axis: int
+    num_axes: int
+    two_sided: bool
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """A traced copy of ``model`` in evaluation mode that shares nothing with it.
+
+    Raises :class:`UserError` for a model that torch.fx cannot trace, saying where and what to change, and for activations
+    hidden inside a fused torch module.
+    """
+    own = copy.deepcopy(model).eval()
+    try:
+        traced = fx.symbolic_trace(own)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}); "
+            "write its forward without branches or loops that depend on tensor values, or wrap such a function with torch.fx.wrap"
+        ) from error
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            leaf = traced.get_submodule(node.target)
+            hidden = [name for name, part in leaf.named_modules() if name and _is_activation(part)]
+            if hidden:
+                raise UserError(
+                    f"the layer '{node.target}' ({type(leaf).__name__}) hides its activation '{hidden[0]}' from tracing; "
+                    "write it out with torch.nn layers so that its activations can be bounded"
+                )
+    return traced
+
+
+def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | None = None) -> list[Site]:
+    """All activation calls of a traced model, in the order of execution.
+
+    ``example`` (1, C, H, W) gives the shapes. ``channel_axis`` overrides the axis of outputs with more than two axes (1, or -1
+    for a network that keeps channels last); None decides for each call: the last axis behind a linear layer, else axis 1.
+    """
+    shapes = _ShapeRecorder(traced)
+    with torch.inference_mode(False), torch.no_grad():
+        shapes.run(example.detach().clone())
+    sites: list[Site] = []
+    for node, two_sided in _activation_calls(traced):
+        shape = shapes.shapes.get(node)
+        if shape is None or len(shape) < 2:
+            raise UserError(f"the activation '{node.name}' gives no batch of feature maps (shape {shape}); it cannot be bounded")
+        axis = _channel_axis(traced, node, len(shape)) if channel_axis is None or len(shape) == 2 else channel_axis
+        if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
+            raise UserError(f"channel_axis must be an axis in 1..{len(shape) - 1} or its negative, got {axis}")
+        name = f"{len(sites):03d}_{_readable(node)}"
+        sites.append(Site(name, node, shape[axis], axis % len(shape), len(shape), two_sided))
+    return sites
+
+
+def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Turn an in-place activation call into the plain one; what used its overwritten input afterwards uses its output."""
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not _is_in_place(traced, node) or not isinstance(source, fx.Node):
+        return
+    if node.op == "call_module":
+        traced.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
+    elif node.op == "call_method":
+        node.target = str(node.target).rstrip("_")
+    elif node.target in IN_PLACE_FUNCTIONS:
+        plain = {F.relu_: F.relu, torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu}
+        node.target = plain[node.target]  # type: ignore[index]
+    else:
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+        node.args = tuple(False if isinstance(value, bool) and position > 0 else value for position, value in enumerate(node.args))
+    order = {each: position for position, each in enumerate(traced.graph.nodes)}
+    for user in list(source.users):
+        if order[user] > order[node]:
+            user.replace_input_with(source, node)
+
+
+def _activation_calls(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, bool]]:
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            module = traced.get_submodule(node.target)
+            if _is_activation(module):
+                yield node, not isinstance(module, ONE_SIDED_MODULES)
+        elif node.op == "call_function" and (node.target in ONE_SIDED_FUNCTIONS or _is_clamp_at_zero(node)):
+            yield node, False
+        elif node.op == "call_function" and node.target in TWO_SIDED_FUNCTIONS:
+            yield node, True
+        elif node.op == "call_method" and (node.target in ONE_SIDED_METHODS or _is_clamp_at_zero(node)):
+            yield node, False
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return isinstance(module, ONE_SIDED_MODULES + TWO_SIDED_MODULES)
+
+
+def _is_clamp_at_zero(node: fx.Node) -> bool:
+    """``x.clamp(min=0)`` and its spellings are ReLUs too."""
+    if node.target not in (torch.clamp, torch.clamp_min, "clamp", "clamp_", "clamp_min", "clamp_min_"):
+        return False
+    values = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return values.get("min") == 0 and values.get("max") is None
+
+
+def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True or any(value is True for value in node.args[1:])
+
+
+def _channel_axis(traced: fx.GraphModule, node: fx.Node, num_axes: int) -> int:
+    if num_axes == 2:
+        return 1
+    source = node.args[0] if node.args else None
+    while isinstance(source, fx.Node) and source.op == "call_module":
+        module = traced.get_submodule(str(source.target))
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            return -1
+        if not isinstance(module, TRANSPARENT):
+            return 1
+        source = source.args[0] if source.args else None
+    return -1 if isinstance(source, fx.Node) and source.target in (F.linear, F.layer_norm) else 1
+
+
+def _readable(node: fx.Node) -> str:
+    return (str(node.target) if node.op == "call_module" else node.name).replace(".", "_")
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs the graph once and notes the shape of every tensor."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result

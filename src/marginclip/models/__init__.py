@@ -1,0 +1,6 @@
+"""Classifiers: images (N, C, H, W) in [0, 1] in, logits (N, num_classes) out; normalisation is their first layer."""
+
+from marginclip.models.resnet import ResNet
+from marginclip.models.torchvision import TorchvisionModel
+
+__all__ = ["ResNet", "TorchvisionModel"]

@@ -1,0 +1,40 @@
+"""Any torchvision classifier, with the normalisation put inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torchvision
+from torch import Tensor, nn
+
+from marginclip.errors import UserError, nearest, require
+from marginclip.models.normalize import make_normalize
+
+
+class TorchvisionModel(nn.Module):
+    """A torchvision classification network by name, taking images in [0, 1] and giving logits (N, num_classes).
+
+    ``weights`` is a torchvision weights name such as ``"DEFAULT"`` (downloaded) or None for a fresh network; with weights the
+    network's own number of classes must be asked for. Raises :class:`UserError` for an unknown name.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        network: str = "resnet18",
+        weights: str | None = None,
+        mean: Sequence[float] | None = (0.485, 0.456, 0.406),
+        std: Sequence[float] | None = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        known = torchvision.models.list_models(module=torchvision.models)
+        if network not in known:
+            raise UserError(f"model.network '{network}' is not a torchvision classifier{nearest(network, known)}")
+        require(in_channels == 3, f"model=torchvision takes 3-channel images, the data set has {in_channels}")
+        self.normalize = make_normalize(in_channels, mean, std)
+        self.network: nn.Module = torchvision.models.get_model(network, weights=weights, num_classes=num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalize(images))

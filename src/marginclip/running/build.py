@@ -1,0 +1,125 @@
+"""Objects from a composed configuration: the only place, with the entry points, that knows Hydra."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from marginclip.attacks import Attack
+from marginclip.data import Augment, ImageData, Splits
+from marginclip.errors import UserError, require
+
+
+def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any:
+    """Hydra's ``instantiate`` whose failures name the configuration ``key`` and, for a user's mistake, nothing else.
+
+    The entry ``name`` of a group is its label for folders and tables, no constructor argument.
+    """
+    config = {name: value for name, value in config.items() if name != "name"}
+    try:
+        return hydra_instantiate(config, *positional, **settings)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        reason = error.__cause__ or error
+        if isinstance(reason, TypeError):
+            raise UserError(f"{key}: {str(reason).splitlines()[0]}") from error
+        raise
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration with all interpolations resolved, as plain containers."""
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The data under its attack, and a fresh model of the right shape."""
+
+    splits: Splits
+    attack: Attack | None
+    data: ImageData
+    model: nn.Module
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.splits.held_out.classes
+
+
+def build_scene(config: DictConfig) -> Scene:
+    """Load the data and build attack, data module and model; everything random is drawn from ``config.seed``."""
+    require(isinstance(config.seed, int) and config.seed >= 0, f"seed must be an integer from 0 up, got {config.seed!r}")
+    source_config = {key: value for key, value in config.dataset.items() if key != "augment"}
+    splits: Splits = instantiate(source_config, key="dataset").load()
+    classes = splits.held_out.classes
+    x2x = instantiate(config.x2x, num_classes=len(classes), seed=config.seed, key="x2x")
+    attack = instantiate(config.attack, x2x=x2x, image_shape=splits.image_shape, seed=config.seed, key="attack")
+    data = ImageData(
+        splits,
+        attack=attack,
+        augment=Augment(**config.dataset.augment),
+        batch_size=config.training.batch_size,
+        clean_per_class=config.clean_per_class,
+        clean_order=config.clean_order,
+        seed=config.seed,
+    )
+    model = build_model(config, len(classes), splits.image_shape)
+    return Scene(splits, attack, data, model)
+
+
+def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """A fresh model, initialised from ``config.seed``, checked to take images of the data set's shape."""
+    L.seed_everything(config.seed, verbose=False)
+    model: nn.Module = instantiate(config.model, num_classes=num_classes, in_channels=image_shape[0], key="model")
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, *image_shape))
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(str(side) for side in image_shape)
+        raise UserError(f"the model does not take the data set's images of {size} ({str(error).splitlines()[0]})") from error
+    require(logits.shape == (2, num_classes), f"the model must give logits (N, {num_classes}), got {tuple(logits.shape)}")
+    return model.train()
+
+
+def precision_for(choice: str) -> str:
+    """Lightning's name of the numeric precision; ``auto`` is bf16 where the device computes in it, else fp32."""
+    known = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+    require(choice in known, f"trainer.precision must be one of {', '.join(known)}, got '{choice}'")
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if _cpu_has_bf16() else "32-true"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def build_trainer(config: DictConfig, folder: Path, **settings: Any) -> L.Trainer:
+    """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's."""
+    options = {key: value for key, value in config.trainer.items() if key not in ("precision", "threads")}
+    precision = precision_for(config.trainer.precision)
+    return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)
+
+
+def config_hash(content: dict[str, Any]) -> str:
+    """Ten hexadecimal digits of a plain configuration."""
+    return hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()[:10]

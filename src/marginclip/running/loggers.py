@@ -1,0 +1,70 @@
+"""Experiment loggers: Weights & Biases (offline unless a key is configured), CSV files, or none."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from marginclip.errors import require
+from marginclip.running.build import plain
+
+
+def wandb_mode(choice: str) -> str:
+    """``online`` or ``offline``: with ``auto``, online only where an API key is configured, so nothing ever prompts."""
+    require(choice in ("auto", "online", "offline"), f"logger.mode must be auto, online or offline, got '{choice}'")
+    if choice != "auto":
+        return choice
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+
+
+def _netrc_has_key() -> bool:
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> Any:
+    """The Lightning logger of the ``logger`` group, writing under ``folder``; False for none."""
+    kind = config.logger.kind
+    if kind == "none":
+        return False
+    if kind == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        return CSVLogger(str(folder), name="csv", version="")
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    mode = wandb_mode(config.logger.mode)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    require(
+        mode == "offline" or bool(wandb.api.api_key),
+        "logger.mode=online needs a Weights & Biases API key (wandb login, or WANDB_API_KEY); logger.mode=offline needs none",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        name=name,
+        save_dir=str(folder),
+        project=config.logger.project,
+        group=config.logger.group,
+        job_type=job,
+        offline=mode == "offline",
+        config=plain(config),
+        settings=wandb.Settings(console="off"),
+    )
+
+
+def finish_logger(logger: Any) -> None:
+    """Close a W&B run, so that the next job of a sweep in this process starts a run of its own."""
+    if type(logger).__name__ == "WandbLogger":
+        import wandb
+
+        wandb.finish(quiet=True)

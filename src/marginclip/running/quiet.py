@@ -1,0 +1,28 @@
+"""Silencing Lightning's adverts and device lines; what the user should see is logged by us."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+PATTERNS = (
+    r".*does not have many workers.*",
+    r".*`?isinstance\(treespec, LeafSpec\).*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*You are using `LightningModule.*",
+    r".*Starting from v1.9.0, `tensorboardX`.*",
+    r".*Trying to infer the `batch_size`.*",
+    r".*`configure_optimizers` returned `None`.*",
+    r".*GPU available but not used.*",
+    r".*lr_scheduler.step\(\).*optimizer.step\(\).*",
+    r".*`training_step` returned `None`.*",
+)
+
+
+def quiet_lightning() -> None:
+    """Lower Lightning's own loggers to errors and drop its warnings that nobody here can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in PATTERNS:
+        warnings.filterwarnings("ignore", message=pattern)

@@ -1,0 +1,6 @@
+"""LightningModules that make a classifier."""
+
+from marginclip.training.classifier import ClassifierTraining
+from marginclip.training.poisoned import PoisonedTraining
+
+__all__ = ["ClassifierTraining", "PoisonedTraining"]

@@ -1,0 +1,83 @@
+"""The store of trained victims: the same recipe is the same victim, trained once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import nn
+
+from marginclip.attacks import Attack
+from marginclip.files import read_json, write_json, write_tensors
+
+RECIPE_VERSION = 1
+NO_EFFECT = ("cache", "memory_gib", "download", "min_success")
+
+
+def recipe_hash(recipe: dict[str, Any]) -> str:
+    """Ten hexadecimal digits that are the same for equal recipes, whatever the order of their keys."""
+    text = json.dumps({"version": RECIPE_VERSION, **_without(recipe)}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _without(value: Any) -> Any:
+    """The recipe without keys that do not change what is trained."""
+    if isinstance(value, dict):
+        return {key: _without(entry) for key, entry in value.items() if key not in NO_EFFECT}
+    return value
+
+
+@dataclass(frozen=True)
+class Victim:
+    """One trained victim on disk: ``victim.json`` (written last, so its presence means done), weights and attack state."""
+
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """Recipe, metrics and seconds; None while it is not trained."""
+        return read_json(self.folder / "victim.json")
+
+    @property
+    def weights(self) -> Path:
+        """The trained weights, safetensors."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that an interrupted training goes on from."""
+        return self.folder / "checkpoint" / "last.ckpt"
+
+    def lock(self) -> FileLock:
+        """Held while training, so that the parallel cells of a sweep train a shared victim once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock")
+
+    def save(self, model: nn.Module, attack: Attack | None, record: dict[str, Any]) -> None:
+        """Write weights and attack state, then the record."""
+        write_tensors(self.weights, model.state_dict())
+        if attack is not None and attack.state_dict():
+            write_tensors(self.folder / "attack.safetensors", attack.state_dict())
+        write_json(self.folder / "victim.json", record)
+
+    def restore(self, model: nn.Module, attack: Attack | None) -> None:
+        """Load weights into ``model`` and the attack's state into ``attack``."""
+        model.load_state_dict(load_file(self.weights))
+        if attack is not None and attack.state_dict():
+            attack.load_state_dict(load_file(self.folder / "attack.safetensors"))
+
+
+class VictimStore:
+    """A folder of victims, one sub-folder a recipe, named by its main options and the hash of the whole recipe."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, name: str, recipe: dict[str, Any]) -> Victim:
+        """The place of the victim with this recipe, trained or not."""
+        return Victim(self.root / f"{name}-{recipe_hash(recipe)}")
