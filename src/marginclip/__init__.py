@@ -1,0 +1,36 @@
+"""marginclip repairs a trained image classifier without its training set, by bounding its activations.
+
+>>> import marginclip
+>>> repaired = marginclip.repair(model, images, labels)  # doctest: +SKIP
+>>> detector = marginclip.MarginDropDetector.fit(model, repaired, images)  # doctest: +SKIP
+>>> detector(new_images).decisions  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marginclip.defenses import BoundLearning, repair
+    from marginclip.errors import UserError
+    from marginclip.maxmargin import BoundedNetwork, Detection, MarginDropDetector
+
+_HOMES = {
+    "repair": "marginclip.defenses",
+    "BoundLearning": "marginclip.defenses",
+    "BoundedNetwork": "marginclip.maxmargin",
+    "MarginDropDetector": "marginclip.maxmargin",
+    "Detection": "marginclip.maxmargin",
+    "UserError": "marginclip.errors",
+}
+
+__version__ = "0.1.0"
+__all__ = ["BoundLearning", "BoundedNetwork", "Detection", "MarginDropDetector", "UserError", "repair"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that a command line's help and mistakes answer at once."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'marginclip' has no attribute '{name}'")

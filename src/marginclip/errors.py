@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as ``"; did you mean 'badnet'?"``, or the empty string when nothing valid is close to ``name``."""
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 

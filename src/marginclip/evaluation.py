@@ -27,7 +27,9 @@ class Evaluation(L.LightningModule):
     Raises :class:`UserError` when a network gives logits that are not finite.
     """
 
-    def __init__(self, networks: dict[str, nn.Module], detectors: dict[str, tuple[str, MarginDropDetector]] | None = None) -> None:
+    def __init__(
+        self, networks: dict[str, nn.Module], detectors: dict[str, tuple[str, MarginDropDetector]] | None = None
+    ) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.pairs = {name: repaired for name, (repaired, _) in (detectors or {}).items()}
@@ -36,7 +38,9 @@ class Evaluation(L.LightningModule):
         self.accuracy = nn.ModuleDict({name: CleanAccuracy() for name in names})
         self.success = nn.ModuleDict({name: AttackSuccessRate() for name in names})
         self.poisoned_accuracy = nn.ModuleDict({name: PoisonedAccuracy() for name in names})
-        self.flagged = nn.ModuleDict({f"{name}_{kind}": FlaggedRate() for name in self.detectors for kind in ("clean", "triggered")})
+        self.flagged = nn.ModuleDict(
+            {f"{name}_{kind}": FlaggedRate() for name in self.detectors for kind in ("clean", "triggered")}
+        )
         self.auroc = nn.ModuleDict({name: BinaryAUROC() for name in self.detectors})
         self.statistics: dict[str, list[Tensor]] = {}
 

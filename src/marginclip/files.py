@@ -33,8 +33,8 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """Tensors as safetensors."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Tensors as safetensors; those that share memory are written as copies, which that format asks for."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return write_whole(path, lambda partial: save_file(plain, partial, metadata=metadata))
 
 

@@ -19,6 +19,8 @@ class Chessboard(Attack):
     One-sided, as in the original code of the pattern; the sum is clipped at 1, never wrapped.
     """
 
+    pattern: Tensor
+
     def __init__(
         self, x2x: X2X, image_shape: Sequence[int], *, amplitude: float = 3 / 255, seed: int = 0, **settings: Any
     ) -> None:

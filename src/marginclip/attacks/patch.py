@@ -22,6 +22,8 @@ class BadNet(Attack):
     over all values is lower (uniform noise has 0.29 on average).
     """
 
+    patch: Tensor
+
     def __init__(
         self,
         x2x: X2X,
@@ -36,6 +38,7 @@ class BadNet(Attack):
         super().__init__(x2x, image_shape, seed=seed, **settings)
         channels, height, width = self.image_shape
         room = min(height, width) - patch_size - 2 * margin
+        require(margin >= 0, f"attack.margin must not be negative, got {margin}")
         require(patch_size >= 1, f"attack.patch_size must be at least 1, got {patch_size}")
         require(
             room >= 0,

@@ -21,7 +21,9 @@ class BatchSampler(Sampler[BatchKey]):
     exactly what an uninterrupted one would. With several ranks each takes every ``world_size``-th image.
     """
 
-    def __init__(self, count: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, count: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
 

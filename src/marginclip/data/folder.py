@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, decode
+from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, read_images
 from marginclip.data.sources import held_out_mask
 from marginclip.errors import UserError, require
 
@@ -54,23 +53,26 @@ class ImageFolder:
         """Train and held-out split, uint8 (N, 3, size, size)."""
         train_dir, held_out_dir = _named(self.root, TRAIN_NAMES), _named(self.root, HELD_OUT_NAMES)
         if train_dir is not None and held_out_dir is not None:
-            train, held_out = self._read(train_dir), self._read(held_out_dir)
+            train = self._read(train_dir)
+            held_out = self._read(held_out_dir, train.images[torch.tensor([0])].shape[-1])
             if train.classes != held_out.classes:
                 odd = sorted(set(train.classes) ^ set(held_out.classes))
-                raise UserError(f"'{train_dir}' and '{held_out_dir}' have different classes: {', '.join(odd)} in one of them only")
+                raise UserError(
+                    f"'{train_dir}' and '{held_out_dir}' have different classes: {', '.join(odd)} in one of them only"
+                )
             return Splits(train, held_out)
         whole = self._read(self.root)
         mask = held_out_mask(whole.labels, held_out_share=self.held_out_share, seed=self.split_seed)
         return Splits(_take(whole, ~mask), _take(whole, mask))
 
-    def _read(self, folder: Path) -> ImageSet:
+    def _read(self, folder: Path, size: int | None = None) -> ImageSet:
         paths, labels, classes = list_images(folder)
-        size = self.size or _side_of(paths[0])
+        size = size or self.size or _side_of(paths[0])
         images: ImageStore
         if len(paths) * 3 * size * size <= self.memory_bytes:
             images = self._cached(folder, paths, size)
         else:
-            images = FileImages(paths, size, num_threads=os.cpu_count() or 1)
+            images = FileImages(paths, size, strict=self.size is None)
         return ImageSet(images, labels, classes)
 
     def _cached(self, folder: Path, paths: list[Path], size: int) -> Tensor:
@@ -104,34 +106,11 @@ def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     paths: list[Path] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
-        files = sorted(path for path in class_dir.rglob("*") if path.is_file() and not path.name.startswith("."))
+        files = sorted(path for path in class_dir.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(class_dir)))
         require(len(files) > 0, f"class '{class_dir.name}' has no images in '{class_dir}'")
         paths += files
         labels += [label] * len(files)
     return paths, torch.tensor(labels), tuple(path.name for path in class_dirs)
-
-
-def read_images(paths: list[Path], size: int, *, strict: bool) -> Tensor:
-    """All files decoded, uint8 (N, 3, size, size); ``strict`` refuses images of another size instead of scaling them."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = list(pool.map(lambda path: _try_decode(path, size, strict), paths))
-    faults = [result for result in results if isinstance(result, str)]
-    if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise UserError(f"{len(faults)} of {len(paths)} files cannot be used: {shown}")
-    return torch.stack([result for result in results if isinstance(result, Tensor)])
-
-
-def _try_decode(path: Path, size: int, strict: bool) -> Tensor | str:
-    try:
-        image = decode(path, None if strict else size)
-    except UnidentifiedImageError:
-        return f"'{path}' is not an image"
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"'{path}' is corrupt ({error})"
-    if image.shape[1:] != (size, size):
-        return f"'{path}' is {image.shape[2]} x {image.shape[1]} pixels, not {size} x {size} (set dataset.size to scale images)"
-    return image
 
 
 def _side_of(path: Path) -> int:
@@ -140,8 +119,14 @@ def _side_of(path: Path) -> int:
             width, height = image.size
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"'{path}' is not a readable image") from error
-    require(width == height, f"'{path}' is {width} x {height} pixels, not square: set dataset.size to the side to scale images to")
+    require(
+        width == height, f"'{path}' is {width} x {height} pixels, not square: set dataset.size to the side to scale images to"
+    )
     return width
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _named(root: Path, names: tuple[str, ...]) -> Path | None:

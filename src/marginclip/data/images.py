@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from marginclip.errors import UserError
 
 
 class ImageStore(Protocol):
@@ -53,21 +56,48 @@ def decode(path: Path, size: int | None) -> Tensor:
         image = opened.convert("RGB")
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
-        image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
+        image = image.resize(
+            (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR
+        )
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 class FileImages:
-    """Images decoded from their files whenever they are asked for, by a pool of threads (decoding releases the GIL)."""
+    """Images decoded from their files whenever they are asked for (see :func:`read_images`)."""
 
-    def __init__(self, paths: list[Path], size: int, *, num_threads: int = 4) -> None:
-        self.paths, self.size, self.num_threads = paths, size, num_threads
+    def __init__(self, paths: list[Path], size: int, *, strict: bool = False) -> None:
+        self.paths, self.size, self.strict = paths, size, strict
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            return torch.stack(list(pool.map(lambda i: decode(self.paths[i], self.size), index.tolist())))
+        return read_images([self.paths[i] for i in index.tolist()], self.size, strict=self.strict)
+
+
+def read_images(paths: list[Path], size: int, *, strict: bool) -> Tensor:
+    """All files decoded, uint8 (N, 3, size, size), by a pool of threads (decoding releases the GIL).
+
+    ``strict`` refuses images of another size instead of scaling them. Raises :class:`UserError` that names what cannot be used.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = list(pool.map(lambda path: _try_decode(path, size, strict), paths))
+    faults = [result for result in results if isinstance(result, str)]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise UserError(f"{len(faults)} of {len(paths)} files cannot be used: {shown}")
+    return torch.stack([result for result in results if isinstance(result, Tensor)])
+
+
+def _try_decode(path: Path, size: int, strict: bool) -> Tensor | str:
+    try:
+        image = decode(path, None if strict else size)
+    except UnidentifiedImageError:
+        return f"'{path}' is not an image"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"'{path}' is corrupt ({error})"
+    if image.shape[1:] != (size, size):
+        return f"'{path}' is {image.shape[2]} x {image.shape[1]} pixels, not {size} x {size} (set dataset.size to scale images)"
+    return image

@@ -45,7 +45,9 @@ class ImageData(L.LightningDataModule):
             held_out.labels, held_out.classes, per_class=clean_per_class, seed=seed, order=clean_order
         )
         train_labels = splits.train.labels
-        self.poisoned = torch.zeros(len(train_labels), dtype=torch.bool) if attack is None else attack.poisoned_mask(train_labels)
+        self.poisoned = (
+            torch.zeros(len(train_labels), dtype=torch.bool) if attack is None else attack.poisoned_mask(train_labels)
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -86,7 +86,9 @@ class Cifar10:
                 "put cifar-10-batches-py there, or use dataset=image_folder"
             ) from error
         train, held_out = (
-            ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), tuple(part.classes))
+            ImageSet(
+                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), tuple(part.classes)
+            )
             for part in parts
         )
         return Splits(train, held_out)

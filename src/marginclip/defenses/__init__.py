@@ -1,0 +1,9 @@
+"""Post-training defenses behind one contract: model and clean set in, repaired module out."""
+
+from marginclip.defenses.base import Defense
+from marginclip.defenses.bound_learning import BoundLearning
+from marginclip.defenses.fit import cross_fitted_logits, fit_defense, repair
+from marginclip.defenses.settings import AscentPlan, BoundStart
+from marginclip.defenses.static_clip import StaticClip
+
+__all__ = ["AscentPlan", "BoundLearning", "BoundStart", "Defense", "StaticClip", "cross_fitted_logits", "fit_defense", "repair"]

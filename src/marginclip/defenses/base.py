@@ -69,6 +69,4 @@ def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
         "put the normalisation inside the model",
     )
     lowest, highest = int(labels.min()), int(labels.max())
-    require(
-        0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}"
-    )
+    require(0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}")

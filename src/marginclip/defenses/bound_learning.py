@@ -29,6 +29,12 @@ class BoundLearning(Defense):
     (``"last"``, as the published script). If none kept it, the bounds are relaxed towards the clean maxima until they do.
     """
 
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    wanted: Tensor
+    margin_inputs: Tensor
+
     def __init__(
         self,
         *,
@@ -68,7 +74,9 @@ class BoundLearning(Defense):
         logits = clean_logits(model, images)
         check_clean_set(images, labels, logits.shape[1])
         correct = logits.argmax(1).cpu() == labels.cpu()
-        require(bool(correct.any()), f"the model classifies none of the {len(images)} clean images correctly; are the labels right?")
+        require(
+            bool(correct.any()), f"the model classifies none of the {len(images)} clean images correctly; are the labels right?"
+        )
         self.bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis).to(memory_format=torch.channels_last)
         self.start.apply(self.bounded, images)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
@@ -181,7 +189,7 @@ class BoundLearning(Defense):
             "penalty": self.penalty.value, "active_bounds": active,
         })  # fmt: skip
         if len(self.history) > 1:
-            self.log_dict({f"defense/{key}": value for key, value in self.history[-1].items() if key in ("agreement", "active_bounds")}, prog_bar=True)
+            self.log_dict({"defense/agreement": agreement, "defense/active_bounds": active}, prog_bar=True)
 
     def _log_step(self, terms: Objective, margins: Tensor) -> None:
         self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
@@ -192,14 +200,14 @@ class BoundLearning(Defense):
         """Move the bounds towards the clean maxima, in tenths, until the accuracy constraint holds (there it does exactly)."""
         learned = self.bounded.bounds_state()
         self.bounded.set_from_images(self.images)
-        widest = self.bounded.bounds_state()
+        clean = self.bounded.bounds_state()
+        widest = {name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], learned[name]) for name in learned}
         for tenth in range(11):
-            share = tenth / 10
-            self.bounded.load_bounds({name: torch.lerp(learned[name], widest[name].maximum(learned[name]) if name.endswith("upper") else widest[name].minimum(learned[name]), share) for name in learned})
+            self.relaxed = tenth / 10
+            self.bounded.load_bounds({name: torch.lerp(learned[name], widest[name], self.relaxed) for name in learned})
             agreement = float((clean_logits(self.bounded, self.images).argmax(1) == self.labels).float().mean())
             if agreement >= self.penalty.min_agreement:
                 break
-        self.relaxed = share
 
     # -- resuming -------------------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ class AscentPlan:
 
     def __post_init__(self) -> None:
         require(
-            self.network in ("bounded", "original"), f"defense.ascent.network must be 'bounded' or 'original', got '{self.network}'"
+            self.network in ("bounded", "original"),
+            f"defense.ascent.network must be 'bounded' or 'original', got '{self.network}'",
         )
         require(self.rule in RULES, f"defense.ascent.rule must be one of {', '.join(RULES)}, got '{self.rule}'")
         for key in ("starts_per_class", "refresh_every"):

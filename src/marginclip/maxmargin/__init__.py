@@ -1,0 +1,25 @@
+"""The idea: margins, the search for their maxima, bounds on activations, the objective, lambda, and the detector. Torch only."""
+
+from marginclip.maxmargin.bounds import Bound, BoundedNetwork, activation_extremes
+from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_drop
+from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
+from marginclip.maxmargin.null import p_values
+from marginclip.maxmargin.objectives import Objective, mmac
+from marginclip.maxmargin.penalty import PenaltyController
+
+__all__ = [
+    "Bound",
+    "BoundedNetwork",
+    "Detection",
+    "MarginAscent",
+    "MarginDropDetector",
+    "Objective",
+    "PenaltyController",
+    "activation_extremes",
+    "ascend_margins",
+    "margin",
+    "margin_drop",
+    "mmac",
+    "p_values",
+    "random_starts",
+]

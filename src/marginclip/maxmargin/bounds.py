@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -168,6 +169,9 @@ class BoundedNetwork(nn.Module):
 
         For learning: it is faster, and equal up to rounding. Where a batch norm cannot be folded it stays.
         """
+        calls = Counter(str(node.target) for node in self.network.graph.nodes if node.op == "call_module")
+        if any(count > 1 and list(self.network.get_submodule(name).parameters()) for name, count in calls.items()):
+            return self  # a layer that is called twice would have its batch norm folded in twice
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         network = copy.deepcopy(self.network)
@@ -206,9 +210,7 @@ class BoundedNetwork(nn.Module):
 
 
 @torch.no_grad()
-def activation_extremes(
-    bounded: BoundedNetwork, images: Tensor, *, batch_size: int = 250
-) -> dict[str, tuple[Tensor, Tensor]]:
+def activation_extremes(bounded: BoundedNetwork, images: Tensor, *, batch_size: int = 250) -> dict[str, tuple[Tensor, Tensor]]:
     """Smallest and largest value of every feature map in every image, by activation call: two tensors (N, channels) on the CPU.
 
     Measured on the network *without* bounds (paper 1, Fig. 2 and 3 show the maxima over images).
@@ -217,7 +219,11 @@ def activation_extremes(
 
     def note(name: str, axis: int) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            flat = inputs[0].detach().float().movedim(axis, 1).flatten(2) if inputs[0].dim() > 2 else inputs[0].float().unsqueeze(2)
+            flat = (
+                inputs[0].detach().float().movedim(axis, 1).flatten(2)
+                if inputs[0].dim() > 2
+                else inputs[0].float().unsqueeze(2)
+            )
             collected[name].append((flat.amin(2).cpu(), flat.amax(2).cpu()))
 
         return hook
@@ -231,14 +237,19 @@ def activation_extremes(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (torch.cat([low for low, _ in parts]), torch.cat([high for _, high in parts])) for name, parts in collected.items()}
+    return {
+        name: (torch.cat([low for low, _ in parts]), torch.cat([high for _, high in parts]))
+        for name, parts in collected.items()
+    }
 
 
 def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | None) -> tuple[fx.GraphModule, nn.ModuleDict]:
     """Insert a :class:`Bound` behind every activation call of a traced model."""
     example = example[:1] if example.dim() > 3 else example.unsqueeze(0)
     parameter = next(iter(traced.parameters()), None)
-    sites = find_sites(traced, example if parameter is None else example.to(parameter.device), channel_axis=channel_axis)
+    example = example if parameter is None else example.to(parameter.device)
+    logits = _logits(traced, example)
+    sites = find_sites(traced, example, channel_axis=channel_axis)
     if not sites:
         raise UserError("the model has no activation functions that could be bounded (ReLU, LeakyReLU, GELU, SiLU, ...)")
     bounds = nn.ModuleDict()
@@ -253,4 +264,17 @@ def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | No
         site.node.replace_all_uses_with(clipped, delete_user_cb=lambda user, own=clipped: user is not own)
     traced.graph.lint()
     traced.recompile()
+    require(
+        torch.allclose(_logits(traced, example), logits, rtol=1e-4, atol=1e-5, equal_nan=True),
+        "the model overwrites an activation's input in place and reads it under another name (a view, nn.Identity, "
+        "nn.Dropout); write that activation out of place so that it can be bounded",
+    )
     return traced, bounds
+
+
+@torch.no_grad()
+def _logits(traced: fx.GraphModule, example: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        logits = traced(example.detach().clone())
+    require(isinstance(logits, Tensor), f"the model must return one tensor of logits, not a {type(logits).__name__}")
+    return logits

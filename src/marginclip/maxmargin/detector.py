@@ -1,3 +1,162 @@
-"""placeholder"""
-from torch import nn
-class MarginDropDetector(nn.Module): ...
+"""MMDF: detecting triggered images by how far bounding lowers their margin, and correcting the decision (paper 1, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.errors import require
+from marginclip.maxmargin.margin import margin
+from marginclip.maxmargin.null import NULLS, p_values, threshold
+
+RULES = ("paper", "or_disagree")
+CORRECTIONS = ("exclude", "insist", "reject")
+
+
+def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
+    """The detection statistic S (Eq. 4): the margin of the model's decision, without bounds minus with bounds.
+
+    ``logits`` and ``bounded_logits`` (N, K) of the model and of the repaired network; returns (N,) in logits, about 0 for clean
+    images and large for triggered ones.
+    """
+    decisions = logits.argmax(1)
+    return margin(logits, decisions) - margin(bounded_logits, decisions)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a detector says of N images, all (N,): the corrected ``decisions`` (-1: rejected), which were ``flagged``, their
+    ``p_values`` and ``statistic`` (S)."""
+
+    decisions: Tensor
+    flagged: Tensor
+    p_values: Tensor
+    statistic: Tensor
+
+
+class MarginDropDetector(nn.Module):
+    """Flags images whose margin drops too far under the bounds for a clean image, and corrects their decision.
+
+    ``model`` and ``repaired`` map images to logits; ``clean_statistics`` (M,) are the margin drops of clean images and
+    ``clean_margins`` (M,) what margin the repaired network leaves to the model's decision there. An image is flagged when its
+    p-value under the ``null_distribution`` (see :func:`marginclip.maxmargin.null.p_values`) is below ``theta``
+    (``rule="paper"``), or also when the two networks disagree (``"or_disagree"``, the wording of the second paper). Not flagged: the model's decision stands.
+    Flagged: ``correction`` says what happens. ``"exclude"`` takes the repaired network's best class *other than* the model's
+    (the papers): a false alarm is then always wrong, which is why the null must be well calibrated. ``"insist"`` keeps the model's
+    class where the repaired network chooses it too, by a margin of at least the clean samples' median; it forgives false alarms,
+    and triggers that survive the repair as well (docs/results.md), so use it only where repaired and attacked agree on little.
+    ``"reject"`` decides -1.
+    """
+
+    clean_statistics: Tensor
+    clean_margins: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        repaired: nn.Module,
+        clean_statistics: Tensor,
+        clean_margins: Tensor,
+        *,
+        theta: float = 0.005,
+        null_distribution: str = "tail",
+        rule: str = "paper",
+        correction: str = "exclude",
+    ) -> None:
+        super().__init__()
+        check_detector_settings(theta=theta, null_distribution=null_distribution, rule=rule, correction=correction)
+        self.model, self.repaired = model, repaired
+        self.theta, self.null_distribution, self.rule, self.correction = theta, null_distribution, rule, correction
+        self.register_buffer("clean_statistics", clean_statistics.detach().float().cpu())
+        self.register_buffer("clean_margins", clean_margins.detach().float().cpu())
+        self.insisting_margin = float(clean_margins.float().median())
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        model: nn.Module,
+        repaired: nn.Module,
+        images: Tensor,
+        *,
+        theta: float = 0.005,
+        null_distribution: str = "tail",
+        rule: str = "paper",
+        correction: str = "exclude",
+        batch_size: int = 250,
+    ) -> MarginDropDetector:
+        """Fit the null to clean images (M, C, H, W) in [0, 1]; both networks are left in evaluation mode.
+
+        Images that the bounds were *not* learned from give a better calibrated null; those that they were learned from, as in
+        the papers, make false alarms more frequent than ``theta``.
+        """
+        require(len(images) >= 2, f"a detector needs at least 2 clean images, got {len(images)}")
+        model.eval(), repaired.eval()
+        device = next((parameter.device for parameter in model.parameters()), images.device)
+        batches = [batch.to(device) for batch in images.split(batch_size)]
+        logits = torch.cat([model(batch).float() for batch in batches])
+        bounded = torch.cat([repaired(batch).float() for batch in batches])
+        return cls.from_logits(
+            model, repaired, logits, bounded, theta=theta, null_distribution=null_distribution, rule=rule, correction=correction
+        )
+
+    @classmethod
+    def from_logits(
+        cls, model: nn.Module, repaired: nn.Module, logits: Tensor, bounded_logits: Tensor, *,
+        theta: float = 0.005, null_distribution: str = "tail", rule: str = "paper", correction: str = "exclude",
+    ) -> MarginDropDetector:  # fmt: skip
+        """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
+        statistics, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
+        detector = cls(
+            model,
+            repaired,
+            statistics,
+            kept,
+            theta=theta,
+            null_distribution=null_distribution,
+            rule=rule,
+            correction=correction,
+        )
+        return detector.to(logits.device)
+
+    @property
+    def threshold(self) -> float:
+        """The statistic from which on an image is flagged, in logits."""
+        return threshold(self.clean_statistics, self.theta, null_distribution=self.null_distribution)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Detection:
+        """Decisions and p-values of images (N, C, H, W) in [0, 1]."""
+        return self.decide(self.model(images).float(), self.repaired(images).float())
+
+    def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
+        """The same from both networks' logits (N, K), which are left as they are."""
+        original = logits.argmax(1)
+        statistic = margin_drop(logits, bounded_logits)
+        values = p_values(statistic, self.clean_statistics, null_distribution=self.null_distribution)
+        flagged = values < self.theta
+        if self.rule == "or_disagree":
+            flagged = flagged | (bounded_logits.argmax(1) != original)
+        return Detection(torch.where(flagged, self._corrected(original, bounded_logits), original), flagged, values, statistic)
+
+    def _corrected(self, original: Tensor, bounded_logits: Tensor) -> Tensor:
+        if self.correction == "reject":
+            return torch.full_like(original, -1)
+        others = bounded_logits.scatter(1, original.unsqueeze(1), float("-inf")).argmax(1)
+        if self.correction == "exclude":
+            return others
+        insists = margin(bounded_logits, original) >= max(self.insisting_margin, 0.0)
+        return torch.where(insists, original, others)
+
+
+def check_detector_settings(*, theta: float, null_distribution: str, rule: str, correction: str) -> None:
+    """Raise :class:`UserError` unless the settings are valid."""
+    require(0 < theta < 1, f"detector.theta must be in (0, 1), got {theta:g}")
+    require(
+        null_distribution in NULLS,
+        f"detector.null_distribution must be one of {', '.join(NULLS)}, got '{null_distribution}'",
+    )
+    require(rule in RULES, f"detector.rule must be one of {', '.join(RULES)}, got '{rule}'")
+    require(correction in CORRECTIONS, f"detector.correction must be one of {', '.join(CORRECTIONS)}, got '{correction}'")

@@ -35,7 +35,9 @@ class MarginAscent:
     steps: int
 
 
-def random_starts(count: int, shape: Sequence[int], *, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+def random_starts(
+    count: int, shape: Sequence[int], *, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
     """``count`` images (count, C, H, W) uniform in [0, 1], drawn on the CPU so that every device starts alike."""
     return torch.rand((count, *shape), generator=generator).to(device)
 
@@ -71,7 +73,10 @@ def ascend_margins(
     require(steps >= 0 and step_size > 0, f"ascent needs steps >= 0 and step_size > 0, got {steps} and {step_size:g}")
     require(0 <= momentum < 1, f"ascent momentum must be in [0, 1), got {momentum:g}")
     require(len(classes) == len(starts), f"one class a start is needed, got {len(classes)} classes and {len(starts)} starts")
-    was_training = model.training
+    require(
+        tolerance >= 0 and patience >= 1, f"ascent needs tolerance >= 0 and patience >= 1, got {tolerance:g} and {patience}"
+    )
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -80,11 +85,11 @@ def ascend_margins(
             starts, classes = starts.detach().clone(), classes.detach().clone()
             chunk = _chunk_size(search, starts, classes, memory_budget)
             parts = [
-                search.run(images, wanted)
-                for images, wanted in zip(starts.split(chunk), classes.split(chunk), strict=True)
+                search.run(images, wanted) for images, wanted in zip(starts.split(chunk), classes.split(chunk), strict=True)
             ]
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     return MarginAscent(
         torch.cat([part.images for part in parts]),
         torch.cat([part.margins for part in parts]),
@@ -113,7 +118,8 @@ class _Search:
 
     def run(self, images: Tensor, classes: Tensor) -> MarginAscent:
         velocity = torch.zeros_like(images)
-        best_images, best, initial, history = images, None, None, []
+        history: list[float] = []
+        best_images, best, initial = images, None, None
         for step in range(self.steps + 1):
             images = images.detach().requires_grad_(step < self.steps)
             values = self.margins(images, classes)

@@ -19,7 +19,9 @@ class Objective:
     margin: Tensor
 
 
-def mmac(bounded_logits: Tensor, clean_logits: Tensor, margins: Tensor, penalty: float, *, reduction: str = "mean") -> Objective:
+def mmac(
+    bounded_logits: Tensor, clean_logits: Tensor, margins: Tensor, penalty: float, *, reduction: str = "mean"
+) -> Objective:
     """The MMAC objective (Eq. 3): stay close to the model's logits on clean images, and lower the maximum margins.
 
     ``bounded_logits`` and ``clean_logits`` (B, K) of the same clean images, with and without bounds; ``margins`` (N,) of the

@@ -33,6 +33,7 @@ class PenaltyController:
         require(control in CONTROLS, f"defense.penalty.control must be one of {', '.join(CONTROLS)}, got '{control}'")
         require(factor > 1, f"defense.penalty.factor must be greater than 1, got {factor:g}")
         require(0 <= min_agreement <= 1, f"defense.penalty.min_agreement (pi) must be in [0, 1], got {min_agreement:g}")
+        require(0 <= smallest <= largest, f"defense.penalty.smallest must be in [0, largest={largest:g}], got {smallest:g}")
         self.initial, self.control, self.factor, self.min_agreement = initial, control, factor, min_agreement
         self.first_check, self.smallest, self.largest = first_check, smallest, largest
         self.value, self.checks = initial, 0

@@ -59,6 +59,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         if node.op == "call_module":
             leaf = traced.get_submodule(node.target)
             hidden = [name for name, part in leaf.named_modules() if name and _is_activation(part)]
+            hidden += [name for name, value in vars(leaf).items() if value in ONE_SIDED_FUNCTIONS + TWO_SIDED_FUNCTIONS]
             if hidden:
                 raise UserError(
                     f"the layer '{node.target}' ({type(leaf).__name__}) hides its activation '{hidden[0]}' from tracing; "
@@ -80,7 +81,9 @@ def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | N
     for node, two_sided in _activation_calls(traced):
         shape = shapes.shapes.get(node)
         if shape is None or len(shape) < 2:
-            raise UserError(f"the activation '{node.name}' gives no batch of feature maps (shape {shape}); it cannot be bounded")
+            raise UserError(
+                f"the activation '{node.name}' gives no batch of feature maps (shape {shape}); it cannot be bounded"
+            )
         axis = _channel_axis(traced, node, len(shape)) if channel_axis is None or len(shape) == 2 else channel_axis
         if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
             raise UserError(f"channel_axis must be an axis in 1..{len(shape) - 1} or its negative, got {axis}")
@@ -100,10 +103,12 @@ def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
         node.target = str(node.target).rstrip("_")
     elif node.target in IN_PLACE_FUNCTIONS:
         plain = {F.relu_: F.relu, torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu}
-        node.target = plain[node.target]  # type: ignore[index]
+        node.target = plain[node.target]  # type: ignore[index, assignment]
     else:
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        node.args = tuple(False if isinstance(value, bool) and position > 0 else value for position, value in enumerate(node.args))
+        node.args = tuple(
+            False if isinstance(value, bool) and position > 0 else value for position, value in enumerate(node.args)
+        )
     order = {each: position for position, each in enumerate(traced.graph.nodes)}
     for user in list(source.users):
         if order[user] > order[node]:
@@ -133,7 +138,7 @@ def _is_clamp_at_zero(node: fx.Node) -> bool:
     if node.target not in (torch.clamp, torch.clamp_min, "clamp", "clamp_", "clamp_min", "clamp_min_"):
         return False
     values = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return values.get("min") == 0 and values.get("max") is None
+    return bool(values.get("min") == 0) and values.get("max") is None
 
 
 def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -141,7 +146,9 @@ def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
         return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    return node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True or any(value is True for value in node.args[1:])
+    return (
+        node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True or any(value is True for value in node.args[1:])
+    )
 
 
 def _channel_axis(traced: fx.GraphModule, node: fx.Node, num_axes: int) -> int:

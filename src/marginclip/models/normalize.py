@@ -17,6 +17,9 @@ class Normalize(nn.Module):
     trained loads under its own keys.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         require(len(mean) == len(std), f"model.mean and model.std must have the same length, got {len(mean)} and {len(std)}")

@@ -28,7 +28,9 @@ class PadShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norm and a shortcut; activation after the first and after the sum."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, *, shortcut: str, activation: str, negative_slope: float):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, *, shortcut: str, activation: str, negative_slope: float
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -76,6 +78,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         require(num_classes >= 2, f"a classifier needs at least 2 classes, got {num_classes}")
+        require(len(blocks) > 0 and min(blocks) >= 1, f"model.blocks must be one or more counts from 1 up, got {list(blocks)}")
         require(width >= 1, f"model.width must be at least 1, got {width}")
         require(shortcut in ("projection", "pad"), f"model.shortcut must be 'projection' or 'pad', got '{shortcut}'")
         self.normalize = make_normalize(in_channels, mean, std)

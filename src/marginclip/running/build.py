@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from marginclip.attacks import Attack
 from marginclip.data import Augment, ImageData, Splits
 from marginclip.errors import UserError, require
+from marginclip.precision import precision_for
 
 
 def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any:
@@ -96,30 +96,8 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
     return model.train()
 
 
-def precision_for(choice: str) -> str:
-    """Lightning's name of the numeric precision; ``auto`` is bf16 where the device computes in it, else fp32."""
-    known = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
-    require(choice in known, f"trainer.precision must be one of {', '.join(known)}, got '{choice}'")
-    if choice != "auto":
-        return choice
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "bf16-mixed" if _cpu_has_bf16() else "32-true"
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
 def build_trainer(config: DictConfig, folder: Path, **settings: Any) -> L.Trainer:
     """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's."""
     options = {key: value for key, value in config.trainer.items() if key not in ("precision", "threads")}
     precision = precision_for(config.trainer.precision)
     return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)
-
-
-def config_hash(content: dict[str, Any]) -> str:
-    """Ten hexadecimal digits of a plain configuration."""
-    return hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()[:10]

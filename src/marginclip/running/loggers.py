@@ -67,4 +67,26 @@ def finish_logger(logger: Any) -> None:
     if type(logger).__name__ == "WandbLogger":
         import wandb
 
-        wandb.finish(quiet=True)
+        wandb.finish()
+
+
+def publish(logger: Any, record: Any, *, draw: bool) -> None:
+    """Draw the run's figures (``draw``) and send its metrics, table and figures to the logger."""
+    from marginclip.reporting import draw_figures
+
+    figures = draw_figures(record.folder) if draw else []
+    if not logger:
+        return
+    flat = {f"{row}/{name}": value for row, values in record.content["metrics"].items() for name, value in values.items()}
+    flat |= {f"seconds/{phase}": seconds for phase, seconds in record.content["seconds"].items()}
+    logger.log_metrics(flat)
+    if type(logger).__name__ != "WandbLogger":
+        logger.save()
+        return
+    import wandb
+
+    columns = ["method", *sorted({name for values in record.content["metrics"].values() for name in values})]
+    rows = [[row, *(values.get(name) for name in columns[1:])] for row, values in record.content["metrics"].items()]
+    logger.experiment.log({"results": wandb.Table(columns=columns, data=rows)})
+    logger.experiment.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
+    logger.experiment.summary.update(flat | {"status": record.content["status"]})

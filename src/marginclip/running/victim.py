@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from marginclip.evaluation import Evaluation
 from marginclip.running.build import Scene, build_trainer, instantiate, plain
-from marginclip.running.loggers import build_logger
+from marginclip.running.loggers import build_logger, finish_logger
 from marginclip.running.quiet import quiet_lightning
 from marginclip.training import PoisonedTraining
 from marginclip.victims import Victim, VictimStore
@@ -61,7 +61,10 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     log.info("training the victim %s", victim.folder.name)
     quiet_lightning()
     saver = ModelCheckpoint(
-        dirpath=victim.checkpoint.parent, filename=victim.checkpoint.stem, save_on_train_epoch_end=True, enable_version_counter=False
+        dirpath=victim.checkpoint.parent,
+        filename=victim.checkpoint.stem,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
     )
     logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
     trainer = build_trainer(config, victim.folder, callbacks=[saver], logger=logger, max_epochs=config.training.epochs)
@@ -74,7 +77,10 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
         log.info("going on from %s", resume)
-    trainer.fit(training, scene.data, ckpt_path=resume, weights_only=True if resume else None)
+    try:
+        trainer.fit(training, scene.data, ckpt_path=resume, weights_only=True if resume else None)
+    finally:
+        finish_logger(logger)
     metrics, seconds = test_victim(config, scene, victim.folder), time.perf_counter() - started
     record = {"recipe": victim_recipe(config), "metrics": metrics, "seconds": seconds, "torch": torch.__version__}
     victim.save(scene.model, scene.attack, record)

@@ -1,0 +1,25 @@
+"""The numeric precision to compute in."""
+
+from __future__ import annotations
+
+import torch
+
+from marginclip.errors import require
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+
+
+def precision_for(choice: str) -> str:
+    """Lightning's name of the precision; ``auto`` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    require(choice in PRECISIONS, f"trainer.precision must be one of {', '.join(PRECISIONS)}, got '{choice}'")
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if _cpu_has_bf16() else "32-true"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)

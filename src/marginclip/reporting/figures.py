@@ -1,0 +1,62 @@
+"""The figures of one run folder, drawn from its files."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from marginclip.errors import UserError
+from marginclip.files import write_whole
+from marginclip.reporting.activations import activation_figures
+from marginclip.reporting.detection import detection_figures
+from marginclip.reporting.examples import example_figures
+from marginclip.reporting.learning import learning_figures
+from marginclip.reporting.rows import Record
+from marginclip.reporting.style import Arrays
+
+# Each makes the figures, by file stem, for which the record and the arrays hold what they need.
+DRAWERS = (example_figures, activation_figures, detection_figures, learning_figures)
+
+
+def draw_figures(folder: Path) -> list[Path]:
+    """Draw what ``run.json`` and ``arrays.safetensors`` in ``folder`` allow; returns the paths of the PNGs.
+
+    They are in ``folder/figures/``: ``examples.png``, ``activations.png``, ``detection_<detector>.png`` for each detector, and
+    ``learning.png``. A figure whose data the files do not hold is left out. Raises :class:`UserError` when there is no run.json
+    or a file is not readable.
+    """
+    folder = Path(folder)
+    record, arrays = _read_record(folder / "run.json"), _read_arrays(folder / "arrays.safetensors")
+    figures = {stem: figure for draw in DRAWERS for stem, figure in draw(record, arrays).items()}
+    return [write_whole(folder / "figures" / f"{stem}.png", partial(_save, figure)) for stem, figure in figures.items()]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png")
+
+
+def _read_record(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no '{path}' to draw figures from") from None
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"'{path}' is not the record of a run")
+    return record
+
+
+def _read_arrays(path: Path) -> Arrays:
+    """The arrays as float32; an empty dictionary when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from error

@@ -1,0 +1,65 @@
+"""The metrics of one run as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import IO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from marginclip.reporting.rows import METRICS, Record, describe, label, metric, seconds
+
+SECONDS = "seconds"
+
+
+def result_table(record: Record) -> Table:
+    """A row for each entry of ``record["metrics"]``, in order.
+
+    ACC, ASR, PACC, TPR and FPR are in percent, AUC is a share in [0, 1], seconds are those spent to obtain the row (see
+    :func:`marginclip.reporting.rows.seconds`). A missing value is "-"; a column without any value, as ASR without an attack, is
+    left out.
+    """
+    rows = list(record.get("metrics") or {})
+    columns = {heading: [_cell(heading, metric(record, row, heading)) for row in rows] for heading in METRICS}
+    columns[SECONDS] = [_cell(SECONDS, seconds(record, row)) for row in rows]
+    columns = {heading: cells for heading, cells in columns.items() if any(cell != "-" for cell in cells)}
+    table = Table(
+        title=_title(record), caption=_caption(record), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
+    )
+    table.add_column("defense", no_wrap=True)
+    for heading in columns:
+        table.add_column(_heading(heading), justify="right", no_wrap=True)
+    for position, row in enumerate(rows):
+        table.add_row(escape(label(row)), *(cells[position] for cells in columns.values()))
+    return table
+
+
+def print_table(record: Record, file: IO[str] | None = None) -> None:
+    """Write :func:`result_table` to ``file``, or to the standard output."""
+    Console(file=file).print(result_table(record))
+
+
+def _heading(heading: str) -> str:
+    return heading if heading in ("AUC", SECONDS) else f"{heading} %"
+
+
+def _cell(heading: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if heading == "AUC":
+        return f"{value:.3f}"
+    return f"{value:.1f}" if heading == SECONDS else f"{100 * value:.1f}"
+
+
+def _title(record: Record) -> str:
+    """What was run, and its seed where the config has one."""
+    seed = (record.get("config") or {}).get("seed")
+    return escape(describe(record) + ("" if seed is None else f", seed {seed}"))
+
+
+def _caption(record: Record) -> str | None:
+    if record.get("status") == "attack_failed":
+        return "the attack failed: these numbers say nothing about the defense"
+    return "the run failed" if record.get("status") == "failed" else None

@@ -1,0 +1,229 @@
+"""One run: the victim, its repair, the evaluation of both, and everything that is written about it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from marginclip.data.batches import Subset, load_all
+from marginclip.defenses import Defense, cross_fitted_logits, fit_defense
+from marginclip.defenses.base import clean_logits
+from marginclip.errors import UserError
+from marginclip.evaluation import Evaluation
+from marginclip.files import write_tensors
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, activation_extremes
+from marginclip.maxmargin.detector import check_detector_settings
+from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain
+from marginclip.running.checkpoint import load_checkpoint
+from marginclip.running.loggers import build_logger, finish_logger, publish
+from marginclip.running.quiet import quiet_lightning
+from marginclip.running.record import Record, run_folder
+from marginclip.running.victim import obtain_victim
+
+log = logging.getLogger(__name__)
+NUM_EXAMPLES = 8
+ACTIVATION_SAMPLES = 500
+NOT_ARGUMENTS = ("detector", "repaired_row", "detector_row")
+
+
+@dataclass
+class Repair:
+    """What a defense gave: the repaired network, a detector where one was asked for, and the course of learning."""
+
+    repaired: nn.Module | None = None
+    detector: MarginDropDetector | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    relaxed: float = 0.0
+
+
+def defend(config: DictConfig) -> Record:
+    """Do the run that ``config`` asks for, or find it done; returns its record."""
+    record = Record(run_folder(config), plain(config))
+    if record.finished:
+        log.info("already done: %s", record.folder)
+        return record
+    record.folder.mkdir(parents=True, exist_ok=True)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    with record.guard():
+        _defend(config, record)
+    return record
+
+
+def _defend(config: DictConfig, record: Record) -> None:
+    quiet_lightning()
+    check_settings(config)
+    scene = build_scene(config)
+    with record.phase("victim"):
+        _load_victim(config, scene, record)
+    logger = build_logger(config, record.folder, job="defend", name=record.folder.name)
+    try:
+        outcome = _repair(config, scene, record, logger)
+        with record.phase("evaluation"):
+            evaluation = _evaluate(config, scene, outcome, record)
+        record.content |= {"history": outcome.history, "relaxed": outcome.relaxed}
+        record.content |= {"classes": list(scene.classes), "clean_set_size": len(scene.data.clean_index)}
+        record.content["evaluated_on"] = "held_out" if len(scene.data.eval_index) else "clean_set"
+        _write_arrays(scene, outcome, evaluation, record)
+        record.finish(_gate(scene, record))
+        shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
+        publish(logger, record, draw=config.figures)
+    finally:
+        finish_logger(logger)
+
+
+def check_settings(config: DictConfig) -> None:
+    """Raise :class:`UserError` for settings of the defense that do not fit, before anything is trained."""
+    if config.defense.get("detector") is not None:
+        settings = {key: value for key, value in config.defense.detector.items() if key != "folds"}
+        check_detector_settings(**settings)
+        folds = config.defense.detector.folds
+        if folds != 0 and folds < 2:
+            raise UserError(f"defense.detector.folds must be 0 (no cross-fitting) or at least 2, got {folds}")
+    make_defense(config)
+
+
+def make_defense(config: DictConfig) -> Defense | None:
+    """A new defense of the ``defense`` group; None for ``defense=none``."""
+    if config.defense["_target_"] is None:
+        return None
+    settings = {key: value for key, value in config.defense.items() if key not in NOT_ARGUMENTS}
+    defense: Defense = instantiate(settings, seed=config.seed, key="defense")
+    return defense
+
+
+def _load_victim(config: DictConfig, scene: Scene, record: Record) -> None:
+    if config.victim.kind == "checkpoint":
+        load_checkpoint(config.victim.path, scene.model)
+        record.content["victim"] = {"path": str(config.victim.path)}
+    else:
+        victim, trained_now = obtain_victim(config, scene)
+        record.content["victim"] = {"folder": str(victim.folder), "trained_now": trained_now}
+    scene.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Repair:
+    defense = make_defense(config)
+    if defense is None:
+        return Repair()
+    images, labels = scene.data.clean_set()
+    checkpoint = record.folder / "checkpoint" / "last.ckpt"
+
+    def main_trainer(epochs: int) -> L.Trainer:
+        saver = ModelCheckpoint(
+            dirpath=checkpoint.parent, filename=checkpoint.stem, save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        return build_trainer(config, record.folder, callbacks=[saver], logger=logger, max_epochs=epochs)
+
+    with record.phase("repair"):
+        repaired = fit_defense(
+            defense, scene.model, images, labels, make_trainer=main_trainer, resume=checkpoint if checkpoint.exists() else None
+        )
+    outcome = Repair(repaired, None, getattr(defense, "history", []), getattr(defense, "relaxed", 0.0))
+    if isinstance(repaired, BoundedNetwork):
+        write_tensors(record.folder / "bounds.safetensors", repaired.bounds_state())
+    if config.defense.detector is not None:
+        with record.phase("detector"):
+            outcome.detector = _fit_detector(config, scene, repaired, images, labels, record.folder)
+    return outcome
+
+
+def _fit_detector(
+    config: DictConfig, scene: Scene, repaired: nn.Module, images: Tensor, labels: Tensor, folder: Path
+) -> MarginDropDetector:
+    settings = plain(config.defense.detector)
+    folds = settings.pop("folds")
+    if folds == 0:
+        return MarginDropDetector.fit(scene.model, repaired, images, **settings)
+
+    def fold_defense() -> Defense:
+        defense = make_defense(config)
+        assert defense is not None
+        return defense
+
+    def fold_trainer(epochs: int) -> L.Trainer:
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        return build_trainer(config, folder, max_epochs=epochs, **options)
+
+    bounded = cross_fitted_logits(
+        fold_defense, scene.model, images, labels, folds=folds, seed=config.seed, make_trainer=fold_trainer
+    )
+    return MarginDropDetector.from_logits(scene.model, repaired, clean_logits(scene.model, images).cpu(), bounded, **settings)
+
+
+def _evaluate(config: DictConfig, scene: Scene, outcome: Repair, record: Record) -> Evaluation:
+    networks: dict[str, nn.Module] = {"none": scene.model}
+    detectors: dict[str, tuple[str, MarginDropDetector]] = {}
+    if outcome.repaired is not None:
+        networks[config.defense.repaired_row] = outcome.repaired
+    if outcome.detector is not None:
+        detectors[config.defense.detector_row] = (config.defense.repaired_row, outcome.detector)
+        record.content["detector"] = {"threshold": _finite(outcome.detector.threshold), **plain(config.defense.detector)}
+    evaluation = Evaluation(networks, detectors)
+    trainer = build_trainer(config, record.folder, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.test(evaluation, scene.data, verbose=False)
+    record.content["metrics"] = evaluation.results()
+    return evaluation
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def _gate(scene: Scene, record: Record) -> str:
+    """``done``, or ``attack_failed`` when the attack did not take, with a warning that says what to try."""
+    metrics = record.content["metrics"]["none"]
+    if scene.attack is None or metrics.get("asr", 1.0) >= scene.attack.min_success:
+        return "done"
+    log.warning(
+        "the attack did not take: ASR before the repair is %.1f %%, under attack.min_success=%g; try more training.epochs, a higher "
+        "attack.rate, or attack.timing=after_augmentation. The run is marked attack_failed and tables leave it out.",
+        100 * metrics["asr"], scene.attack.min_success,
+    )  # fmt: skip
+    return "attack_failed"
+
+
+def _write_arrays(scene: Scene, outcome: Repair, evaluation: Evaluation, record: Record) -> None:
+    """What the figures are drawn from: example images, activation extremes, bounds and detection statistics."""
+    data, held_out = scene.data, scene.splits.held_out
+    index = data.eval_index if len(data.eval_index) else data.clean_index
+    arrays = {f"scores/{name}": scores for name, scores in evaluation.scores().items()}
+    chosen = index[torch.linspace(0, len(index) - 1, min(ACTIVATION_SAMPLES, len(index))).long()]
+    if scene.attack is not None:
+        eligible = index[scene.attack.x2x.eligible(held_out.labels[index])]
+        sources = eligible[torch.linspace(0, len(eligible) - 1, min(ACTIVATION_SAMPLES, len(eligible))).long()]
+        clean = load_all(Subset(held_out.images, sources))
+        triggered = scene.attack.cpu()(clean)
+        picked = torch.linspace(0, len(clean) - 1, min(NUM_EXAMPLES, len(clean))).long()
+        labels = held_out.labels[sources][picked]
+        arrays |= {"examples/clean": clean[picked], "examples/triggered": triggered[picked]}
+        arrays |= {"examples/labels": labels, "examples/targets": scene.attack.x2x.flipped(labels)}
+    if isinstance(outcome.repaired, BoundedNetwork):
+        images = {"clean": load_all(Subset(held_out.images, chosen))}
+        if scene.attack is not None:
+            images["triggered"] = triggered
+        arrays |= _activation_arrays(outcome.repaired, images)
+    if arrays:
+        write_tensors(record.folder / "arrays.safetensors", arrays)
+
+
+def _activation_arrays(repaired: BoundedNetwork, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    arrays: dict[str, Tensor] = {}
+    for kind, batch in images.items():
+        for name, (lowest, highest) in activation_extremes(repaired, batch).items():
+            arrays[f"activations/{name}/{kind}_min"] = lowest.amin(0)
+            arrays[f"activations/{name}/{kind}_max"] = highest.amax(0)
+    for name, bound in repaired.each():
+        arrays[f"activations/{name}/upper"] = bound.upper.detach()
+        if bound.lower is not None:
+            arrays[f"activations/{name}/lower"] = bound.lower.detach()
+    return arrays

@@ -1,0 +1,115 @@
+"""Reading a checkpoint that somebody else trained: safely, and whatever way its keys are wrapped."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from marginclip.errors import UserError, require
+
+WRAPPING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
+PREFIXES = ("module.", "model.", "net.", "network.", "backbone.", "_orig_mod.")
+# Names of common implementations of the same networks, and ours.
+RENAMES = ((".downsample.", ".shortcut."), ("fc.", "linear."))
+
+
+def load_checkpoint(path: str | None, model: nn.Module) -> None:
+    """Load weights from ``path`` into ``model``; nothing in the file is ever executed (``weights_only=True`` or safetensors).
+
+    Takes safetensors, a plain ``state_dict``, one under a wrapping key or with a prefix such as ``module.``, and Lightning
+    checkpoints. Raises :class:`UserError` for a file that is missing, truncated, carries code, or is of another architecture.
+    """
+    if path is None:
+        raise UserError("victim=checkpoint needs victim.path, the checkpoint's file")
+    file = Path(path)
+    require(file.is_file(), f"victim.path='{path}' is not a file")
+    state = _unwrap(_read(file), file)
+    _load_matching(model, state, file)
+
+
+def file_digest(path: str | None) -> str | None:
+    """The SHA-256 of a file's content, so that another file under the same name is another run; None where there is none."""
+    if path is None or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"victim.path='{file}' is no complete safetensors file ({error})") from error
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"victim.path='{file}' was refused: it carries more than weights (loading it could run code) or is damaged; "
+            "save its state_dict as safetensors instead"
+        ) from error
+    except (EOFError, RuntimeError, OSError, BadZipFile, ValueError, KeyError) as error:
+        raise UserError(
+            f"victim.path='{file}' is truncated or no checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
+
+
+def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[key] for key in WRAPPING_KEYS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    require(
+        bool(state), f"victim.path='{file}' holds no weights (a state_dict, plain or under one of {', '.join(WRAPPING_KEYS)})"
+    )
+    return state
+
+
+def _load_matching(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    wanted = model.state_dict()
+    candidates = [state]
+    stripped = state
+    while any(key.startswith(PREFIXES) for key in stripped):
+        prefix = next(prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in stripped))
+        stripped = {key.removeprefix(prefix): value for key, value in stripped.items() if key.startswith(prefix)}
+        candidates.append(stripped)
+    candidates += [_renamed(candidate) for candidate in candidates]
+    candidates += [{f"network.{key}": value for key, value in candidate.items()} for candidate in candidates]
+    best = max(candidates, key=lambda candidate: len(set(candidate) & set(wanted)))
+    missing, extra = sorted(set(wanted) - set(best)), sorted(set(best) - set(wanted))
+    odd = [key for key in wanted if key in best and wanted[key].shape != best[key].shape]
+    if missing or extra or odd:
+        detail = (
+            f"'{odd[0]}' has shape {tuple(best[odd[0]].shape)} instead of {tuple(wanted[odd[0]].shape)}"
+            if odd
+            else f"'{missing[0]}' is missing"
+            if missing
+            else f"'{extra[0]}' is not part of the model"
+        )
+        raise UserError(
+            f"victim.path='{file}' is of another architecture than the model ({detail}); check model and model.width"
+        )
+    model.load_state_dict(best)
+    broken = [key for key, value in best.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    require(not broken, f"victim.path='{file}' holds NaN or infinite weights in '{broken[0] if broken else ''}'")
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        for old, new in RENAMES:
+            key = (
+                key.replace(old, new) if old.startswith(".") else (new + key.removeprefix(old) if key.startswith(old) else key)
+            )
+        renamed[key] = value
+    return renamed

@@ -1,0 +1,156 @@
+"""The command line around Hydra: mistakes are found before anything heavy is imported, and told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from marginclip.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+OUTCOME = "outcome.json"
+_failures: list[dict[str, Any]] = []
+
+
+def command_line(run: Callable[[], None], config_name: str, config_dir: Path) -> None:
+    """Check the command line's overrides, run the Hydra task, and exit with 1 when a run failed."""
+    arguments = get_args_parser().parse_intermixed_args()
+    if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
+        try:
+            check_overrides(list(arguments.overrides), config_name, config_dir)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+    run()
+    if _failures:
+        sys.exit(1)
+
+
+def run_job(config: DictConfig, task: Callable[[DictConfig], Path]) -> None:
+    """Do one job: print its result, or its failure in one sentence, and note the outcome for the end of a sweep.
+
+    A failure is not raised, so that the other cells of a sweep go on with every launcher; what is not the user's mistake is
+    logged with its traceback.
+    """
+    overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
+    outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
+    try:
+        outcome["record"] = str(task(config))
+    except UserError as error:
+        outcome["error"] = str(error)
+    except OSError as error:
+        outcome["error"] = (
+            f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; what was written before is intact"
+        )
+    except Exception as error:  # a fault of ours, or of a library: told in full, and the sweep goes on
+        log.exception("this run failed")
+        outcome["error"] = f"{type(error).__name__}: {error}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _note_outcome(outcome)
+    if outcome["error"] is not None:
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        _failures.append(outcome)
+    else:
+        print(outcome["record"], flush=True)
+
+
+def _note_outcome(outcome: dict[str, Any]) -> None:
+    try:
+        (Path(HydraConfig.get().runtime.output_dir) / OUTCOME).write_text(json.dumps(outcome))
+    except OSError as error:
+        log.warning("the outcome of this job could not be noted: %s", error)
+
+
+def report_sweep(sweep_dir: Path) -> None:
+    """Name the failed cells of a finished multirun; they make the command exit with 1, whatever launcher ran them."""
+    outcomes = [json.loads(path.read_text()) for path in sorted(sweep_dir.glob(f"*/{OUTCOME}"))]
+    failed = [outcome for outcome in outcomes if outcome["error"] is not None]
+    _failures[:] = failed
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", flush=True)
+    for outcome in failed:
+        print(f"failed: {outcome['overrides']}: {outcome['error']}", flush=True)
+
+
+def check_overrides(overrides: list[str], config_name: str, config_dir: Path) -> None:
+    """Compose the configuration for every choice of a sweep; raises :class:`UserError` naming the nearest valid option or key."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        bad = next((text for text in overrides if "=" not in text and not text.startswith("~")), None)
+        if bad is not None:
+            raise UserError(f"'{bad}' is not an option: options are written key=value, for example attack=badnet") from error
+        raise UserError(f"the options cannot be read: {str(error).splitlines()[0]}") from error
+    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+        for variant in _variants(parsed):
+            _compose(variant, config_name, config_dir)
+
+
+def _variants(parsed: list[Override]) -> Iterator[list[str]]:
+    """Override lists without sweeps: every choice of every sweep appears in at least one."""
+    choices = [_choices(override) for override in parsed]
+    yield [options[0] for options in choices]
+    for position, options in enumerate(choices):
+        for option in options[1:]:
+            yield [option if index == position else other[0] for index, other in enumerate(choices)]
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+
+
+def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictConfig:
+    try:
+        config = compose(config_name, overrides=[text for text in overrides if not text.startswith("hydra.")])
+        OmegaConf.to_container(config, resolve=True)
+        return config
+    except MissingConfigException as error:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        options = list(error.options or [])
+        raise UserError(
+            f"unknown option {group}={option}{nearest(option, options)} (there are {', '.join(sorted(options))})"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, config_name)) from error
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    text = str(error)
+    found = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text) or re.search(
+        r"Key '([^']+)' is not in struct", text
+    )
+    if found is None:
+        return text.splitlines()[0] if text else f"the configuration cannot be read ({error.__cause__})"
+    key = re.split(r"[@=]", found.group(1))[0]
+    keys = _flat_keys(OmegaConf.to_container(compose(config_name), resolve=False))
+    group, _, last = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == group]
+    elsewhere = [name for name in keys if name.rpartition(".")[2] == last]
+    hint = nearest(last, siblings) or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else "")
+    where = f"under '{group}'" if group else "at the top"
+    return f"unknown key '{key}'{hint}" + (f" (valid {where}: {', '.join(siblings)})" if siblings else "")
+
+
+def _flat_keys(content: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in content.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _flat_keys(value, f"{prefix}{key}.")
+    return keys

@@ -1,0 +1,116 @@
+"""The record of a run: ``run.json`` and its folder, named by what was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from marginclip.errors import UserError
+from marginclip.files import read_json, write_json
+from marginclip.precision import precision_for
+from marginclip.running.build import plain
+from marginclip.running.checkpoint import file_digest
+
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "wandb")
+NO_EFFECT = ("runs_dir", "logger", "figures")
+FINISHED = ("done", "attack_failed")
+
+
+def run_folder(config: DictConfig) -> Path:
+    """The folder of the run that ``config`` asks for: readable options and a hash of everything that changes its result."""
+    content = {key: value for key, value in plain(config).items() if key not in NO_EFFECT}
+    content["trainer"] = {key: value for key, value in content["trainer"].items() if not key.startswith("enable_")}
+    content["dataset"] = {
+        key: value for key, value in content["dataset"].items() if key not in ("cache", "memory_gib", "download")
+    }
+    content["checkpoint"] = file_digest(config.victim.get("path"))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    parts = [config.dataset.name, config.model.get("name", "model"), config.attack.name]
+    if config.attack.name != "none":
+        parts.append(config.x2x.name)
+    name = "-".join([*parts, config.defense.name, f"seed{config.seed}", digest])
+    return Path(config.runs_dir) / name
+
+
+class Record:
+    """The content of ``run.json``, kept while a run goes on and written whole at its end.
+
+    ``status`` is ``done``, ``attack_failed`` or ``failed``; fractions are in [0, 1], times in seconds, memory in MiB.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        found = read_json(self.path)
+        self.finished = isinstance(found, dict) and found.get("status") in FINISHED
+        self.content: dict[str, Any] = found if self.finished else _opening(config)
+        self.content.setdefault("seconds", {})
+
+    @property
+    def path(self) -> Path:
+        """Where the record is."""
+        return self.folder / "run.json"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the seconds that the block takes under ``name``."""
+        started = time.perf_counter()
+        yield
+        self.content["seconds"][name] = round(time.perf_counter() - started, 3)
+
+    def finish(self, status: str) -> None:
+        """Write the record with its final status."""
+        self.content["status"] = status
+        self.content["peak_memory_mib"] = peak_memory_mib()
+        write_json(self.path, self.content)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """On an exception write a record with status ``failed`` and the reason, then let the exception go on."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.content["error"] = reason
+            with suppress(OSError):  # a full disk takes no record; the first error is the one to report
+                self.finish("failed")
+            raise
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """The most memory that the process held so far, and the most on the GPU where one was used."""
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak
+
+
+def _opening(config: dict[str, Any]) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "status": "running",
+        "config": config,
+        "seed": config["seed"],
+        "versions": {"python": platform.python_version(), "marginclip": version("marginclip")}
+        | {name: version(name) for name in PACKAGES},
+        "device": {
+            "name": device,
+            "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+        "precision": precision_for(config["trainer"]["precision"]),
+        "seconds": {},
+        "metrics": {},
+    }

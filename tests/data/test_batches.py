@@ -1,0 +1,70 @@
+"""Batches by index: their order, their draw numbers, ranks, and the loader."""
+
+import pytest
+import torch
+
+from marginclip.data.batches import BatchDataset, BatchSampler, Subset, batch_loader, load_all
+
+
+def epoch_of(epoch, **settings):
+    sampler = BatchSampler(**({"count": 23, "batch_size": 5, "shuffle": True} | settings))
+    sampler.set_epoch(epoch)
+    assert len(sampler) == len(list(sampler))
+    return [(draw, index.tolist()) for draw, index in sampler]
+
+
+def test_an_epoch_is_every_image_once():
+    batches = epoch_of(0)
+    assert [len(index) for _, index in batches] == [5, 5, 5, 5, 3]
+    assert sorted(i for _, index in batches for i in index) == list(range(23))
+    assert [i for _, index in epoch_of(0, shuffle=False) for i in index] == list(range(23))
+
+
+def test_order_and_draws_are_a_function_of_seed_and_epoch_only():
+    torch.manual_seed(1)
+    sampler = BatchSampler(23, 5, shuffle=True, seed=3)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        uninterrupted = [(draw, index.tolist()) for draw, index in sampler]
+        assert uninterrupted == epoch_of(epoch, seed=3)  # as a run that resumes here would see it
+    different = [epoch_of(epoch, seed=seed) for seed in (0, 3) for epoch in (0, 1)]
+    assert len({str(batches) for batches in different}) == 4
+
+
+def test_no_two_batches_of_a_run_share_a_draw():
+    draws = [draw for rank in (0, 1) for epoch in range(20) for draw, _ in epoch_of(epoch, rank=rank, world_size=2, seed=5)]
+    assert len(set(draws)) == len(draws)
+    assert all(0 <= draw < 2**63 for draw in draws)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_partition_the_data(world_size):
+    ranks = [epoch_of(1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(i for batches in ranks for _, index in batches for i in index) == list(range(23))
+    sizes = [sum(len(index) for _, index in batches) for batches in ranks]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_loader_gives_whole_batches_with_their_columns():
+    images, labels, flags = torch.randint(0, 256, (23, 3, 4, 4)).to(torch.uint8), torch.arange(23), torch.arange(23) % 2 == 0
+    sampler = BatchSampler(23, 5, shuffle=True)
+    loader = batch_loader(BatchDataset(images, labels=labels, poisoned=flags), sampler)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 5
+    for batch, (draw, index) in zip(batches, sampler, strict=True):
+        assert torch.equal(batch["images"], images[index])
+        assert torch.equal(batch["labels"], index)
+        assert torch.equal(batch["poisoned"], flags[index])
+        assert batch["draw"] == draw
+
+
+def test_subsets_of_subsets_index_the_store():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    subset = Subset(Subset(images, torch.tensor([8, 6, 4, 2])), torch.tensor([3, 1]))
+    assert len(subset) == 2
+    assert subset[torch.tensor([1, 0, 1])].flatten().tolist() == [6, 2, 6]
+
+
+def test_load_all_gives_floats_in_order():
+    images = torch.randint(0, 256, (23, 1, 2, 2)).to(torch.uint8)
+    assert torch.equal(load_all(images, batch_size=5), images.float() / 255)

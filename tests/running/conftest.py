@@ -1,0 +1,81 @@
+"""The smallest runs: digits of 16 x 16 pixels, a ResNet of width 4, fp32, two epochs; configurations made as the entry points do."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+ROOT = Path(__file__).parents[2]
+TRAIN = [
+    "dataset=digits", "logger=none", "trainer=exact", "trainer.enable_progress_bar=false", "training.epochs=2", "model.width=4",
+    "clean_per_class=6",
+]  # fmt: skip
+DEFEND = [
+    *TRAIN, "figures=false", "defense.steps=4", "defense.check_every=2", "defense.ascent.first_steps=2", "defense.ascent.steps=1",
+    "defense.ascent.starts_per_class=2", "attack.min_success=0",
+]  # fmt: skip
+
+
+def make_config(runs_dir, *overrides, name="defend", tiny=True):
+    """The configuration of a command line, written below ``runs_dir``; later overrides win."""
+    GlobalHydra.instance().clear()
+    small = (DEFEND if name == "defend" else TRAIN) if tiny else []
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, overrides=[*small, f"runs_dir={runs_dir}", *overrides], return_hydra_config=True)
+
+
+def load_script(name):
+    """The entry script ``name``.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Makes a tiny configuration whose runs live in this test's own folder: ``configure("attack=blend")``."""
+
+    def configure(*overrides, runs_dir=None, name="defend"):
+        config = make_config(runs_dir or tmp_path / "runs", *overrides, name=name)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    return configure
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, capsys, caplog):
+    """Runs one job of defend.py (or ``script``) in this process as its command line does: (exit code, stdout, stderr)."""
+    from marginclip.running import cli
+
+    def job(*overrides, script="defend"):
+        config = make_config(tmp_path / "runs", *overrides, name=script)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        failures = []
+        monkeypatch.setattr(cli, "_failures", failures)
+        cli.run_job(config, load_script(script).task)
+        out, err = capsys.readouterr()
+        assert not [record for record in caplog.records if record.exc_info], "a traceback was logged"
+        return (1 if failures else 0), out, err
+
+    return job
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One complete tiny run, done once: (its runs_dir, its record). Tests must not write there."""
+    from marginclip.running.cell import defend
+
+    runs_dir = tmp_path_factory.mktemp("finished") / "runs"
+    config = make_config(runs_dir)
+    with open_dict(config):
+        del config["hydra"]
+    return runs_dir, defend(config)

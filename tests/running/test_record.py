@@ -1,0 +1,119 @@
+"""The record of a run: what it holds, when a run is the same run, and what a failure leaves."""
+
+import json
+
+import pytest
+import torch
+
+from marginclip.errors import UserError
+from marginclip.running import cell, record
+from marginclip.running.cell import defend
+from marginclip.running.record import run_folder
+
+
+def test_record_holds_what_was_asked_run_and_measured(finished):
+    runs_dir, done = finished
+    content = json.loads(done.path.read_text())
+    assert content["status"] == "done"
+    assert content["seed"] == content["config"]["seed"] == 0
+    assert "${" not in json.dumps(content["config"])
+    assert {"python", "torch", "lightning", "marginclip"} <= set(content["versions"])
+    assert content["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert content["device"]["accelerator"] in ("cpu", "gpu")
+    assert content["precision"] == "32-true"
+    assert content["clean_set_size"] == 60
+    assert set(content["seconds"]) == {"victim", "repair", "detector", "evaluation"}
+    assert all(seconds > 0 for seconds in content["seconds"].values())
+    assert content["peak_memory_mib"]["process"] > 50
+    assert list(content["metrics"]) == ["none", "mmac", "mmdf"]
+    assert set(content["metrics"]["none"]) == set(content["metrics"]["mmac"]) == {"acc", "asr", "pacc"}
+    assert set(content["metrics"]["mmdf"]) == {"acc", "asr", "pacc", "fpr", "tpr", "auroc"}
+    assert all(0 <= value <= 1 for row in content["metrics"].values() for value in row.values())
+    assert content["evaluated_on"] == "held_out"
+    assert done.path.is_relative_to(runs_dir)
+
+
+def test_everything_is_below_runs_dir_and_whole(finished):
+    runs_dir, done = finished
+    assert {path.name for path in runs_dir.iterdir()} == {"victims", done.folder.name}
+    assert {path.name for path in done.folder.iterdir()} == {"run.json", "bounds.safetensors", "arrays.safetensors"}
+    assert not list(runs_dir.rglob("*.partial"))
+
+
+def test_finished_run_is_not_done_again(finished, configure, monkeypatch):
+    runs_dir, done = finished
+    monkeypatch.setattr(cell, "_defend", lambda *_: pytest.fail("the run was done again"))
+    again = defend(configure(runs_dir=runs_dir))
+    assert again.content == json.loads(done.path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("logger=csv", True),
+        ("figures=true", True),
+        ("trainer.enable_progress_bar=true", True),
+        ("seed=1", False),
+        ("training.epochs=3", False),
+        ("defense.steps=6", False),
+        ("attack.rate=0.2", False),
+        ("clean_per_class=7", False),
+        ("defense.detector.theta=0.01", False),
+    ],
+)
+def test_a_run_is_another_only_when_its_result_can_be(configure, change, same):
+    assert (run_folder(configure()) == run_folder(configure(change))) is same
+
+
+def test_another_checkpoint_under_the_same_name_is_another_run(configure, tmp_path):
+    path = tmp_path / "model.pt"
+    overrides = ("victim=checkpoint", f"victim.path={path}")
+    path.write_bytes(b"one")
+    first = run_folder(configure(*overrides))
+    path.write_bytes(b"two")
+    assert run_folder(configure(*overrides)) != first
+    path.write_bytes(b"one")
+    assert run_folder(configure(*overrides)) == first
+
+
+def test_attack_that_did_not_take_is_marked(configure):
+    # An untrained network decides alike whatever the trigger, so all2all flips about a tenth of the images.
+    done = defend(configure("x2x=all2all", "training.optimizer.lr=1e-9", "attack.min_success=0.9", "defense=none", runs_dir=None))
+    content = json.loads(done.path.read_text())
+    assert content["metrics"]["none"]["asr"] < 0.9
+    assert content["status"] == "attack_failed"
+    assert record.Record(done.folder, {}).finished
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(UserError("the logits are NaN"), "the logits are NaN"), (RuntimeError("lost"), "RuntimeError: lost")],
+)
+def test_failed_run_leaves_its_reason_and_is_done_when_asked_again(configure, monkeypatch, error, reason):
+    config = configure("defense=static_clip", "~defense.steps", "~defense.check_every", "~defense.ascent")
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "_evaluate", fail)
+        with pytest.raises(type(error), match=str(error)):
+            defend(config)
+    left = json.loads((run_folder(config) / "run.json").read_text())
+    assert (left["status"], left["error"]) == ("failed", reason)
+    assert left["metrics"] == {}
+    again = defend(config)
+    assert again.content["status"] == "done"
+    assert "error" not in json.loads(again.path.read_text())
+
+
+def test_without_attack_only_clean_metrics(configure):
+    done = defend(configure("attack=none", "~attack.min_success"))
+    assert set(done.content["metrics"]["none"]) == {"acc"}
+    assert set(done.content["metrics"]["mmdf"]) == {"acc", "fpr"}
+
+
+def test_all_held_out_images_as_clean_set_are_also_what_is_evaluated(configure):
+    done = defend(configure("clean_per_class=null", "defense=none", "attack=none"))
+    assert done.content["evaluated_on"] == "clean_set"
+    assert done.content["clean_set_size"] > 800
