@@ -139,13 +139,16 @@ class Recorder(L.LightningModule):
         self.epochs.setdefault(self.current_epoch, []).extend(number(batch["images"]).tolist())
         return self.model(torch.ones(1)).sum()
 
+    def validation_step(self, batch, _, dataloader_idx=0):
+        """Nothing to validate."""
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def test_a_trainer_sees_every_image_once_an_epoch_each_time_in_another_order(splits, tmp_path):
-    quiet = {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    recorder, trainer = Recorder(), L.Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, default_root_dir=tmp_path, **quiet)
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    recorder, trainer = Recorder(), L.Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, **silent)
     data = data_of(splits, batch_size=32)
     trainer.fit(recorder, datamodule=data)
     assert sorted(recorder.epochs[0]) == sorted(recorder.epochs[1]) == list(range(80))

@@ -7,25 +7,36 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 ROOT = Path(__file__).parents[2]
-TRAIN = [
-    "dataset=digits", "logger=none", "trainer=exact", "trainer.enable_progress_bar=false", "training.epochs=2", "model.width=4",
-    "clean_per_class=6",
-]  # fmt: skip
-DEFEND = [
-    *TRAIN, "figures=false", "defense.steps=4", "defense.check_every=2", "defense.ascent.first_steps=2", "defense.ascent.steps=1",
-    "defense.ascent.starts_per_class=2", "attack.min_success=0",
-]  # fmt: skip
+TINY = ["dataset=digits", "logger=none", "trainer=exact"]
+# Set where the composed configuration has the key and the test's own overrides do not set it.
+SMALL = {
+    "trainer.enable_progress_bar": False,
+    "training.epochs": 2,
+    "model.width": 4,
+    "clean_per_class": 6,
+    "figures": False,
+    "defense.steps": 4,
+    "defense.check_every": 2,
+    "defense.ascent.first_steps": 2,
+    "defense.ascent.steps": 1,
+    "defense.ascent.starts_per_class": 2,
+    "attack.min_success": 0,
+}
 
 
-def make_config(runs_dir, *overrides, name="defend", tiny=True):
-    """The configuration of a command line, written below ``runs_dir``; later overrides win."""
+def make_config(runs_dir, *overrides, name="defend"):
+    """The configuration of a command line, written below ``runs_dir`` and made small."""
     GlobalHydra.instance().clear()
-    small = (DEFEND if name == "defend" else TRAIN) if tiny else []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(name, overrides=[*small, f"runs_dir={runs_dir}", *overrides], return_hydra_config=True)
+        config = compose(name, overrides=[*TINY, f"runs_dir={runs_dir}", *overrides], return_hydra_config=True)
+    given = {override.partition("=")[0] for override in overrides}
+    for key, value in SMALL.items():
+        if key not in given and OmegaConf.select(config, key) is not None:
+            OmegaConf.update(config, key, value)
+    return config
 
 
 def load_script(name):

@@ -78,7 +78,7 @@ def test_another_checkpoint_under_the_same_name_is_another_run(configure, tmp_pa
 
 def test_attack_that_did_not_take_is_marked(configure):
     # An untrained network decides alike whatever the trigger, so all2all flips about a tenth of the images.
-    done = defend(configure("x2x=all2all", "training.optimizer.lr=1e-9", "attack.min_success=0.9", "defense=none", runs_dir=None))
+    done = defend(configure("x2x=all2all", "training.optimizer.lr=1e-9", "attack.min_success=0.9", "defense=none"))
     content = json.loads(done.path.read_text())
     assert content["metrics"]["none"]["asr"] < 0.9
     assert content["status"] == "attack_failed"
@@ -90,7 +90,7 @@ def test_attack_that_did_not_take_is_marked(configure):
     [(UserError("the logits are NaN"), "the logits are NaN"), (RuntimeError("lost"), "RuntimeError: lost")],
 )
 def test_failed_run_leaves_its_reason_and_is_done_when_asked_again(configure, monkeypatch, error, reason):
-    config = configure("defense=static_clip", "~defense.steps", "~defense.check_every", "~defense.ascent")
+    config = configure("defense=static_clip")
 
     def fail(*_):
         raise error
@@ -108,7 +108,7 @@ def test_failed_run_leaves_its_reason_and_is_done_when_asked_again(configure, mo
 
 
 def test_without_attack_only_clean_metrics(configure):
-    done = defend(configure("attack=none", "~attack.min_success"))
+    done = defend(configure("attack=none"))
     assert set(done.content["metrics"]["none"]) == {"acc"}
     assert set(done.content["metrics"]["mmdf"]) == {"acc", "fpr"}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from marginclip.attacks.x2x import X2X
+from marginclip.attacks.x2x import X2X, AllToAll
 from marginclip.errors import require
 
 TIMINGS = ("before_augmentation", "after_augmentation")
@@ -23,7 +23,7 @@ class Attack(nn.Module):
 
     ``image_shape`` is (C, H, W). ``rate`` is the share of every *eligible* class that is poisoned (recipes: 10 %, 500 of a
     CIFAR-10 class). ``timing`` says whether the trigger is put on the stored image, so that cropping and flipping move it too,
-    or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed.
+    or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed (see :meth:`needed_success`).
     State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``.
     """
 
@@ -62,6 +62,13 @@ class Attack(nn.Module):
             count = max(1, round(self.rate * len(members)))
             mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
         return mask
+
+    def needed_success(self, accuracy: float) -> float:
+        """The attack success rate from which on the attack counts as taken, for a victim of this clean accuracy (both fractions).
+
+        ``min_success``, or that share of the accuracy where the attack must recognise the true class first (all2all).
+        """
+        return self.min_success * (accuracy if isinstance(self.x2x, AllToAll) else 1.0)
 
     def poisoned_labels(self, labels: Tensor) -> Tensor:
         """Labels that poisoned images of the true ``labels`` (N,) get in training."""

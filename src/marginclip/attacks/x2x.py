@@ -62,7 +62,10 @@ class OneToOne:
 
 
 class AllToAll:
-    """Every class is a source and class y goes to (y + 1) mod K."""
+    """Every class is a source and class y goes to (y + 1) mod K.
+
+    To do so the victim must recognise class y first, so the success of this attack is bounded by about its clean accuracy.
+    """
 
     name = "all2all"
 

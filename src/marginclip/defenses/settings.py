@@ -20,8 +20,8 @@ class BoundStart:
     """
 
     constant: float | None = None
-    share: float = 0.5
-    quantile: float = 1.0
+    share: float = 0.7
+    quantile: float = 0.9
 
     def apply(self, bounded: BoundedNetwork, images: Tensor) -> None:
         """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W)."""
@@ -40,12 +40,12 @@ class AscentPlan:
 
     network: str = "bounded"
     starts_per_class: int = 10
-    first_steps: int = 20
-    steps: int = 2
+    first_steps: int = 15
+    steps: int = 1
     refresh_every: int = 1
     warm_start: bool = True
-    rule: str = "unit_norm"
-    step_size: float = 0.1
+    rule: str = "sign"
+    step_size: float = 0.05
     momentum: float = 0.0
     tolerance: float = 0.0
 

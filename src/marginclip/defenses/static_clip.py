@@ -18,7 +18,7 @@ class StaticClip(Defense):
     def __init__(self, *, start: BoundStart | None = None, channel_axis: int | None = None, seed: int = 0) -> None:
         super().__init__()
         del seed  # nothing is random
-        self.start, self.channel_axis = start or BoundStart(), channel_axis
+        self.start, self.channel_axis = start or BoundStart(share=0.5, quantile=1.0), channel_axis
         self.history: list[dict[str, float]] = []
 
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:

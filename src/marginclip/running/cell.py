@@ -181,13 +181,17 @@ def _finite(value: float) -> float | None:
 
 def _gate(scene: Scene, record: Record) -> str:
     """``done``, or ``attack_failed`` when the attack did not take, with a warning that says what to try."""
+    if scene.attack is None:
+        return "done"
     metrics = record.content["metrics"]["none"]
-    if scene.attack is None or metrics.get("asr", 1.0) >= scene.attack.min_success:
+    needed = scene.attack.needed_success(metrics["acc"])
+    record.content["needed_asr"] = needed
+    if metrics["asr"] >= needed:
         return "done"
     log.warning(
-        "the attack did not take: ASR before the repair is %.1f %%, under attack.min_success=%g; try more training.epochs, a higher "
-        "attack.rate, or attack.timing=after_augmentation. The run is marked attack_failed and tables leave it out.",
-        100 * metrics["asr"], scene.attack.min_success,
+        "the attack did not take: ASR before the repair is %.1f %%, under the %.1f %% that attack.min_success=%g asks for; try more "
+        "training.epochs, a higher attack.rate, or attack.timing=after_augmentation. The run is marked attack_failed.",
+        100 * metrics["asr"], 100 * needed, scene.attack.min_success,
     )  # fmt: skip
     return "attack_failed"
 

@@ -97,6 +97,7 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         for variant in _variants(parsed):
             _compose(variant, config_name, config_dir)
+            _refuse_replaced_groups(variant, config_name)
 
 
 def _variants(parsed: list[Override]) -> Iterator[list[str]]:
@@ -112,7 +113,9 @@ def _choices(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [override.input_line or ""]
     key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+    if not override.is_discrete_sweep():
+        raise UserError(f"'{override.input_line}' is an interval: list the values to run, as {key}=0,1, or write {key}=range(0,3)")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
 def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictConfig:
@@ -127,18 +130,43 @@ def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictCo
             f"unknown option {group}={option}{nearest(option, options)} (there are {', '.join(sorted(options))})"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, config_name)) from error
+        raise UserError(_explain(error, config_name, overrides)) from error
 
 
-def _explain(error: Exception, config_name: str) -> str:
+def _refuse_replaced_groups(overrides: list[str], config_name: str) -> None:
+    """Refuse ``defense.detector=paper``, which would put a word in the place of a group's settings."""
+    assignments = [text.lstrip("+").partition("=") for text in overrides if "." in text.partition("=")[0]]
+    whole = _with_groups(config_name, overrides)
+    for key, _, value in assignments:
+        found = None if key.startswith(("~", "hydra.")) else OmegaConf.select(whole, key)
+        if isinstance(found, DictConfig) and value != "null" and not value.startswith(("{", "${")):
+            first = next((str(name) for name in found if not str(name).startswith("_")), "key")
+            raise UserError(
+                f"'{key}' is a group of settings, not one value: set them one by one, as {key}.{first}=..., "
+                f"or choose an option where there is one, as {key.replace('.', '/')}=..."
+            )
+
+
+def _with_groups(config_name: str, overrides: list[str]) -> DictConfig:
+    """The configuration with the chosen options of groups, before single keys are set; the default where these do not compose."""
+    try:
+        return compose(config_name, overrides=[text for text in overrides if "." not in text.partition("=")[0]])
+    except (HydraException, OmegaConfBaseException):
+        return compose(config_name)
+
+
+def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     text = str(error)
+    existing = re.search(r"already at '([^']+)'", text)
+    if existing is not None:
+        return f"the key '{existing.group(1)}' is there already: write it without '+'"
     found = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text) or re.search(
         r"Key '([^']+)' is not in struct", text
     )
     if found is None:
         return text.splitlines()[0] if text else f"the configuration cannot be read ({error.__cause__})"
     key = re.split(r"[@=]", found.group(1))[0]
-    keys = _flat_keys(OmegaConf.to_container(compose(config_name), resolve=False))
+    keys = _flat_keys(OmegaConf.to_container(_with_groups(config_name, overrides), resolve=False))
     group, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == group]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == last]

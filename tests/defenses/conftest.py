@@ -1,0 +1,65 @@
+"""A clean set that a tiny network has learned: grey images whose bright quarter is the class."""
+
+import pytest
+import torch
+from torch import nn
+
+
+def quarters(count, seed):
+    """``count`` noisy images (count, 1, 8, 8) in [0, 1] and the number of their bright quarter (count,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    images = torch.rand(count, 1, 8, 8, generator=generator) * 0.6
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        image[:, row : row + 4, column : column + 4] += 0.25
+    return images.clamp(0, 1), labels
+
+
+def network(batch_norm):
+    """Two convolutions and a dense layer: 4 + 6 feature maps and 8 neurons to bound."""
+    norms = (nn.BatchNorm2d(4), nn.BatchNorm2d(6)) if batch_norm else (nn.Identity(), nn.Identity())
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), norms[0], nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), norms[1], nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def learned(batch_norm):
+    torch.manual_seed(0)
+    model = network(batch_norm)
+    images, labels = quarters(64, seed=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(80):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(True)
+
+
+@pytest.fixture(scope="session")
+def _victims():
+    return {batch_norm: learned(batch_norm).state_dict() for batch_norm in (False, True)}
+
+
+@pytest.fixture
+def victim(_victims):
+    """The trained network, with batch norm."""
+    model = network(True)
+    model.load_state_dict(_victims[True])
+    return model.eval()
+
+
+@pytest.fixture
+def plain_victim(_victims):
+    """The trained network without batch norm, so that nothing is folded and arithmetic is the same everywhere."""
+    model = network(False)
+    model.load_state_dict(_victims[False])
+    return model.eval()
+
+
+@pytest.fixture
+def clean():
+    """Twenty-four clean images and their labels; the networks classify nearly all correctly."""
+    return quarters(24, seed=2)

@@ -1,0 +1,117 @@
+"""The contract that every defense holds to, whatever it does: found by the files in conf/defense."""
+
+import copy
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from marginclip.defenses import Defense, fit_defense
+from marginclip.defenses.fit import quiet_trainer
+from marginclip.running.cell import make_defense
+
+CONF = Path(__file__).parents[2] / "conf"
+OPTIONS = [f"defense={path.stem}" for path in sorted((CONF / "defense").glob("*.yaml")) if path.stem != "none"]
+SCHEDULES = [f"defense/schedule={path.stem}" for path in sorted((CONF / "defense" / "schedule").glob("*.yaml"))]
+CASES = [[option] for option in OPTIONS] + [["defense=mmac", schedule] for schedule in SCHEDULES]
+FEW = {"steps": 2, "check_every": 1, "ascent.first_steps": 2, "ascent.steps": 1, "ascent.starts_per_class": 2}
+
+
+def make(overrides):
+    """The defense of a command line, shortened to two steps where it takes steps."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("defend", overrides=overrides)
+    for key, value in FEW.items():
+        if OmegaConf.select(config.defense, key) is not None:
+            OmegaConf.update(config.defense, key, value)
+    return make_defense(config)
+
+
+def fingerprint(model):
+    """Everything about a model that a defense must leave alone."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [(name, module.training) for name, module in model.named_modules()]
+    gradients = [(name, value.requires_grad, value.grad is None) for name, value in model.named_parameters()]
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+    return state, flags, gradients, hooks
+
+
+def assert_same(one, other):
+    assert one[1:] == other[1:]
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_model_that_was_given_is_left_as_it_was(victim, clean, overrides):
+    victim.train()
+    victim[1].eval()  # a frozen batch norm inside a network in training mode
+    victim[0].weight.requires_grad_(False)
+    before = fingerprint(victim)
+    repaired = fit_defense(make(overrides), victim, *clean)
+    assert_same(before, fingerprint(victim))
+    repaired(clean[0])
+    assert_same(before, fingerprint(victim))
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_repaired_is_another_module_that_shares_no_memory(victim, clean, overrides):
+    repaired = fit_defense(make(overrides), victim, *clean)
+    assert repaired is not victim
+    assert not repaired.training
+    ours, theirs = ({value.untyped_storage().data_ptr() for value in model.state_dict().values()} for model in (repaired, victim))
+    assert not ours & theirs
+    modules = {id(module) for module in victim.modules()}
+    assert not [module for module in repaired.modules() if id(module) in modules]
+    before = repaired(clean[0])
+    with torch.no_grad():
+        for value in victim.parameters():
+            value.fill_(7)
+    assert torch.equal(repaired(clean[0]), before)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_repaired_gives_finite_logits_and_survives_a_copy(victim, clean, overrides):
+    repaired = fit_defense(make(overrides), victim, *clean)
+    logits = repaired(clean[0])
+    assert logits.shape == (24, 4)
+    assert torch.isfinite(logits).all()
+    assert torch.equal(copy.deepcopy(repaired)(clean[0]), logits)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_same_seed_same_result(victim, clean, overrides):
+    one, other = (fit_defense(make([*overrides, "seed=3"]), victim, *clean) for _ in range(2))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_clean_set_is_left_as_it_was(victim, clean, overrides):
+    images, labels = clean
+    before = images.clone(), labels.clone()
+    fit_defense(make(overrides), victim, images, labels)
+    assert torch.equal(images, before[0])
+    assert torch.equal(labels, before[1])
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_a_defense_cannot_be_given_triggers_or_test_data(overrides):
+    defense = make(overrides)
+    assert isinstance(defense, Defense)
+    assert list(inspect.signature(defense.prepare).parameters) == ["model", "images", "labels"]
+    settings = inspect.signature(type(defense).__init__).parameters.values()
+    assert all(setting.kind is inspect.Parameter.KEYWORD_ONLY for setting in settings if setting.name != "self")
+    forbidden = ("attack", "trigger", "poison", "target", "x2x", "test", "eval", "scene", "cfg", "config")
+    assert not [setting.name for setting in settings if any(word in setting.name for word in forbidden)]
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_class_of_a_defense_can_be_trained_in_bf16(victim, clean, overrides):
+    repaired = fit_defense(
+        make(overrides), victim, *clean, make_trainer=lambda epochs: quiet_trainer(epochs, precision="bf16-mixed", accelerator="cpu")
+    )
+    assert torch.isfinite(repaired(clean[0])).all()
+    assert all(value.dtype == torch.float32 for value in repaired.parameters())

@@ -1,0 +1,87 @@
+"""The entry points as a user starts them: in a process of their own, with nobody there to answer a prompt."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "dataset=digits", "trainer=exact", "training.epochs=1", "model.width=4", "clean_per_class=4", "figures=false", "defense=static_clip",
+    "defense.detector.folds=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs ``python SCRIPT.py ARGUMENTS`` in an empty folder, without any W&B login and with the standard input closed."""
+
+    def command(script, *arguments):
+        hidden = ("WANDB_", "NETRC")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+        return subprocess.run(
+            [sys.executable, str(ROOT / f"{script}.py"), *arguments],
+            capture_output=True, text=True, cwd=tmp_path, timeout=240, stdin=subprocess.DEVNULL,
+            env=environment | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return command
+
+
+def test_defend_prints_its_table_and_its_record_last(command, tmp_path):
+    done = command("defend", *SMALL, "logger=none", "runs_dir=out", "attack.min_success=0")
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    assert "ACC %" in "\n".join(table)
+    record = json.loads((tmp_path / last).read_text())
+    assert (record["status"], list(record["metrics"])) == ("done", ["none", "static_clip", "static_clip_mmdf"])
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["out"]
+    assert "Traceback" not in done.stderr
+
+
+def test_wandb_without_a_key_logs_offline_and_asks_nothing(command, tmp_path):
+    done = command("defend", *SMALL, "logger=wandb", "runs_dir=out", "attack=none")
+    assert done.returncode == 0, done.stderr
+    last = Path(done.stdout.splitlines()[-1])
+    assert (tmp_path / last).is_file()
+    assert list((tmp_path / last.parent / "wandb").glob("offline-run-*/*.wandb"))
+    assert "Traceback" not in done.stderr
+
+
+def test_sweep_survives_a_failing_cell_and_names_it(command, tmp_path):
+    done = command("defend", "-m", *SMALL, "logger=none", "runs_dir=out", "attack.min_success=0", "x2x.target=10,3")
+    assert done.returncode == 1
+    assert "1 of 2 runs done" in done.stdout
+    failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1
+    assert "x2x.target=10" in failed[0]
+    assert failed[0].endswith("x2x.target must be a class in 0..9, got 10")
+    statuses = {json.loads(path.read_text())["status"] for path in tmp_path.glob("out/digits*/run.json")}
+    assert statuses == {"failed", "done"}
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_train_prints_its_record_last(command, tmp_path):
+    done = command("train", *SMALL[:5], "logger=none", "runs_dir=out", "attack.min_success=0")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / done.stdout.splitlines()[-1]).read_text())
+    assert set(record["metrics"]) == {"acc", "asr", "pacc"}
+
+
+@pytest.mark.parametrize("script", ["train", "defend"])
+def test_a_mistake_is_one_sentence_at_once(command, tmp_path, script):
+    done = command(script, "attack=badnett")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "error: unknown option attack=badnett; did you mean 'badnet'?" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_lists_the_groups(command):
+    done = command("defend", "--help")
+    assert done.returncode == 0
+    assert "attack: badnet, blend, chessboard, none" in done.stdout
