@@ -20,7 +20,8 @@ def network(batch_norm):
     """Two convolutions and a dense layer: 4 + 6 feature maps and 8 neurons to bound."""
     norms = (nn.BatchNorm2d(4), nn.BatchNorm2d(6)) if batch_norm else (nn.Identity(), nn.Identity())
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), norms[0], nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), norms[1], nn.ReLU(inplace=True),
+        nn.Conv2d(1, 4, 3, padding=1), norms[0], nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1), norms[1], nn.ReLU(inplace=True),
         nn.Flatten(), nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 4),
     )  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_repaired_is_another_module_that_shares_no_memory(victim, clean, overrid
     repaired = fit_defense(make(overrides), victim, *clean)
     assert repaired is not victim
     assert not repaired.training
-    ours, theirs = ({value.untyped_storage().data_ptr() for value in model.state_dict().values()} for model in (repaired, victim))
+    ours, theirs = ({value.untyped_storage().data_ptr() for value in net.state_dict().values()} for net in (repaired, victim))
     assert not ours & theirs
     modules = {id(module) for module in victim.modules()}
     assert not [module for module in repaired.modules() if id(module) in modules]
@@ -109,9 +109,10 @@ def test_a_defense_cannot_be_given_triggers_or_test_data(overrides):
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
-def test_class_of_a_defense_can_be_trained_in_bf16(victim, clean, overrides):
-    repaired = fit_defense(
-        make(overrides), victim, *clean, make_trainer=lambda epochs: quiet_trainer(epochs, precision="bf16-mixed", accelerator="cpu")
-    )
+def test_works_in_mixed_precision(victim, clean, overrides):
+    def trainer(epochs):
+        return quiet_trainer(epochs, precision="bf16-mixed", accelerator="cpu")
+
+    repaired = fit_defense(make(overrides), victim, *clean, make_trainer=trainer)
     assert torch.isfinite(repaired(clean[0])).all()
     assert all(value.dtype == torch.float32 for value in repaired.parameters())

@@ -1,4 +1,4 @@
-"""The smallest runs: digits of 16 x 16 pixels, a ResNet of width 4, fp32, two epochs; configurations made as the entry points do."""
+"""The smallest runs: digits of 16 x 16 pixels, a ResNet of width 4, fp32, two epochs; composed as the entry points do."""
 
 import importlib.util
 from pathlib import Path

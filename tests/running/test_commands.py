@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "dataset=digits", "trainer=exact", "training.epochs=1", "model.width=4", "clean_per_class=4", "figures=false", "defense=static_clip",
-    "defense.detector.folds=0",
+    "dataset=digits", "trainer=exact", "training.epochs=1", "model.width=4", "clean_per_class=4",
+    "figures=false", "defense=static_clip", "defense.detector.folds=0",
 ]  # fmt: skip
 
 

@@ -76,12 +76,22 @@ def test_another_checkpoint_under_the_same_name_is_another_run(configure, tmp_pa
     assert run_folder(configure(*overrides)) == first
 
 
-def test_attack_that_did_not_take_is_marked(configure):
-    # An untrained network decides alike whatever the trigger, so all2all flips about a tenth of the images.
-    done = defend(configure("x2x=all2all", "training.optimizer.lr=1e-9", "attack.min_success=0.9", "defense=none"))
-    content = json.loads(done.path.read_text())
-    assert content["metrics"]["none"]["asr"] < 0.9
-    assert content["status"] == "attack_failed"
+@pytest.mark.parametrize(
+    ("x2x", "accuracy", "success", "status"),
+    [
+        ("all2one", 0.8, 0.9, "done"),
+        ("all2one", 0.8, 0.89, "attack_failed"),
+        ("one2one", 0.8, 0.89, "attack_failed"),
+        ("all2all", 0.8, 0.73, "done"),  # the trigger can only work where the true class is recognised
+        ("all2all", 0.8, 0.71, "attack_failed"),
+    ],
+)
+def test_attack_that_did_not_take_is_marked(configure, monkeypatch, x2x, accuracy, success, status):
+    measured = {"none": {"acc": accuracy, "asr": success, "pacc": 0.0}}
+    monkeypatch.setattr(cell.Evaluation, "results", lambda _: measured)
+    monkeypatch.setattr(cell, "_load_victim", lambda *_: None)
+    done = defend(configure(f"x2x={x2x}", "attack.min_success=0.9", "defense=none"))
+    assert json.loads(done.path.read_text())["status"] == status
     assert record.Record(done.folder, {}).finished
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, read_images
 from marginclip.data.sources import held_out_mask
 from marginclip.errors import UserError, require
+from marginclip.files import write_tensors
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 
@@ -24,7 +24,7 @@ class ImageFolder:
 
     A single folder is split by ``split_seed``, ``held_out_share`` of every class held out. ``size`` is the side in pixels that
     images are brought to (short side scaled, centre cut out); None takes the first image's size and asks all others to have
-    it. Up to ``memory_gib`` of decoded images are kept in memory, and cached on disk in ``cache`` when that names a folder;
+    it. ``grey`` reads one channel instead of three. Up to ``memory_gib`` of decoded images are kept in memory, and cached on disk in ``cache`` when that names a folder;
     beyond it images are decoded batch by batch. Hidden files are ignored.
 
     Raises :class:`UserError` for a missing or empty folder, fewer than two classes, a class without images, and, all by name,
@@ -36,6 +36,7 @@ class ImageFolder:
         *,
         root: str | None = None,
         size: int | None = None,
+        grey: bool = False,
         held_out_share: float = 0.3,
         split_seed: int = 0,
         memory_gib: float = 4.0,
@@ -47,6 +48,7 @@ class ImageFolder:
         require(size is None or size >= 8, f"dataset.size must be at least 8 pixels, got {size}")
         require(0 < held_out_share <= 1, f"dataset.held_out_share must be in (0, 1], got {held_out_share:g}")
         self.root, self.size, self.held_out_share, self.split_seed = Path(root), size, held_out_share, split_seed
+        self.grey = grey
         self.memory_bytes, self.cache = memory_gib * 2**30, None if cache is None else Path(cache)
 
     def load(self) -> Splits:
@@ -72,25 +74,22 @@ class ImageFolder:
         if len(paths) * 3 * size * size <= self.memory_bytes:
             images = self._cached(folder, paths, size)
         else:
-            images = FileImages(paths, size, strict=self.size is None)
+            images = FileImages(paths, size, strict=self.size is None, grey=self.grey)
         return ImageSet(images, labels, classes)
 
     def _cached(self, folder: Path, paths: list[Path], size: int) -> Tensor:
         if self.cache is None:
-            return read_images(paths, size, strict=self.size is None)
+            return read_images(paths, size, strict=self.size is None, grey=self.grey)
         listing = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-        key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None}\n{listing}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None} {self.grey}\n{listing}".encode()).hexdigest()[:16]
         file = self.cache / f"images-{key}.safetensors"
         if file.exists():
             try:
                 return load_file(file)["images"]
             except SafetensorError:
                 file.unlink()
-        images = read_images(paths, size, strict=self.size is None)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({"images": images}, partial)
-        partial.replace(file)
+        images = read_images(paths, size, strict=self.size is None, grey=self.grey)
+        write_tensors(file, {"images": images})
         return images
 
 

@@ -50,10 +50,13 @@ class Splits:
         return channels, height, width
 
 
-def decode(path: Path, size: int | None) -> Tensor:
-    """One RGB image file as uint8 (3, H, W): the short side scaled to ``size`` and the centre cut out; None leaves it as it is."""
+def decode(path: Path, size: int | None, *, grey: bool = False) -> Tensor:
+    """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``.
+
+    The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is.
+    """
     with Image.open(path) as opened:
-        image = opened.convert("RGB")
+        image = opened.convert("L" if grey else "RGB")
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         image = image.resize(
@@ -61,29 +64,29 @@ def decode(path: Path, size: int | None) -> Tensor:
         )
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
 
 
 class FileImages:
     """Images decoded from their files whenever they are asked for (see :func:`read_images`)."""
 
-    def __init__(self, paths: list[Path], size: int, *, strict: bool = False) -> None:
-        self.paths, self.size, self.strict = paths, size, strict
+    def __init__(self, paths: list[Path], size: int, *, strict: bool = False, grey: bool = False) -> None:
+        self.paths, self.size, self.strict, self.grey = paths, size, strict, grey
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
-        return read_images([self.paths[i] for i in index.tolist()], self.size, strict=self.strict)
+        return read_images([self.paths[i] for i in index.tolist()], self.size, strict=self.strict, grey=self.grey)
 
 
-def read_images(paths: list[Path], size: int, *, strict: bool) -> Tensor:
-    """All files decoded, uint8 (N, 3, size, size), by a pool of threads (decoding releases the GIL).
+def read_images(paths: list[Path], size: int, *, strict: bool, grey: bool = False) -> Tensor:
+    """All files decoded, uint8 (N, 3, size, size) or (N, 1, size, size) when ``grey``, by a pool of threads (decoding releases the GIL).
 
     ``strict`` refuses images of another size instead of scaling them. Raises :class:`UserError` that names what cannot be used.
     """
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = list(pool.map(lambda path: _try_decode(path, size, strict), paths))
+        results = list(pool.map(lambda path: _try_decode(path, size, strict, grey), paths))
     faults = [result for result in results if isinstance(result, str)]
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
@@ -91,9 +94,9 @@ def read_images(paths: list[Path], size: int, *, strict: bool) -> Tensor:
     return torch.stack([result for result in results if isinstance(result, Tensor)])
 
 
-def _try_decode(path: Path, size: int, strict: bool) -> Tensor | str:
+def _try_decode(path: Path, size: int, strict: bool, grey: bool) -> Tensor | str:
     try:
-        image = decode(path, None if strict else size)
+        image = decode(path, None if strict else size, grey=grey)
     except UnidentifiedImageError:
         return f"'{path}' is not an image"
     except (OSError, SyntaxError, ValueError) as error:

@@ -39,13 +39,13 @@ class Defense(L.LightningModule):
 
 @torch.no_grad()
 def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
-    """The model's logits (N, K) on images, in evaluation mode, computed batch by batch; its mode is left as it was.
+    """The model's logits (N, K) on images, in evaluation mode, computed batch by batch; the modes of its modules are left as they were.
 
     Raises :class:`UserError` for logits that are not finite.
     """
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         logits = torch.cat([model(batch.to(device)).float() for batch in images.split(batch_size)])
@@ -53,7 +53,8 @@ def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> 
         size = " x ".join(str(side) for side in images.shape[1:])
         raise UserError(f"the model does not take images of {size} ({str(error).splitlines()[0]})") from error
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     bad = int((~torch.isfinite(logits).all(1)).sum())
     require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
     return logits

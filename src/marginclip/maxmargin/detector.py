@@ -71,7 +71,6 @@ class MarginDropDetector(nn.Module):
         self.theta, self.null_distribution, self.rule, self.correction = theta, null_distribution, rule, correction
         self.register_buffer("clean_statistics", clean_statistics.detach().float().cpu())
         self.register_buffer("clean_margins", clean_margins.detach().float().cpu())
-        self.insisting_margin = float(clean_margins.float().median())
 
     @classmethod
     @torch.no_grad()
@@ -120,6 +119,11 @@ class MarginDropDetector(nn.Module):
             correction=correction,
         )
         return detector.to(logits.device)
+
+    @property
+    def insisting_margin(self) -> float:
+        """The margin from which on the repaired network insists on a class: the clean samples' median."""
+        return float(self.clean_margins.median())
 
     @property
     def threshold(self) -> float:

@@ -65,6 +65,8 @@ def build_scene(config: DictConfig) -> Scene:
     """Load the data and build attack, data module and model; everything random is drawn from ``config.seed``."""
     require(isinstance(config.seed, int) and config.seed >= 0, f"seed must be an integer from 0 up, got {config.seed!r}")
     source_config = {key: value for key, value in config.dataset.items() if key != "augment"}
+    if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
+        source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training
     splits: Splits = instantiate(source_config, key="dataset").load()
     classes = splits.held_out.classes
     x2x = instantiate(config.x2x, num_classes=len(classes), seed=config.seed, key="x2x")

@@ -172,6 +172,12 @@ def _evaluate(config: DictConfig, scene: Scene, outcome: Repair, record: Record)
     trainer = build_trainer(config, record.folder, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.test(evaluation, scene.data, verbose=False)
     record.content["metrics"] = evaluation.results()
+    if outcome.detector is not None:
+        scores = evaluation.scores()[f"{config.defense.detector_row}_clean"]
+        flagged = round(record.content["metrics"][config.defense.detector_row]["fpr"] * len(scores))
+        record.content["flagged"] = {"images": len(scores), "flagged": flagged}
+        which = "evaluation" if len(scene.data.eval_index) else "clean"
+        log.info("the detector flags %d of the %d %s images", flagged, len(scores), which)
     return evaluation
 
 

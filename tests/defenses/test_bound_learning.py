@@ -1,0 +1,501 @@
+"""Bound learning step by step: ascent, descent, the controller of lambda, what is kept, and going on after an interruption."""
+
+import itertools
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, bound_learning, fit_defense, repair
+from marginclip.defenses.fit import quiet_trainer
+from marginclip.errors import UserError
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, ascend_margins
+from marginclip.maxmargin.penalty import PenaltyController
+from marginclip.running.cell import make_defense
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def learning(**settings):
+    """A short bound learning whose settings are all stated; a test changes those that it is about."""
+    plan = {"network": "bounded", "starts_per_class": 3, "first_steps": 4, "steps": 1, "refresh_every": 1, "warm_start": True}
+    plan |= {"rule": "unit_norm", "step_size": 0.1} | settings.pop("ascent", {})
+    penalty = {"initial": 0.1, "control": "fixed", "min_agreement": 0.95} | settings.pop("penalty", {})
+    stated = {
+        "start": BoundStart(share=0.5), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
+        "lr_scale": "absolute", "reduction": "mean", "keep": "last", "project": True, "seed": 0,
+    }  # fmt: skip
+    return BoundLearning(ascent=AscentPlan(**plan), penalty=PenaltyController(**penalty), **(stated | settings))
+
+
+def cpu_trainer(epochs, **settings):
+    return quiet_trainer(epochs, accelerator="cpu", **settings)
+
+
+def fit(defense, model, clean, **settings):
+    return fit_defense(defense, model, *clean, make_trainer=lambda epochs: cpu_trainer(epochs, **settings))
+
+
+def slow_margins(logits, classes):
+    """Own logit minus the best other one, sample by sample."""
+    rows = zip(logits.tolist(), classes.tolist(), strict=True)
+    return torch.tensor([row[c] - max(value for k, value in enumerate(row) if k != c) for row, c in rows])
+
+
+def correct_ones(model, clean):
+    images, labels = clean
+    with torch.no_grad():
+        logits = model(images)
+    right = logits.argmax(1) == labels
+    return images[right], labels[right], logits[right]
+
+
+def objective(repaired, model, clean, defense, inputs):
+    """The loss of Eq. 3 at the present bounds, on all correctly classified images and the given margin inputs."""
+    images, _, targets = correct_ones(model, clean)
+    with torch.no_grad():
+        data = ((repaired(images) - targets) ** 2).mean()
+        margins = slow_margins(repaired(inputs), defense.wanted)
+    return float(data + defense.penalty.initial * margins.mean())
+
+
+class Watch(L.Callback):
+    """Notes something after every epoch or before every step."""
+
+    def __init__(self, *, epoch=None, step=None):
+        self.epoch, self.step, self.notes = epoch, step, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if self.step is not None:
+            self.notes.append(self.step(module))
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.epoch is not None:
+            self.notes.append(self.epoch(module))
+
+
+# -- the ascent ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ascents(monkeypatch):
+    """Every call of the margin search: (its starts, its steps, whether bounds were on, the images that it found)."""
+    calls = []
+
+    def noted(network, classes, starts, **settings):
+        enabled = {bound.enabled for _, bound in network.each()}
+        found = ascend_margins(network, classes, starts, **settings)
+        calls.append((starts.clone(), settings["steps"], enabled, found.images.clone()))
+        return found
+
+    monkeypatch.setattr(bound_learning, "ascend_margins", noted)
+    return calls
+
+
+@pytest.mark.parametrize(("refresh_every", "refreshes"), [(1, 7), (3, 3), (7, 1), (100, 1)])
+def test_margins_are_ascended_every_refresh_every_steps(victim, clean, ascents, refresh_every, refreshes):
+    fit(learning(steps=7, check_every=7, ascent={"refresh_every": refresh_every}), victim, clean)
+    assert len(ascents) == refreshes
+    assert [steps for _, steps, _, _ in ascents] == [4] + [1] * (refreshes - 1)
+
+
+def test_warm_start_goes_on_from_the_images_before(victim, clean, ascents):
+    fit(learning(), victim, clean)
+    for (_, _, _, found), (starts, *_) in itertools.pairwise(ascents):
+        assert torch.equal(starts, found)
+
+
+def test_cold_start_draws_new_images_in_the_feasible_space(victim, clean, ascents):
+    fit(learning(ascent={"warm_start": False}), victim, clean)
+    starts = [call[0] for call in ascents]
+    assert len(starts) == 4
+    assert not any(torch.equal(one, other) for number, one in enumerate(starts) for other in starts[:number])
+    assert all(0 <= float(batch.min()) and float(batch.max()) <= 1 for batch in starts)
+
+
+@pytest.mark.parametrize(("network", "enabled"), [("bounded", {True}), ("original", {False})])
+def test_the_network_whose_margins_are_ascended(victim, clean, ascents, network, enabled):
+    repaired = fit(learning(ascent={"network": network}), victim, clean)
+    assert {frozenset(call[2]) for call in ascents} == {frozenset(enabled)}
+    assert all(bound.enabled for _, bound in repaired.each())
+
+
+def test_every_class_gets_its_starts(victim, clean, ascents):
+    defense = learning(ascent={"starts_per_class": 5})
+    fit(defense, victim, clean)
+    assert defense.wanted.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+    assert ascents[0][0].shape == (20, 1, 8, 8)
+
+
+# -- the descent ---------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_lower_the_objective_on_fixed_margin_inputs(victim, clean):
+    defense = learning(steps=30, check_every=30, ascent={"refresh_every": 1000}, learning_rate=0.01, penalty={"initial": 0.05})
+    start = BoundedNetwork(victim, clean[0][:1])
+    start.set_from_images(clean[0], share=0.5)
+    repaired = fit(defense, victim, clean)
+    inputs = defense.margin_inputs
+    before, after = (objective(network, victim, clean, defense, inputs) for network in (start, repaired))
+    assert after < before - 0.01 * abs(before)
+
+
+def first_step(model, clean, defense, inputs):
+    """The gradient of the objective at the start, and where one plain Adam step leads from there."""
+    network = BoundedNetwork(model, clean[0][:1])
+    defense.start.apply(network, clean[0])
+    images, _, targets = correct_ones(model, clean)
+    logits = network(inputs)
+    others = logits.masked_fill(F.one_hot(defense.wanted, 4).bool(), float("-inf")).amax(1)
+    margins = logits[torch.arange(len(logits)), defense.wanted] - others
+    loss = F.mse_loss(network(images), targets) + defense.penalty.initial * margins.mean()
+    gradients = torch.autograd.grad(loss, network.bound_parameters())
+    rates = [
+        defense.learning_rate * (float(bound.upper.mean()) if defense.lr_scale == "relative" else 1)
+        for _, bound in network.each()
+    ]
+    # The first step of Adam: both bias corrections cancel, so it is the gradient over its own size.
+    moved = [
+        (value - rate * gradient / (gradient.abs() + 1e-8)).clamp_min(0).detach()
+        for value, gradient, rate in zip(network.bound_parameters(), gradients, rates, strict=True)
+    ]
+    return gradients, moved
+
+
+@pytest.mark.parametrize("lr_scale", ["absolute", "relative"])
+def test_one_step_is_adams_first(plain_victim, clean, lr_scale):
+    defense = learning(steps=1, check_every=1, lr_scale=lr_scale)
+    repaired = fit(defense, plain_victim, clean)
+    gradients, moved = first_step(plain_victim, clean, defense, defense.margin_inputs)
+    assert sum(int((gradient != 0).sum()) for gradient in gradients) > 5
+    for value, gradient, wanted in zip(repaired.bound_parameters(), gradients, moved, strict=True):
+        clear = (gradient == 0) | (gradient.abs() > 1e-5)  # around zero the direction is a matter of rounding
+        torch.testing.assert_close(value[clear], wanted[clear], atol=2e-4, rtol=1e-4)
+
+
+def test_without_penalty_at_the_clean_maximum_nothing_moves(plain_victim, clean):
+    start = BoundedNetwork(plain_victim, clean[0][:1])
+    start.set_from_images(clean[0])
+    repaired = fit(learning(start=BoundStart(share=1.0), penalty={"initial": 0.0}), plain_victim, clean)
+    for name, value in repaired.bounds_state().items():
+        assert torch.equal(value, start.bounds_state()[name])
+
+
+def test_sum_with_lambda_is_mean_with_lambda_times_the_number(plain_victim, clean):
+    one = fit(learning(reduction="sum", penalty={"initial": 0.01}), plain_victim, clean)
+    other = fit(learning(reduction="mean", penalty={"initial": 0.12}), plain_victim, clean)  # 4 classes, 3 starts each
+    for name, value in one.bounds_state().items():
+        torch.testing.assert_close(value, other.bounds_state()[name], atol=1e-4, rtol=1e-4)
+
+
+def test_minibatches_are_whole_passes(victim, clean):
+    defense = learning(batch_size=5)
+    fit(defense, victim, clean)
+    count = len(defense.images)
+    per_pass = -(-count // 5)
+    first, second = ([defense._minibatch(start + step) for step in range(per_pass)] for start in (0, per_pass))
+    for batches in (first, second):
+        assert torch.cat(batches).sort().values.tolist() == list(range(count))
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    assert max(map(len, first)) == 5
+
+
+def test_bounds_stay_feasible_unless_told_not_to(victim, clean):
+    settings = {"learning_rate": 5.0, "penalty": {"initial": 10.0}}
+    assert min(float(value.min()) for value in fit(learning(**settings), victim, clean).bound_parameters()) >= 0
+    assert min(float(value.min()) for value in fit(learning(project=False, **settings), victim, clean).bound_parameters()) < 0
+
+
+def test_only_correctly_classified_images_are_learned_from(victim, clean):
+    images, labels = clean
+    wrong = labels.clone()
+    wrong[:6] = (wrong[:6] + 1) % 4
+    defense = learning()
+    fit(defense, victim, (images, wrong))
+    with torch.no_grad():
+        right = victim(images).argmax(1) == wrong
+    assert len(defense.images) == int(right.sum()) < 24
+    assert torch.equal(defense.images, images[right])
+
+
+@pytest.mark.parametrize(("steps", "check_every"), [(1, 1), (4, 2), (5, 2), (2, 5)])
+def test_exactly_steps_bound_steps_are_taken(victim, clean, steps, check_every):
+    defense = learning(steps=steps, check_every=check_every)
+    counts = []
+    watch = Watch(epoch=lambda module: counts.append(module.global_step))
+    fit(defense, victim, clean, callbacks=[watch])
+    assert counts[-1] == steps
+    assert len(defense.history) == 1 + len(counts)
+
+
+# -- lambda --------------------------------------------------------------------------------------------------------------------
+
+
+def preset(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return make_defense(compose("defend", overrides=["defense=mmac", f"defense/schedule={name}", "defense.ascent.steps=0"]))
+
+
+def test_authors_code_moves_lambda_at_epochs_40_to_290(victim, clean, monkeypatch):
+    """The published script, by its description: 300 passes of 3 batches; checks every 10 passes after 30."""
+    defense = preset("authors_code")
+    accuracies = iter([1.0, 0.96, 0.94, 0.95, 0.2] * 10)
+    fed = []
+
+    def fake(agreement, update=defense.penalty.update):
+        fed.append(next(accuracies))
+        return update(fed[-1])
+
+    monkeypatch.setattr(defense.penalty, "update", fake)
+    monkeypatch.setattr(defense, "training_step", lambda *_: 0 * defense.bounded.bound_parameters()[0].sum())
+    watch = Watch(step=lambda module: module.penalty.value)
+    fit(defense, victim, clean, callbacks=[watch])
+    by_pass = watch.notes[::3]
+    assert len(watch.notes) == 900
+    assert all(watch.notes[step] == by_pass[step // 3] for step in range(900))
+    changes = [number for number in range(1, 300) if by_pass[number] != by_pass[number - 1]]
+    assert changes == list(range(40, 300, 10))
+    assert len(changes) == 26
+    value, by_hand = 0.002, []
+    for number in range(300):
+        if number % 10 == 0 and number >= 40:
+            value = value * 1.2 if fed[number // 10 - 1] >= 0.95 else value / 1.2
+        by_hand.append(value)
+    assert by_pass == pytest.approx(by_hand)
+
+
+def test_controller_is_fed_the_accuracy_of_every_check_but_the_start(victim, clean, monkeypatch):
+    defense = learning(steps=6, check_every=2, penalty={"control": "agreement", "factor": 2.0})
+    fed = []
+
+    def noted(agreement, update=defense.penalty.update):
+        fed.append(agreement)
+        return update(agreement)
+
+    monkeypatch.setattr(defense.penalty, "update", noted)
+    watch = Watch(epoch=lambda module: module.bounded.bounds_state())
+    fit(defense, victim, clean, callbacks=[watch])
+    assert len(fed) == 3
+    images, labels, _ = correct_ones(victim, clean)
+    network = BoundedNetwork(victim, clean[0][:1])
+    for agreement, bounds in zip(fed, watch.notes, strict=True):
+        network.load_bounds(bounds)
+        assert agreement == pytest.approx(float((network(images).argmax(1) == labels).float().mean()))
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------------------
+
+
+def agreement_of(repaired, model, clean):
+    images, labels, _ = correct_ones(model, clean)
+    with torch.no_grad():
+        return float((repaired(images).argmax(1) == labels).float().mean())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4},
+        {"learning_rate": 3.0, "penalty": {"initial": 30.0}},
+        {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4, "penalty": {"min_agreement": 1.0}},
+    ],
+)
+def test_accuracy_constraint_holds_whatever_happened(victim, clean, settings):
+    wanted = settings.get("penalty", {}).get("min_agreement", 0.95)
+    last = fit(learning(**settings), victim, clean)
+    assert agreement_of(last, victim, clean) < wanted
+    best = fit(learning(keep="best", **settings), victim, clean)
+    assert agreement_of(best, victim, clean) >= wanted
+
+
+def test_bounds_are_relaxed_no_further_than_needed(victim, clean):
+    defense = learning(keep="best", start=BoundStart(constant=1e-3), learning_rate=1e-4)
+    fit(defense, victim, clean)
+    assert 0 < defense.relaxed <= 1
+    fine = learning(keep="best", start=BoundStart(share=1.0), learning_rate=1e-4)
+    fit(fine, victim, clean)
+    assert fine.relaxed == 0
+
+
+def test_best_is_the_lowest_objective_that_kept_the_accuracy(victim, clean):
+    defense = learning(keep="best", steps=12, check_every=1, learning_rate=0.3, penalty={"initial": 0.5, "min_agreement": 0.9})
+    watch = Watch(epoch=lambda module: (module.bounded.bounds_state(), module.margin_inputs.clone()))
+    repaired = fit(defense, victim, clean, callbacks=[watch])
+    network, scores = BoundedNetwork(victim, clean[0][:1]), {}
+    for number, (bounds, inputs) in enumerate(watch.notes):
+        network.load_bounds(bounds)
+        if agreement_of(network, victim, clean) >= 0.9:
+            scores[number] = objective(network, victim, clean, defense, inputs)
+    assert 0 < len(scores)
+    best = min(scores, key=scores.get)
+    assert best != 11, "choose settings under which the last bounds are not the best"
+    assert all(torch.equal(value, watch.notes[best][0][name]) for name, value in repaired.bounds_state().items())
+
+
+def test_last_is_the_last(victim, clean):
+    watch = Watch(epoch=lambda module: module.bounded.bounds_state())
+    repaired = fit(learning(steps=6, learning_rate=3.0, penalty={"initial": 30.0}), victim, clean, callbacks=[watch])
+    assert all(torch.equal(value, watch.notes[-1][name]) for name, value in repaired.bounds_state().items())
+    assert agreement_of(repaired, victim, clean) < 0.95
+
+
+# -- going on after an interruption --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 5, 6])  # checks come every 2 steps; before the first checkpoint, and behind the second
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, tmp_path, at, keep):
+    def make():
+        penalty = {"control": "agreement"}
+        return learning(steps=10, batch_size=7, keep=keep, penalty=penalty, ascent={"refresh_every": 3})
+
+    through = make()
+    straight = fit(through, victim, clean)
+
+    class Interrupt(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == at:
+                raise RuntimeError("power cut")
+
+    saver = {"dirpath": tmp_path, "filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
+
+    def saving(epochs, *extra):
+        return cpu_trainer(epochs, enable_checkpointing=True, callbacks=[ModelCheckpoint(**saver), *extra])
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit_defense(make(), victim, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt()))
+    checkpoint = tmp_path / "last.ckpt"
+    assert checkpoint.exists() is (at > 2)
+    again = make()
+    resumed = fit_defense(again, victim, *clean, make_trainer=saving, resume=checkpoint if checkpoint.exists() else None)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
+    assert again.history == through.history
+    assert again.penalty.state_dict() == through.penalty.state_dict()
+
+
+# -- where it works and what it refuses ----------------------------------------------------------------------------------------
+
+
+def test_works_inside_a_validation_loop(victim, clean):
+    """Lightning validates under inference mode; repaired networks, the ascent and the detector must work there."""
+    repaired = fit(learning(), victim, clean)
+    detector = MarginDropDetector.fit(victim, repaired, clean[0])
+    classes, starts = torch.arange(4), torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    climbed = ascend_margins(repaired, classes, starts, steps=3).images
+    outside = (repaired(clean[0]).detach(), climbed, detector(clean[0]).p_values)
+    inside = []
+
+    class Validation(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.detector = detector
+
+        def validation_step(self, batch, batch_idx):
+            assert torch.is_inference_mode_enabled()
+            inside.append(repaired(clean[0]))
+            inside.append(ascend_margins(repaired, classes, starts, steps=3).images)
+            inside.append(MarginDropDetector.fit(victim, repaired, clean[0])(clean[0]).p_values)
+            BoundedNetwork(victim, batch[0][:1])
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*clean), batch_size=24)
+    cpu_trainer(1).validate(Validation(), loader, verbose=False)
+    assert len(inside) == 3
+    for one, other in zip(outside, inside, strict=True):
+        torch.testing.assert_close(one, other.clone())
+
+
+class Silent(nn.Module):
+    """No activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 4)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+class Branching(Silent):
+    """A branch on values."""
+
+    def forward(self, images):
+        return F.relu(super().forward(images)) if images.sum() > 0 else super().forward(images)
+
+
+def relabelled(labels):
+    return torch.full_like(labels, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (images * 3 - 1, labels), r"images must lie in \[0, 1\]"),
+        (lambda images, labels: (images * float("nan"), labels), "NaN|must lie in"),
+        (lambda images, labels: (images[:5], labels), "one label an image"),
+        (lambda images, labels: (images[:0], labels[:0]), "got 0 images|one label"),
+        (lambda images, labels: (images, relabelled(labels)), r"labels must be in 0\.\.3"),
+        (lambda images, labels: (images, labels - 1), r"labels must be in 0\.\.3"),
+        (lambda images, labels: (images, 3 - labels), "classifies none of the 24 clean images correctly"),
+        (lambda images, labels: (images.repeat(1, 3, 1, 1), labels), "does not take images of 3 x 8 x 8"),
+        (lambda images, labels: (images[:, :, :6], labels), "does not take images of 1 x 6 x 8"),
+        (lambda images, labels: (images[:, 0], labels), "images|does not take"),
+    ],
+)
+def test_clean_sets_that_do_not_fit_are_refused(victim, clean, change, message):
+    images, labels = clean
+    if "none of the 24" in message:
+        labels = victim(images).argmax(1)
+    with pytest.raises(UserError, match=message):
+        repair(victim, *change(images, labels))
+
+
+@pytest.mark.parametrize(("model", "message"), [(Silent, "no activation"), (Branching, "Branching cannot be traced")])
+def test_models_that_do_not_fit_are_refused(clean, model, message):
+    torch.manual_seed(0)
+    network = model()
+    labels = network(clean[0]).argmax(1)
+    with pytest.raises(UserError, match=message):
+        repair(network, clean[0], labels)
+
+
+def test_nan_logits_are_refused(victim, clean):
+    with torch.no_grad():
+        victim[-1].bias[2] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite logits for 24 of 24 clean images"):
+        repair(victim, *clean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "defense.steps"),
+        ({"batch_size": 0}, "defense.batch_size"),
+        ({"learning_rate": 0.0}, "defense.learning_rate"),
+        ({"lr_scale": "log"}, "defense.lr_scale"),
+        ({"reduction": "max"}, "defense.reduction"),
+        ({"keep": "first"}, "defense.keep"),
+        ({"check_every": 0}, "defense.check_every"),
+        ({"ascent": {"network": "both"}}, "defense.ascent.network"),
+        ({"ascent": {"starts_per_class": 0}}, "defense.ascent.starts_per_class"),
+        ({"ascent": {"refresh_every": 0}}, "defense.ascent.refresh_every"),
+        ({"ascent": {"steps": -1}}, "defense.ascent.steps"),
+        ({"ascent": {"step_size": 0.0}}, "defense.ascent.step_size"),
+        ({"ascent": {"rule": "adam"}}, "defense.ascent.rule"),
+    ],
+)
+def test_settings_that_make_no_sense_name_their_key(settings, message):
+    with pytest.raises(UserError, match=message):
+        learning(**settings)
+
+
+def test_repair_and_detector_in_three_lines(victim, clean):
+    repaired = repair(victim, *clean, defense=learning(keep="best"))
+    detector = MarginDropDetector.fit(victim, repaired, clean[0])
+    found = detector(clean[0])
+    assert found.decisions.shape == found.p_values.shape == found.flagged.shape == (24,)
+    assert repaired.num_bounds == 4 + 6 + 8

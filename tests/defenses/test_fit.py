@@ -1,0 +1,61 @@
+"""Cross-fitting: every image is judged by bounds that never saw it. And the control that learns nothing."""
+
+import pytest
+import torch
+
+from marginclip.defenses import BoundStart, StaticClip, cross_fitted_logits, fit_defense
+from marginclip.defenses.base import clean_logits
+from marginclip.defenses.fit import stratified_folds
+from marginclip.errors import UserError
+
+
+class Noting(StaticClip):
+    """Static clipping that remembers the images that it was given."""
+
+    seen: list  # of every instance, in order
+
+    def prepare(self, model, images, labels):
+        self.seen.append(images)
+        super().prepare(model, images, labels)
+
+
+def test_folds_are_balanced_within_classes_and_seeded():
+    labels = torch.arange(50) % 4
+    fold = stratified_folds(labels, 3, seed=0)
+    for label in range(4):
+        counts = torch.bincount(fold[labels == label], minlength=3)
+        assert int(counts.max() - counts.min()) <= 1
+    assert torch.equal(fold, stratified_folds(labels, 3, seed=0))
+    assert not torch.equal(fold, stratified_folds(labels, 3, seed=1))
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_logits_come_from_bounds_that_never_saw_the_image(victim, clean, folds):
+    images, labels = clean
+    Noting.seen = []
+    logits = cross_fitted_logits(Noting, victim, images, labels, folds=folds, seed=4)
+    fold = stratified_folds(labels, folds, seed=4)
+    assert len(Noting.seen) == folds
+    for number, seen in enumerate(Noting.seen):
+        assert torch.equal(seen, images[fold != number])
+        alone = fit_defense(StaticClip(), victim, images[fold != number], labels[fold != number])
+        torch.testing.assert_close(logits[fold == number], alone(images[fold == number]).detach(), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, clean_logits(fit_defense(StaticClip(), victim, images, labels), images))
+
+
+def test_one_fold_is_no_cross_fitting(victim, clean):
+    with pytest.raises(UserError, match="at least 2 folds, got 1"):
+        cross_fitted_logits(StaticClip, victim, *clean, folds=1)
+
+
+def test_static_clip_cuts_at_the_share_of_the_clean_maximum(plain_victim, clean):
+    images, labels = clean
+    repaired = fit_defense(StaticClip(start=BoundStart(share=0.25)), plain_victim, images, labels)
+    with torch.no_grad():
+        first = plain_victim[:3](images)
+    uppers = [bound.upper for _, bound in repaired.each()]
+    torch.testing.assert_close(uppers[0].detach(), 0.25 * first.amax((0, 2, 3)))
+    clipped = torch.minimum(first, uppers[0].view(1, -1, 1, 1))
+    second = torch.minimum(plain_victim[3:6](clipped), uppers[1].view(1, -1, 1, 1))
+    third = torch.minimum(plain_victim[6:9](second), uppers[2])
+    torch.testing.assert_close(repaired(images), plain_victim[9](third), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,221 @@
+"""MMDF on logits by hand: statistic, decision, correction, state."""
+
+import pytest
+import torch
+from torch import nn
+
+from marginclip.errors import UserError
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector
+from marginclip.maxmargin.detector import CORRECTIONS, RULES, margin_drop
+from marginclip.maxmargin.null import NULLS
+
+
+def draw(count, seed, scale=1.0):
+    return scale * torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def clean_logits():
+    """Logits of a model and of its repaired version on 200 clean images: close to each other."""
+    logits = draw(200, 0, 3.0)
+    return logits, logits + draw(200, 1, 0.2)
+
+
+@pytest.fixture
+def new_logits():
+    """The same of 300 new images: a third as the clean ones, the others changed much by the bounds."""
+    logits = draw(300, 2, 3.0)
+    noise = draw(300, 3, 0.2)
+    noise[100:] *= 30
+    return logits, logits + noise
+
+
+def make(clean_logits, **settings):
+    stated = {"theta": 0.01, "null_distribution": "gaussian", "rule": "paper", "correction": "exclude"} | settings
+    return MarginDropDetector.from_logits(nn.Identity(), nn.Identity(), *clean_logits, **stated)
+
+
+def slow_statistic(logits, bounded):
+    found = []
+    for row, other in zip(logits.tolist(), bounded.tolist(), strict=True):
+        c = max(range(5), key=row.__getitem__)
+        margins = [values[c] - max(value for k, value in enumerate(values) if k != c) for values in (row, other)]
+        found.append(margins[0] - margins[1])
+    return torch.tensor(found)
+
+
+# -- the statistic -------------------------------------------------------------------------------------------------------------
+
+
+def test_statistic_by_loop(new_logits):
+    torch.testing.assert_close(margin_drop(*new_logits), slow_statistic(*new_logits))
+
+
+def test_infinite_bounds_give_zero_and_flag_nothing(net, images):
+    repaired = BoundedNetwork(net, images[:1])
+    assert torch.equal(margin_drop(net(images), repaired(images)), torch.zeros(12))
+    for null in NULLS:
+        found = MarginDropDetector.fit(net, repaired, images, null_distribution=null, theta=0.3)(images)
+        assert not found.flagged.any()
+        assert (found.p_values == 1).all()
+        assert torch.equal(found.decisions, net(images).argmax(1))
+
+
+def test_statistic_is_positive_where_the_bounded_network_decides_otherwise(new_logits):
+    logits, bounded = new_logits
+    disagree = logits.argmax(1) != bounded.argmax(1)
+    assert 10 < int(disagree.sum()) < 300
+    assert (margin_drop(logits, bounded)[disagree] > 0).all()
+
+
+# -- the decision --------------------------------------------------------------------------------------------------------------
+
+
+def test_flagged_means_over_mean_plus_so_many_standard_deviations(clean_logits, new_logits):
+    detector = make(clean_logits, theta=0.005)
+    statistic = slow_statistic(*clean_logits)
+    cut = float(statistic.mean() + 2.5758293 * statistic.std(correction=1))
+    assert detector.threshold == pytest.approx(cut, abs=1e-4)
+    found = detector.decide(*new_logits)
+    assert torch.equal(found.flagged, found.statistic > cut)
+    assert 100 < int(found.flagged.sum()) < 250
+
+
+def test_or_disagree_flags_those_and_no_others(clean_logits, new_logits):
+    paper, both = (make(clean_logits, rule=rule).decide(*new_logits) for rule in RULES)
+    disagree = new_logits[0].argmax(1) != new_logits[1].argmax(1)
+    assert torch.equal(both.flagged, paper.flagged | disagree)
+    assert int((both.flagged & ~paper.flagged).sum()) > 0
+
+
+@pytest.mark.parametrize("null_distribution", NULLS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_decisions_by_loop(clean_logits, new_logits, correction, rule, null_distribution):
+    detector = make(clean_logits, theta=0.05, correction=correction, rule=rule, null_distribution=null_distribution)
+    found = detector.decide(*new_logits)
+    kept = sorted(
+        row[c] - max(value for k, value in enumerate(row) if k != c)
+        for row, c in zip(clean_logits[1].tolist(), clean_logits[0].argmax(1).tolist(), strict=True)
+    )
+    insisting = max(kept[(len(kept) - 1) // 2], 0)
+    for row, other, flagged, decision in zip(*(x.tolist() for x in (*new_logits, found.flagged, found.decisions)), strict=True):
+        c = max(range(5), key=row.__getitem__)
+        best_other = max((k for k in range(5) if k != c), key=other.__getitem__)
+        insists = other[c] - other[best_other] >= insisting
+        if not flagged:
+            assert decision == c
+        elif correction == "reject":
+            assert decision == -1
+        elif correction == "insist" and insists:
+            assert decision == c
+        else:
+            assert decision == best_other
+    assert 50 < int(found.flagged.sum()) < 300
+
+
+def test_insisting_happens_and_only_among_the_flagged(clean_logits, new_logits):
+    insist, exclude = (make(clean_logits, correction=name, theta=0.3).decide(*new_logits) for name in ("insist", "exclude"))
+    changed = insist.decisions != exclude.decisions
+    assert int(changed.sum()) > 0
+    assert insist.flagged[changed].all()
+    assert torch.equal(insist.decisions[changed], new_logits[0].argmax(1)[changed])
+
+
+@pytest.mark.parametrize("correction", ["exclude", "reject"])
+def test_bounds_on_what_detection_can_cost_and_leave(clean_logits, new_logits, correction):
+    """ASR(MMDF) <= ASR(f) + share flagged; FPR >= ACC(f) - ACC(MMDF) on the same images (recipes 14)."""
+    found = make(clean_logits, correction=correction).decide(*new_logits)
+    original = new_logits[0].argmax(1)
+    labels = torch.where(torch.arange(300) % 3 == 0, original, (original + 1) % 5)
+    share = found.flagged.float().mean()
+    before, after = ((decisions == labels).float().mean() for decisions in (original, found.decisions))
+    assert after <= before + share
+    assert share >= before - after
+    assert not (found.flagged & (found.decisions == original)).any()
+
+
+def test_logits_are_left_as_they_were(clean_logits, new_logits):
+    copies = [values.clone() for values in (*clean_logits, *new_logits)]
+    make(clean_logits, correction="insist").decide(*new_logits)
+    assert all(torch.equal(one, other) for one, other in zip(copies, (*clean_logits, *new_logits), strict=True))
+
+
+def test_order_and_batches_do_not_matter(clean_logits, new_logits):
+    detector = make(clean_logits, null_distribution="tail")
+    whole = detector.decide(*new_logits)
+    parts = [detector.decide(*(values[start : start + 70] for values in new_logits)) for start in range(0, 300, 70)]
+    assert torch.equal(whole.decisions, torch.cat([part.decisions for part in parts]))
+    assert torch.equal(whole.p_values, torch.cat([part.p_values for part in parts]))
+
+
+# -- with networks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(net, images):
+    """A network, and itself with bounds at half of what its maps reach."""
+    repaired = BoundedNetwork(net, images[:1])
+    repaired.set_from_images(images, share=0.5)
+    return net, repaired
+
+
+def test_images_give_the_same_as_their_logits(pair, images):
+    net, repaired = pair
+    fitted = MarginDropDetector.fit(net, repaired, images, batch_size=5, null_distribution="gaussian", theta=0.2)
+    with torch.no_grad():
+        logits = net(images), repaired(images)
+    torch.testing.assert_close(fitted.clean_statistics, slow_statistic_of(*logits))
+    found, wanted = fitted(images), fitted.decide(*logits)
+    assert torch.equal(found.decisions, wanted.decisions)
+    assert torch.equal(found.p_values, wanted.p_values)
+    assert not found.statistic.requires_grad
+
+
+def slow_statistic_of(logits, bounded):
+    return slow_statistic(*(nn.functional.pad(values, (0, 1), value=-1e9) for values in (logits, bounded)))
+
+
+def test_networks_and_images_are_left_as_they_were(pair, images):
+    net, repaired = pair
+    before = images.clone(), {**net.state_dict(prefix="n."), **repaired.state_dict(prefix="r.")}
+    before = before[0], {name: value.clone() for name, value in before[1].items()}
+    MarginDropDetector.fit(net, repaired, images)(images)
+    assert torch.equal(images, before[0])
+    after = {**net.state_dict(prefix="n."), **repaired.state_dict(prefix="r.")}
+    assert all(torch.equal(value, after[name]) for name, value in before[1].items())
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_state_travels_through_state_dict(pair, images, new_logits, correction):
+    net, repaired = pair
+    settings = {"theta": 0.3, "correction": correction, "null_distribution": "gaussian"}
+    fitted = MarginDropDetector.fit(net, repaired, images, **settings)
+    empty = MarginDropDetector(net, repaired, torch.zeros(12), torch.zeros(12), **settings)
+    empty.load_state_dict(fitted.state_dict())
+    one, other = fitted(images), empty(images)
+    assert torch.equal(one.p_values, other.p_values)
+    assert torch.equal(one.decisions, other.decisions)
+    assert empty.threshold == fitted.threshold
+    wide = [values[:, :4] for values in new_logits]
+    assert torch.equal(fitted.decide(*wide).decisions, empty.decide(*wide).decisions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"theta": 0.0}, r"detector.theta must be in \(0, 1\)"),
+        ({"theta": 1.0}, r"detector.theta must be in \(0, 1\)"),
+        ({"null_distribution": "t"}, "detector.null_distribution"),
+        ({"rule": "always"}, "detector.rule"),
+        ({"correction": "keep"}, "detector.correction"),
+    ],
+)
+def test_settings_that_make_no_sense_name_their_key(clean_logits, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(clean_logits, **settings)
+
+
+def test_one_image_is_no_null(pair, images):
+    with pytest.raises(UserError, match="at least 2 clean images, got 1"):
+        MarginDropDetector.fit(*pair, images[:1])
