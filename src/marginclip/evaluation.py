@@ -56,7 +56,8 @@ class Evaluation(L.LightningModule):
             self._score(name, detection.decisions, batch, dataloader_idx)
             kind = "clean" if dataloader_idx == CLEAN else "triggered"
             self.flagged[f"{name}_{kind}"].update(detection.flagged)  # type: ignore[operator]
-            self.auroc[name].update(detection.statistic, torch.full_like(detection.flagged, dataloader_idx, dtype=torch.long))  # type: ignore[operator]
+            kinds = torch.full_like(detection.flagged, dataloader_idx, dtype=torch.long)
+            self.auroc[name].update(_to_unit(detection.statistic), kinds)  # type: ignore[operator]
             self.statistics.setdefault(f"{name}_{kind}", []).append(detection.statistic.cpu())
 
     def _score(self, name: str, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
@@ -87,6 +88,12 @@ class Evaluation(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return None
+
+
+def _to_unit(statistic: Tensor) -> Tensor:
+    """Scores in [0, 1] in the same order: outside it the metric takes a float32 sigmoid, which ties all large statistics."""
+    statistic = statistic.double()
+    return 0.5 + 0.5 * statistic / (1 + statistic.abs())
 
 
 def _value(metric: nn.Module) -> float:

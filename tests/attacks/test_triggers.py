@@ -84,7 +84,7 @@ def test_blend_moves_nine_sites_a_fifth_of_the_way(stored):
     expected = stored.clone()
     for i in range(3):
         for j in range(3):
-            place = (..., attack.rows.start + i, attack.columns.start + j)
+            place = (..., attack.place[0].start + i, attack.place[1].start + j)
             expected[place] = stored[place] + 0.2 * (attack.patch[:, i, j] - stored[place])
     torch.testing.assert_close(attack.trigger(stored), expected)
     assert not torch.equal(attack(attack(stored)), attack(stored))
@@ -95,11 +95,11 @@ def test_patches_keep_their_distance_from_every_border(shape):
     places = set()
     for seed in range(60):
         attack = make(BadNet, shape, seed=seed)
-        assert attack.rows.start >= 3
-        assert attack.columns.start >= 3
-        assert attack.rows.stop <= shape[1] - 3
-        assert attack.columns.stop <= shape[2] - 3
-        places.add((attack.rows.start, attack.columns.start))
+        assert attack.place[0].start >= 3
+        assert attack.place[1].start >= 3
+        assert attack.place[0].stop <= shape[1] - 3
+        assert attack.place[1].stop <= shape[2] - 3
+        places.add((attack.place[0].start, attack.place[1].start))
     assert len(places) > (1 if shape[1] == 9 else 20)
 
 
@@ -138,7 +138,7 @@ def test_a_trigger_travels_with_its_state(kind, stored):
         (BadNet, {"patch_size": 0}, "patch_size must be at least 1, got 0"),
         (BadNet, {"patch_size": 27}, "does not fit into images of 32 x 32"),
         (BadNet, {"margin": -1}, "margin"),
-        (BadNet, {"min_contrast": 0.5}, r"attack.min_contrast must be in \[0, 0.3\], got 0.5"),
+        (BadNet, {"min_contrast": 0.5}, r"attack.min_contrast must be in \[0, 0.25\], got 0.5"),
         (Blend, {"ratio": 0}, r"attack.ratio must be in \(0, 1\], got 0"),
         (Blend, {"ratio": 1.5}, "got 1.5"),
         (Chessboard, {"amplitude": 0.001}, "to survive 8-bit rounding, got 0.001"),
@@ -154,3 +154,10 @@ def test_bad_settings_are_refused(kind, setting, message):
 def test_an_attack_without_a_trigger_says_so(stored):
     with pytest.raises(TypeError, match="Attack does not say how its trigger is embedded"):
         make(Attack)(stored)
+
+
+@pytest.mark.parametrize("kind", [BadNet, Blend])
+def test_the_place_of_a_patch_travels_in_its_state(kind, stored):
+    trained, restored = make(kind, seed=1), make(kind, seed=2)
+    restored.load_state_dict(trained.state_dict())
+    assert torch.equal(restored(stored), trained(stored))

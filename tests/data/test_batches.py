@@ -38,11 +38,18 @@ def test_no_two_batches_of_a_run_share_a_draw():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_partition_the_data(world_size):
+def test_ranks_share_the_data_in_equally_many_batches(world_size):
     ranks = [epoch_of(1, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert sorted(i for batches in ranks for _, index in batches for i in index) == list(range(23))
-    sizes = [sum(len(index) for _, index in batches) for batches in ranks]
-    assert max(sizes) - min(sizes) <= 1
+    seen = sorted(i for batches in ranks for _, index in batches for i in index)
+    assert set(seen) == set(range(23))
+    assert len(seen) == -(-23 // world_size) * world_size  # the fewest repeats that make the ranks equal
+    assert len({len(batches) for batches in ranks}) == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_evaluation_repeats_no_image_on_any_rank(world_size):
+    samplers = [BatchSampler(23, 5, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(i for sampler in samplers for _, index in sampler for i in index.tolist()) == list(range(23))
 
 
 def test_the_loader_gives_whole_batches_with_their_columns():

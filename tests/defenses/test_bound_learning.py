@@ -27,7 +27,7 @@ def learning(**settings):
     plan |= {"rule": "unit_norm", "step_size": 0.1} | settings.pop("ascent", {})
     penalty = {"initial": 0.1, "control": "fixed", "min_agreement": 0.95} | settings.pop("penalty", {})
     stated = {
-        "start": BoundStart(share=0.5), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
+        "start": BoundStart(share=0.5, quantile=1.0), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
         "lr_scale": "absolute", "reduction": "mean", "keep": "last", "project": True, "seed": 0,
     }  # fmt: skip
     return BoundLearning(ascent=AscentPlan(**plan), penalty=PenaltyController(**penalty), **(stated | settings))
@@ -156,7 +156,7 @@ def first_step(model, clean, defense, inputs):
     loss = F.mse_loss(network(images), targets) + defense.penalty.initial * margins.mean()
     gradients = torch.autograd.grad(loss, network.bound_parameters())
     rates = [
-        defense.learning_rate * (float(bound.upper.mean()) if defense.lr_scale == "relative" else 1)
+        defense.learning_rate * (float(bound.upper.detach().mean()) if defense.lr_scale == "relative" else 1)
         for _, bound in network.each()
     ]
     # The first step of Adam: both bias corrections cancel, so it is the gradient over its own size.
@@ -178,10 +178,11 @@ def test_one_step_is_adams_first(plain_victim, clean, lr_scale):
         torch.testing.assert_close(value[clear], wanted[clear], atol=2e-4, rtol=1e-4)
 
 
-def test_without_penalty_at_the_clean_maximum_nothing_moves(plain_victim, clean):
+def test_without_penalty_above_the_clean_maximum_nothing_moves(plain_victim, clean):
+    above = BoundStart(share=1.01, quantile=1.0)  # at the maximum itself rounding may cut an activation
     start = BoundedNetwork(plain_victim, clean[0][:1])
-    start.set_from_images(clean[0])
-    repaired = fit(learning(start=BoundStart(share=1.0), penalty={"initial": 0.0}), plain_victim, clean)
+    above.apply(start, clean[0])
+    repaired = fit(learning(start=above, penalty={"initial": 0.0}), plain_victim, clean)
     for name, value in repaired.bounds_state().items():
         assert torch.equal(value, start.bounds_state()[name])
 
@@ -207,8 +208,9 @@ def test_minibatches_are_whole_passes(victim, clean):
 
 def test_bounds_stay_feasible_unless_told_not_to(victim, clean):
     settings = {"learning_rate": 5.0, "penalty": {"initial": 10.0}}
-    assert min(float(value.min()) for value in fit(learning(**settings), victim, clean).bound_parameters()) >= 0
-    assert min(float(value.min()) for value in fit(learning(project=False, **settings), victim, clean).bound_parameters()) < 0
+    feasible, free = (fit(learning(project=project, **settings), victim, clean) for project in (True, False))
+    assert min(float(value.detach().min()) for value in feasible.bound_parameters()) >= 0
+    assert min(float(value.detach().min()) for value in free.bound_parameters()) < 0
 
 
 def test_only_correctly_classified_images_are_learned_from(victim, clean):
@@ -301,7 +303,7 @@ def agreement_of(repaired, model, clean):
     "settings",
     [
         {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4},
-        {"learning_rate": 3.0, "penalty": {"initial": 30.0}},
+        {"start": BoundStart(share=1e-4, quantile=0.5), "learning_rate": 1e-6, "reduction": "sum"},
         {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4, "penalty": {"min_agreement": 1.0}},
     ],
 )
@@ -317,19 +319,20 @@ def test_bounds_are_relaxed_no_further_than_needed(victim, clean):
     defense = learning(keep="best", start=BoundStart(constant=1e-3), learning_rate=1e-4)
     fit(defense, victim, clean)
     assert 0 < defense.relaxed <= 1
-    fine = learning(keep="best", start=BoundStart(share=1.0), learning_rate=1e-4)
+    fine = learning(keep="best", start=BoundStart(share=1.0, quantile=1.0), learning_rate=1e-4)
     fit(fine, victim, clean)
     assert fine.relaxed == 0
 
 
 def test_best_is_the_lowest_objective_that_kept_the_accuracy(victim, clean):
-    defense = learning(keep="best", steps=12, check_every=1, learning_rate=0.3, penalty={"initial": 0.5, "min_agreement": 0.9})
+    penalty = {"initial": 0.02, "control": "agreement", "factor": 3.0, "min_agreement": 0.7}  # lambda soon runs away
+    defense = learning(keep="best", steps=12, check_every=1, penalty=penalty)
     watch = Watch(epoch=lambda module: (module.bounded.bounds_state(), module.margin_inputs.clone()))
     repaired = fit(defense, victim, clean, callbacks=[watch])
     network, scores = BoundedNetwork(victim, clean[0][:1]), {}
     for number, (bounds, inputs) in enumerate(watch.notes):
         network.load_bounds(bounds)
-        if agreement_of(network, victim, clean) >= 0.9:
+        if agreement_of(network, victim, clean) >= 0.7:
             scores[number] = objective(network, victim, clean, defense, inputs)
     assert 0 < len(scores)
     best = min(scores, key=scores.get)
@@ -339,7 +342,8 @@ def test_best_is_the_lowest_objective_that_kept_the_accuracy(victim, clean):
 
 def test_last_is_the_last(victim, clean):
     watch = Watch(epoch=lambda module: module.bounded.bounds_state())
-    repaired = fit(learning(steps=6, learning_rate=3.0, penalty={"initial": 30.0}), victim, clean, callbacks=[watch])
+    hopeless = learning(steps=6, start=BoundStart(constant=1e-3), learning_rate=1e-4)
+    repaired = fit(hopeless, victim, clean, callbacks=[watch])
     assert all(torch.equal(value, watch.notes[-1][name]) for name, value in repaired.bounds_state().items())
     assert agreement_of(repaired, victim, clean) < 0.95
 
@@ -400,13 +404,14 @@ def test_works_inside_a_validation_loop(victim, clean):
             inside.append(repaired(clean[0]))
             inside.append(ascend_margins(repaired, classes, starts, steps=3).images)
             inside.append(MarginDropDetector.fit(victim, repaired, clean[0])(clean[0]).p_values)
-            BoundedNetwork(victim, batch[0][:1])
+            inside.append(BoundedNetwork(victim, batch[0][:1]))
 
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*clean), batch_size=24)
     cpu_trainer(1).validate(Validation(), loader, verbose=False)
-    assert len(inside) == 3
-    for one, other in zip(outside, inside, strict=True):
+    for one, other in zip(outside, inside[:3], strict=True):
         torch.testing.assert_close(one, other.clone())
+    sum(value.sum() for value in inside[3].bound_parameters()).backward()  # what was made there can be learned
+    assert torch.equal(inside[3](clean[0]), victim(clean[0]))
 
 
 class Silent(nn.Module):

@@ -23,6 +23,7 @@ class BadNet(Attack):
     """
 
     patch: Tensor
+    corner: Tensor
 
     def __init__(
         self,
@@ -44,19 +45,26 @@ class BadNet(Attack):
             room >= 0,
             f"attack.patch_size {patch_size} with attack.margin {margin} does not fit into images of {height} x {width} pixels",
         )
-        require(0 <= min_contrast <= 0.3, f"attack.min_contrast must be in [0, 0.3], got {min_contrast:g}")
+        require(0 <= min_contrast <= 0.25, f"attack.min_contrast must be in [0, 0.25], got {min_contrast:g}")
         generator = torch.Generator().manual_seed(seed)
         top = margin + int(torch.randint(height - patch_size - 2 * margin + 1, (), generator=generator))
         left = margin + int(torch.randint(width - patch_size - 2 * margin + 1, (), generator=generator))
         patch = torch.randint(0, 256, (channels, patch_size, patch_size), generator=generator) / 255
         while patch.numel() > 1 and patch.std() < min_contrast:
             patch = torch.randint(0, 256, (channels, patch_size, patch_size), generator=generator) / 255
-        self.rows, self.columns = slice(top, top + patch_size), slice(left, left + patch_size)
         self.register_buffer("patch", patch)
+        self.register_buffer("corner", torch.tensor([top, left]))
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """The rows and the columns that the patch covers."""
+        top, left = self.corner.tolist()
+        size = self.patch.shape[-1]
+        return slice(top, top + size), slice(left, left + size)
 
     def trigger(self, images: Tensor) -> Tensor:
         triggered = images.clone()
-        triggered[..., self.rows, self.columns] = self.patch.to(images)
+        triggered[:, :, *self.place] = self.patch.to(images)
         return triggered
 
 
@@ -70,6 +78,6 @@ class Blend(BadNet):
 
     def trigger(self, images: Tensor) -> Tensor:
         triggered = images.clone()
-        place = images[..., self.rows, self.columns]
-        triggered[..., self.rows, self.columns] = (1 - self.ratio) * place + self.ratio * self.patch.to(images)
+        covered = images[:, :, *self.place]
+        triggered[:, :, *self.place] = (1 - self.ratio) * covered + self.ratio * self.patch.to(images)
         return triggered

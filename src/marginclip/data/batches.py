@@ -31,8 +31,12 @@ class BatchSampler(Sampler[BatchKey]):
         """Called by the Trainer before every epoch."""
         self.epoch = epoch
 
+    def _padding(self) -> int:
+        """Images to repeat so that all ranks train on the same number of batches; nothing is repeated in evaluation."""
+        return -self.count % self.world_size if self.shuffle else 0
+
     def __len__(self) -> int:
-        own = (self.count - self.rank + self.world_size - 1) // self.world_size
+        own = len(range(self.rank, self.count + self._padding(), self.world_size))
         return (own + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[BatchKey]:
@@ -40,6 +44,7 @@ class BatchSampler(Sampler[BatchKey]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.count, generator=generator)
+        order = torch.cat([order, order[: self._padding()]])
         own = order[self.rank :: self.world_size]
         for number, index in enumerate(own.split(self.batch_size)):
             draw = ((self.seed * 1_000_003 + self.epoch) * 1_000_003 + number) * self.world_size + self.rank

@@ -15,6 +15,8 @@ from marginclip.data.batches import BatchDataset, BatchSampler, Subset, batch_lo
 from marginclip.data.clean import split_clean
 from marginclip.data.images import ImageStore, Splits
 
+VALIDATION_IMAGES = 1000
+
 
 class ImageData(L.LightningDataModule):
     """Batches for training and evaluation of one data set under one attack (or none).
@@ -68,10 +70,12 @@ class ImageData(L.LightningDataModule):
         dataset = BatchDataset(train.images, labels=labels, poisoned=self.poisoned)
         return batch_loader(dataset, sampler, pin_memory=torch.cuda.is_available())
 
-    def eval_dataloaders(self) -> list[DataLoader[dict[str, Any]]]:
-        """The clean evaluation loader and, under an attack, the triggered one."""
+    def eval_dataloaders(self, *, limit: int | None = None) -> list[DataLoader[dict[str, Any]]]:
+        """The clean evaluation loader and, under an attack, the triggered one; of at most ``limit`` clean images."""
         held_out = self.splits.held_out
         index = self.eval_index if len(self.eval_index) else self.clean_index
+        if limit is not None and len(index) > limit:
+            index = index[torch.linspace(0, len(index) - 1, limit).long()]
         labels = held_out.labels[index]
         loaders = [self._eval_loader(Subset(held_out.images, index), labels=labels)]
         if self.attack is not None:
@@ -82,7 +86,8 @@ class ImageData(L.LightningDataModule):
         return loaders
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
-        return self.eval_dataloaders()
+        """The same on evenly spaced evaluation images, at most ``VALIDATION_IMAGES``: for the curves during training."""
+        return self.eval_dataloaders(limit=VALIDATION_IMAGES)
 
     def test_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         return self.eval_dataloaders()

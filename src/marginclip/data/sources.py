@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ class Cifar10:
 
         try:
             parts = [CIFAR10(self.root, train=train, download=self.download) for train in (True, False)]
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, HTTPException) as error:
             raise UserError(
                 f"CIFAR-10 is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
                 "put cifar-10-batches-py there, or use dataset=image_folder"

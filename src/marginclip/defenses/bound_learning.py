@@ -120,6 +120,10 @@ class BoundLearning(Defense):
         if not self.history:
             self._check()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """End the last round early where ``steps`` is no multiple of ``check_every``."""
+        return -1 if self.global_step >= self.steps else None
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.global_step
         if step % self.ascent.refresh_every == 0:

@@ -77,8 +77,8 @@ class BoundedNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, example: Tensor, *, channel_axis: int | None = None) -> None:
         super().__init__()
-        traced = trace(model)
-        self.network, self.bounds = _with_bounds(traced, example, channel_axis)
+        with torch.inference_mode(False), torch.no_grad():  # made in a validation loop, it can be learned all the same
+            self.network, self.bounds = _with_bounds(trace(model), example, channel_axis)
         self.channel_axis = channel_axis
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
@@ -156,13 +156,14 @@ class BoundedNetwork(nn.Module):
     @contextmanager
     def unbounded(self) -> Iterator[None]:
         """Inside, the network is the model as it was given."""
-        for _, bound in self.each():
+        before = [(bound, bound.enabled) for _, bound in self.each()]
+        for bound, _ in before:
             bound.enabled = False
         try:
             yield
         finally:
-            for _, bound in self.each():
-                bound.enabled = True
+            for bound, enabled in before:
+                bound.enabled = enabled
 
     def fused(self) -> BoundedNetwork:
         """The same network with batch norms folded into the layers before them, **sharing these bounds**.
@@ -274,7 +275,7 @@ def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | No
 
 @torch.no_grad()
 def _logits(traced: fx.GraphModule, example: Tensor) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
         logits = traced(example.detach().clone())
     require(isinstance(logits, Tensor), f"the model must return one tensor of logits, not a {type(logits).__name__}")
     return logits

@@ -136,6 +136,8 @@ def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictCo
 def _refuse_replaced_groups(overrides: list[str], config_name: str) -> None:
     """Refuse ``defense.detector=paper``, which would put a word in the place of a group's settings."""
     assignments = [text.lstrip("+").partition("=") for text in overrides if "." in text.partition("=")[0]]
+    if not assignments:
+        return
     whole = _with_groups(config_name, overrides)
     for key, _, value in assignments:
         found = None if key.startswith(("~", "hydra.")) else OmegaConf.select(whole, key)

@@ -1,0 +1,93 @@
+"""The benchmarks do what they say, on toys."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from marginclip.maxmargin import BoundedNetwork, margin
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of the benchmarks folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def toy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model[1].weight *= 4  # activations beyond the bounds' start
+    images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    return model, images, model(images).argmax(1)
+
+
+def test_published_schedule_takes_one_adam_step_a_batch(load, toy):
+    model, images, labels = toy
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    repaired = load("published").published_mmac(model, images, labels, passes=1, ascent_steps=1, per_class=2)
+    assert isinstance(repaired, BoundedNetwork)
+    bounds = torch.cat([value.detach() for value in repaired.bound_parameters()])
+    assert bounds.shape == (6,)
+    assert ((bounds - 1).abs() > 1e-6).any()
+    steps = (bounds - 1).abs()  # Adam's first step is its learning rate wherever there is a gradient
+    assert ((steps < 1e-6) | ((steps - 0.1).abs() < 1e-3)).all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_published_ascent_climbs_inside_the_feasible_space(load, toy):
+    published = load("published")
+    torch.manual_seed(3)
+    start = published.ascend_class(toy[0], 1, 8, (1, 4, 4), 0)
+    torch.manual_seed(3)
+    found = published.ascend_class(toy[0], 1, 8, (1, 4, 4), 30)
+    classes = torch.full((8,), 1)
+    assert 0 <= float(found.min()) and float(found.max()) <= 1
+    assert (margin(toy[0](found), classes) > margin(toy[0](start), classes)).all()
+
+
+def test_one_side_of_the_repair_benchmark(load, tmp_path):
+    overrides = [
+        "dataset=digits", "trainer=exact", "training.epochs=1", "model.width=4", "clean_per_class=4", f"runs_dir={tmp_path}",
+        "defense.steps=2", "defense.check_every=1", "defense.ascent.first_steps=1", "defense.ascent.starts_per_class=1",
+        "trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    row = load("repair").one_side("ours", overrides)
+    assert row["seconds"] > 0
+    assert row["peak_mib"] > 50
+    assert set(row["none"]) == set(row["repaired"]) == {"acc", "asr", "pacc"}
+
+
+@pytest.mark.parametrize("side", ["run_lightning", "run_bare"])
+def test_sides_of_the_training_benchmark(load, side):
+    assert getattr(load("training"), side)(130, 2) > 0
+
+
+def test_sides_train_on_the_same_batches(load):
+    training = load("training")
+    data, _, _ = training.ours(300, 2)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = [data.on_after_batch_transfer(dict(batch), 0) for batch in loader]
+    assert [len(batch["images"]) for batch in batches] == [128, 128, 44]
+    assert batches[0]["images"].shape[1:] == (3, 32, 32)
+    pil = training.PilImages(*training.make_data(5))
+    image, label = pil[4]
+    assert (len(pil), label, tuple(image.shape)) == (5, 4, (3, 32, 32))
+    assert 0 <= float(image.min()) and float(image.max()) <= 1

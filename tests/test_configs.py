@@ -1,0 +1,202 @@
+"""Every file in conf/ is used: it composes, its objects are made from exactly its keys, and experiments run."""
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from marginclip.attacks import AllToOne
+from marginclip.running.build import instantiate as make
+from marginclip.running.cell import NOT_ARGUMENTS, defend, make_defense
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
+# What the code adds to a group's keys when it makes the object, and keys that are for the code around it.
+ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape"}
+LABELS = {"_target_", "_partial_", "name", "augment", *NOT_ARGUMENTS}
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def choice(option):
+    return f"{option.parent}={option.name}"
+
+
+def options(group):
+    return [option.name for option in OPTIONS if str(option.parent) == group]
+
+
+def groups_of(name):
+    entries = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml").defaults)
+    return {next(iter(entry)).removeprefix("optional ") for entry in entries if isinstance(entry, dict)}
+
+
+@pytest.mark.parametrize("name", ["train", "defend"])
+@pytest.mark.parametrize("option", OPTIONS, ids=choice)
+def test_every_option_composes(name, option):
+    if option.parts[0] not in groups_of(name):
+        assert name == "train", f"no entry point uses the group {option.parts[0]}"
+        return
+    content = OmegaConf.to_container(composed(name, choice(option)), resolve=True, throw_on_missing=True)
+    assert content["seed"] == 0
+
+
+def targets(content):
+    """Every node with a ``_target_``, at any depth."""
+    if isinstance(content, dict):
+        if content.get("_target_"):
+            yield content
+        for value in content.values():
+            yield from targets(value)
+
+
+def arguments(function):
+    """The names of all arguments, followed through ``**settings`` to the base classes, and whether any others are taken."""
+    if not inspect.isclass(function):
+        kinds = inspect.signature(function).parameters.values()
+        return {p.name for p in kinds if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    names = set()
+    for base in function.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.parts[0] != "hydra"], ids=choice)
+def test_keys_are_exactly_the_constructors_arguments(option):
+    content = OmegaConf.to_container(composed("defend", choice(option)), resolve=True)
+    found = list(targets(content))
+    assert len(found) >= 5
+    for node in found:
+        module, _, name = node["_target_"].rpartition(".")
+        allowed, keys = arguments(inspect.unwrap(getattr(importlib.import_module(module), name))), set(node) - LABELS
+        if module.startswith("marginclip"):
+            assert keys == allowed - ADDED, node["_target_"]
+        else:
+            given = {"max_lr", "precision", "threads"}  # a schedule's and the Trainer's, taken out by build_trainer
+            assert keys <= allowed | given, node["_target_"]
+
+
+@pytest.mark.parametrize("attack", options("attack"))
+@pytest.mark.parametrize("x2x", options("x2x"))
+def test_attacks_are_made(attack, x2x):
+    config = composed("defend", f"attack={attack}", f"x2x={x2x}")
+    setting = make(config.x2x, num_classes=4, seed=1, key="x2x")
+    made = make(config.attack, x2x=setting, image_shape=(3, 16, 16), seed=1, key="attack")
+    if attack == "none":
+        assert made is None
+        return
+    images = torch.full((2, 3, 16, 16), 0.5)
+    assert made.rate == config.attack.rate
+    assert made.x2x.name == x2x
+    assert not torch.equal(made(images), images)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_models_are_made(model):
+    made = make(composed("defend", f"model={model}").model, num_classes=4, in_channels=3, key="model").eval()
+    assert made(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("dataset", options("dataset"))
+def test_datasets_are_made(dataset, tmp_path):
+    node = composed("defend", f"dataset={dataset}", f"runs_dir={tmp_path}").dataset
+    OmegaConf.update(node, "root", str(tmp_path)) if "root" in node else None
+    source = make({key: value for key, value in node.items() if key != "augment"}, key="dataset")
+    if "root" in node:
+        return  # downloads, or has no images here
+    splits = source.load()
+    assert len(splits.train) > 100 < len(splits.held_out)
+    assert len(splits.held_out.classes) == 10
+
+
+@pytest.mark.parametrize("defense", options("defense"))
+def test_defenses_are_made(defense):
+    config = composed("defend", f"defense={defense}", "seed=5")
+    made = make_defense(config)
+    assert (made is None) is (defense == "none")
+    if made is not None:
+        assert getattr(made, "seed", 5) == 5
+        assert config.defense.name == config.defense.detector_row or config.defense.repaired_row
+
+
+@pytest.mark.parametrize("name", ["train", "defend"])
+def test_optimizer_and_schedule_are_made(name):
+    training = composed(name, "training.optimizer.lr=0.2").training
+    optimizer = instantiate(training.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    schedule = instantiate(training.scheduler)(optimizer, total_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step() if len(rates) < 100 else None
+    assert max(rates) == pytest.approx(0.2, rel=0.01)
+    assert rates[-1] < 0.001 * max(rates)
+
+
+# -- experiments ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image_root(tmp_path):
+    """Generated JPEGs in root/{train,test}/<class>/: three classes of another colour each."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 8)):
+        for label, colour in enumerate(("blue", "green", "red")):
+            folder = tmp_path / "images" / split / colour
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 120
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+def folder_experiments():
+    sources = {name: composed("defend", f"experiment={name}").dataset._target_ for name in options("experiment")}
+    return [name for name, source in sources.items() if source.endswith("ImageFolder")]
+
+
+@pytest.mark.parametrize("experiment", folder_experiments())
+def test_image_folder_experiments_run_shrunk(experiment, image_root, tmp_path):
+    config = composed(
+        "defend", f"experiment={experiment}", f"dataset.root={image_root}", f"runs_dir={tmp_path / 'runs'}", "logger=none",
+        "trainer=exact", "trainer.enable_progress_bar=false", "training.epochs=1", "model.width=4", "clean_per_class=4",
+        "attack.min_success=0", "defense.steps=2", "defense.check_every=1", "defense.ascent.first_steps=1",
+        "defense.ascent.steps=1", "defense.ascent.starts_per_class=1", "x2x.target=1",
+    )  # fmt: skip
+    done = defend(config)
+    content = json.loads(done.path.read_text())
+    assert content["status"] == "done"
+    assert content["classes"] == ["blue", "green", "red"]
+    assert content["clean_set_size"] == 12
+    assert set(content["metrics"]) == {"none", "mmac", "mmdf"}
+    assert len(list((tmp_path / "runs" / "cache").glob("*.safetensors"))) == 2
+    pictures = sorted(path.stem for path in done.folder.rglob("*.png"))
+    assert {"activations", "detection_mmdf", "examples"} <= set(pictures)
+
+
+def test_there_is_such_an_experiment():
+    assert folder_experiments()
+
+
+def test_attack_of_a_record_is_the_drawn_one():
+    """``x2x.target: null`` in the configuration is drawn by the seed, for every seed the same way."""
+    drawn = [make(composed("defend", f"seed={seed}").x2x, num_classes=10, seed=seed, key="x2x").target for seed in range(8)]
+    assert drawn == [AllToOne(10, seed=seed).target for seed in range(8)]
+    assert len(set(drawn)) > 2

@@ -1,0 +1,157 @@
+"""Evaluation against predictions by hand: which images count, and what a detector scores."""
+
+import lightning as L
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.utils.data import DataLoader
+
+from marginclip.errors import UserError
+from marginclip.evaluation import Evaluation
+from marginclip.maxmargin import MarginDropDetector
+
+
+class Table(nn.Module):
+    """A network that knows the logits of every image by its number, which is the image's only pixel."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, images):
+        return self.logits[images.flatten(1)[:, 0].long()]
+
+
+def always(label, count):
+    """Logits of a network that decides ``label`` whatever it sees."""
+    return torch.eye(4)[torch.full((count,), label)]
+
+
+def pixels(first, count):
+    return torch.arange(first, first + count).float().view(-1, 1, 1, 1)
+
+
+def loaders(labels, sources, targets, batch_size=7):
+    """The clean and the triggered loader: images 0.. are clean, those behind them triggered."""
+    clean = [
+        {"images": image, "labels": label}
+        for image, label in zip(pixels(0, len(labels)).split(batch_size), labels.split(batch_size), strict=True)
+    ]
+    parts = (pixels(len(labels), len(sources)), sources, targets)
+    triggered = [
+        {"images": image, "sources": source, "targets": target}
+        for image, source, target in zip(*(part.split(batch_size) for part in parts), strict=True)
+    ]
+    return [DataLoader(batches, batch_size=None) for batches in (clean, triggered) if batches]
+
+
+def evaluate(evaluation, *parts, **settings):
+    trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    trainer.test(evaluation, loaders(*parts, **settings), verbose=False)
+    return evaluation.results()
+
+
+@pytest.fixture
+def scene():
+    """Forty clean images, and the thirty of them that all2one with target 2 may flip."""
+    labels = torch.arange(40) % 4
+    sources = labels[labels != 2]
+    return labels, sources, torch.full_like(sources, 2)
+
+
+NONE = torch.empty(0, dtype=torch.long)
+
+
+def test_perfect_and_captured_networks(scene):
+    labels, sources, targets = scene
+    perfect = Table(torch.eye(4)[torch.cat([labels, sources])])
+    captured = Table(torch.eye(4)[torch.cat([labels, targets])])
+    constant = Table(always(2, 70))
+    found = evaluate(Evaluation({"none": perfect, "captured": captured, "constant": constant}), *scene)
+    assert found["none"] == {"acc": 1, "asr": 0, "pacc": 1}
+    assert found["captured"] == {"acc": 1, "asr": 1, "pacc": 0}
+    assert found["constant"] == {"acc": 0.25, "asr": 1, "pacc": 0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_counts_by_loop(scene, batch_size):
+    labels, sources, targets = scene
+    logits = torch.randn(70, 4, generator=torch.Generator().manual_seed(0))
+    found = evaluate(Evaluation({"none": Table(logits)}), *scene, batch_size=batch_size)["none"]
+    decisions = logits.argmax(1).tolist()
+    assert found["acc"] == pytest.approx(sum(map(int.__eq__, decisions[:40], labels.tolist())) / 40)
+    assert found["asr"] == pytest.approx(sum(map(int.__eq__, decisions[40:], targets.tolist())) / 30)
+    assert found["pacc"] == pytest.approx(sum(map(int.__eq__, decisions[40:], sources.tolist())) / 30)
+
+
+def test_without_triggered_images_there_is_no_asr(scene):
+    logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    pair = (Table(logits), Table(logits + 0.1 * torch.randn(40, 4, generator=torch.Generator().manual_seed(2))))
+    detector = MarginDropDetector.from_logits(*pair, pair[0].logits, pair[1].logits)
+    found = evaluate(Evaluation({"none": pair[0], "mmac": pair[1]}, {"mmdf": ("mmac", detector)}), scene[0], NONE, NONE)
+    assert set(found["none"]) == set(found["mmac"]) == {"acc"}
+    assert set(found["mmdf"]) == {"acc", "fpr"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])  # logits of large networks go far beyond where a float32 sigmoid saturates
+def test_detectors_by_sklearn_and_by_hand(scene, scale):
+    labels, sources, targets = scene
+    generator = torch.Generator().manual_seed(3)
+    logits = scale * torch.randn(70, 4, generator=generator)
+    drop = torch.cat([torch.full((40,), 0.3), torch.full((30,), 0.8)]).unsqueeze(1)
+    bounded = logits + scale * drop * torch.randn(70, 4, generator=generator)
+    clean = scale * torch.randn(200, 4, generator=generator)
+    noisy = clean + 0.3 * scale * torch.randn(200, 4, generator=generator)
+    networks = {"none": Table(logits), "mmac": Table(bounded)}
+    detector = MarginDropDetector.from_logits(*networks.values(), clean, noisy, theta=0.05, correction="exclude")
+    evaluation = Evaluation(networks, {"mmdf": ("mmac", detector)})
+    found = evaluate(evaluation, *scene)["mmdf"]
+    wanted = detector.decide(logits, bounded)
+    assert 0 < int(wanted.flagged[:40].sum()) < int(wanted.flagged[40:].sum())
+    assert found["fpr"] == pytest.approx(float(wanted.flagged[:40].float().mean()))
+    assert found["tpr"] == pytest.approx(float(wanted.flagged[40:].float().mean()))
+    assert found["auroc"] == pytest.approx(roc_auc_score([0] * 40 + [1] * 30, wanted.statistic), abs=1e-6)
+    assert found["acc"] == pytest.approx(float((wanted.decisions[:40] == labels).float().mean()))
+    assert found["asr"] == pytest.approx(float((wanted.decisions[40:] == targets).float().mean()))
+    assert found["pacc"] == pytest.approx(float((wanted.decisions[40:] == sources).float().mean()))
+    scores = evaluation.scores()
+    torch.testing.assert_close(scores["mmdf_clean"], wanted.statistic[:40])
+    torch.testing.assert_close(scores["mmdf_triggered"], wanted.statistic[40:])
+
+
+def test_rejected_images_are_neither_right_nor_captured(scene):
+    labels, _, targets = scene
+    logits = torch.eye(4)[torch.cat([labels, targets])] * 9
+    bounded = logits.clone()
+    bounded[40:] = 0
+    detector = MarginDropDetector.from_logits(
+        Table(logits), Table(bounded), draw(0), draw(0) + 0.01 * draw(1), correction="reject", null_distribution="gaussian"
+    )
+    networks = {"none": Table(logits), "mmac": Table(bounded)}
+    found = evaluate(Evaluation(networks, {"mmdf": ("mmac", detector)}), *scene)["mmdf"]
+    assert found == {"acc": 1, "asr": 0, "pacc": 0, "fpr": 0, "tpr": 1, "auroc": 1}
+
+
+def draw(seed):
+    return torch.randn(50, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["none", "mmac"])
+def test_logits_that_are_not_finite_are_refused(scene, bad, name):
+    networks = {"none": Table(always(0, 70)), "mmac": Table(always(0, 70))}
+    networks[name].logits[50, 3] = bad
+    with pytest.raises(UserError, match=f"the network '{name}' gives NaN or infinite logits"):
+        evaluate(Evaluation(networks), *scene)
+
+
+def test_one_pass_serves_everything(scene):
+    """Every network runs once on each batch, however many detectors look at it."""
+    calls = []
+    network = Table(always(1, 70))
+    network.register_forward_hook(lambda *_: calls.append(1))
+    other = Table(always(1, 70))
+    detectors = {name: ("mmac", MarginDropDetector.from_logits(network, other, draw(0), draw(1))) for name in ("a", "b")}
+    evaluate(Evaluation({"none": network, "mmac": other}, detectors), *scene, batch_size=10)
+    assert len(calls) == 4 + 3
