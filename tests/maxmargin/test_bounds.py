@@ -94,7 +94,7 @@ def test_each_call_is_clipped_by_its_own_bounds(name, settle, images):
 
 def test_bound_cuts_as_a_loop_over_values_would(images):
     bounded = BoundedNetwork(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LeakyReLU(0.5)), images[0])
-    (_, bound), = bounded.each()
+    ((_, bound),) = bounded.each()
     bounded.requires_grad_(False)
     x = torch.randn(5, 4, 3, 3)
     bound.upper.data, bound.lower.data = torch.tensor([0.5, 1.0, 0.0, 2.0]), torch.tensor([-0.1, -2.0, 0.0, -1.0])
@@ -144,7 +144,7 @@ def test_maps_kept_channels_last_are_bounded_on_their_last_axis(settle):
 
     model, images = settle(ChannelsLast()), torch.rand(2, 3, 8, 8)
     bounded = BoundedNetwork(model, images)
-    (_, bound), = bounded.each()
+    ((_, bound),) = bounded.each()
     assert (bound.axis, bound.upper.shape, bounded.num_bounds) == (3, (10,), 20)
     assert torch.equal(bounded(images), model(images))
     assert BoundedNetwork(model, images, channel_axis=1).num_bounds == 2 * 4  # asked for: the first of the two pixel axes

@@ -82,7 +82,7 @@ def test_flagged_means_over_mean_plus_so_many_standard_deviations(clean_logits, 
 
 
 def test_or_disagree_flags_those_and_no_others(clean_logits, new_logits):
-    paper, both = (make(clean_logits, rule=rule).decide(*new_logits) for rule in RULES)
+    paper, both = (make(clean_logits, rule=rule).decide(*new_logits) for rule in ("paper", "or_disagree"))
     disagree = new_logits[0].argmax(1) != new_logits[1].argmax(1)
     assert torch.equal(both.flagged, paper.flagged | disagree)
     assert int((both.flagged & ~paper.flagged).sum()) > 0
@@ -104,7 +104,7 @@ def test_decisions_by_loop(clean_logits, new_logits, correction, rule, null_dist
         best_other = max((k for k in range(5) if k != c), key=other.__getitem__)
         insists = other[c] - other[best_other] >= insisting
         if not flagged:
-            assert decision == c
+            assert decision == (max(range(5), key=other.__getitem__) if rule == "repaired" else c)
         elif correction == "reject":
             assert decision == -1
         elif correction == "insist" and insists:

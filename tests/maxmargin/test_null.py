@@ -105,9 +105,7 @@ def test_tail_by_hand():
 
 @pytest.mark.parametrize(("shape", "scale"), [(0.0, 2.0), (0.2, 1.0), (0.35, 0.5)])
 def test_pareto_moments_recover_the_parameters(shape, scale):
-    found = [
-        pareto_by_moments(sample(stats.genpareto(shape, scale=scale), 20_000, seed).sort().values) for seed in range(5)
-    ]
+    found = [pareto_by_moments(sample(stats.genpareto(shape, scale=scale), 20_000, seed).sort().values) for seed in range(5)]
     assert np.mean([one[0] for one in found]) == pytest.approx(shape, abs=0.04)
     assert np.mean([one[1] for one in found]) == pytest.approx(scale, rel=0.05)
 

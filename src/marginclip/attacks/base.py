@@ -23,7 +23,8 @@ class Attack(nn.Module):
 
     ``image_shape`` is (C, H, W). ``rate`` is the share of every *eligible* class that is poisoned (recipes: 10 %, 500 of a
     CIFAR-10 class). ``timing`` says whether the trigger is put on the stored image, so that cropping and flipping move it too,
-    or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed (see :meth:`needed_success`).
+    or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed (see
+    :meth:`needed_success`).
     State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``.
     """
 

@@ -26,7 +26,10 @@ def split_clean(
         if len(members) == 0:
             raise UserError(f"class '{name}' has no clean images")
         if per_class is not None and per_class > len(members):
-            raise UserError(f"clean_per_class={per_class} is more than class '{name}' has: {len(members)} held-out images (clean_per_class=null takes all)")
+            raise UserError(
+                f"clean_per_class={per_class} is more than class '{name}' has: {len(members)} held-out images "
+                "(clean_per_class=null takes all)"
+            )
         if order == "seeded":
             members = members[torch.randperm(len(members), generator=generator)]
         clean[members[:per_class]] = True

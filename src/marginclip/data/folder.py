@@ -24,8 +24,8 @@ class ImageFolder:
 
     A single folder is split by ``split_seed``, ``held_out_share`` of every class held out. ``size`` is the side in pixels that
     images are brought to (short side scaled, centre cut out); None takes the first image's size and asks all others to have
-    it. ``grey`` reads one channel instead of three. Up to ``memory_gib`` of decoded images are kept in memory, and cached on disk in ``cache`` when that names a folder;
-    beyond it images are decoded batch by batch. Hidden files are ignored.
+    it. ``grey`` reads one channel instead of three. Up to ``memory_gib`` of decoded images are kept in memory, and cached on
+    disk in ``cache`` when that names a folder; beyond it images are decoded batch by batch. Hidden files are ignored.
 
     Raises :class:`UserError` for a missing or empty folder, fewer than two classes, a class without images, and, all by name,
     for files that are no images or of another size.

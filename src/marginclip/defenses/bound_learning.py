@@ -193,7 +193,7 @@ class BoundLearning(Defense):
             "penalty": self.penalty.value, "active_bounds": active,
         })  # fmt: skip
         if len(self.history) > 1:
-            self.log_dict({"defense/agreement": agreement, "defense/active_bounds": active}, prog_bar=True)
+            self.log_dict({"defense/agreement": agreement, "defense/active_bounds": active}, prog_bar=True, batch_size=1)
 
     def _log_step(self, terms: Objective, margins: Tensor) -> None:
         self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
@@ -205,7 +205,9 @@ class BoundLearning(Defense):
         learned = self.bounded.bounds_state()
         self.bounded.set_from_images(self.images)
         clean = self.bounded.bounds_state()
-        widest = {name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], learned[name]) for name in learned}
+        widest = {
+            name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], learned[name]) for name in learned
+        }
         for tenth in range(11):
             self.relaxed = tenth / 10
             self.bounded.load_bounds({name: torch.lerp(learned[name], widest[name], self.relaxed) for name in learned})

@@ -79,6 +79,11 @@ def cross_fitted_logits(
     """
     require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
     fold = stratified_folds(labels.cpu(), folds, seed)
+    require(
+        len(fold.unique()) == folds,
+        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: raise clean_per_class, or set "
+        "defense.detector.folds=0",
+    )
     logits: Tensor | None = None
     for held_out in range(folds):
         inside = fold != held_out

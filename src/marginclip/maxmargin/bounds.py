@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -179,7 +181,7 @@ class BoundedNetwork(nn.Module):
         for name in self.bounds:
             setattr(network, f"bound_{name}", self.bounds[name])
         try:
-            network = fuse(network, inplace=True, no_trace=True)
+            network = cast(fx.GraphModule, fuse(network, inplace=True, no_trace=True))
         except (KeyError, AttributeError, RuntimeError, TypeError):
             return self
         twin._modules["network"] = network
@@ -262,7 +264,7 @@ def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | No
         make_out_of_place(traced, site.node)
         with traced.graph.inserting_after(site.node):
             clipped = traced.graph.call_module(target, (site.node,))
-        site.node.replace_all_uses_with(clipped, delete_user_cb=lambda user, own=clipped: user is not own)
+        site.node.replace_all_uses_with(clipped, delete_user_cb=partial(operator.is_not, clipped))
     traced.graph.lint()
     traced.recompile()
     require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from marginclip.errors import require
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
 
-RULES = ("paper", "or_disagree")
+RULES = ("repaired", "paper", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
 
 
@@ -41,8 +42,10 @@ class MarginDropDetector(nn.Module):
 
     ``model`` and ``repaired`` map images to logits; ``clean_statistics`` (M,) are the margin drops of clean images and
     ``clean_margins`` (M,) what margin the repaired network leaves to the model's decision there. An image is flagged when its
-    p-value under the ``null_distribution`` (see :func:`marginclip.maxmargin.null.p_values`) is below ``theta``
-    (``rule="paper"``), or also when the two networks disagree (``"or_disagree"``, the wording of the second paper). Not flagged: the model's decision stands.
+    p-value under the ``null_distribution`` (see :func:`marginclip.maxmargin.null.p_values`) is below ``theta``; with
+    ``rule="or_disagree"``, the wording of the second paper, also when the two networks disagree. Not flagged: the decision of the
+    repaired network stands (``rule="repaired"``), or the model's (``"paper"`` and ``"or_disagree"``). The former costs what the
+    repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the bounds undo without a large drop.
     Flagged: ``correction`` says what happens. ``"exclude"`` takes the repaired network's best class *other than* the model's
     (the papers): a false alarm is then always wrong, which is why the null must be well calibrated. ``"insist"`` keeps the model's
     class where the repaired network chooses it too, by a margin of at least the clean samples' median; it forgives false alarms,
@@ -62,7 +65,7 @@ class MarginDropDetector(nn.Module):
         *,
         theta: float = 0.005,
         null_distribution: str = "tail",
-        rule: str = "paper",
+        rule: str = "repaired",
         correction: str = "exclude",
     ) -> None:
         super().__init__()
@@ -75,21 +78,12 @@ class MarginDropDetector(nn.Module):
     @classmethod
     @torch.no_grad()
     def fit(
-        cls,
-        model: nn.Module,
-        repaired: nn.Module,
-        images: Tensor,
-        *,
-        theta: float = 0.005,
-        null_distribution: str = "tail",
-        rule: str = "paper",
-        correction: str = "exclude",
-        batch_size: int = 250,
+        cls, model: nn.Module, repaired: nn.Module, images: Tensor, *, batch_size: int = 250, **settings: Any
     ) -> MarginDropDetector:
-        """Fit the null to clean images (M, C, H, W) in [0, 1]; both networks are left in evaluation mode.
+        """Fit the null to clean images (M, C, H, W) in [0, 1]; ``settings`` are the constructor's.
 
         Images that the bounds were *not* learned from give a better calibrated null; those that they were learned from, as in
-        the papers, make false alarms more frequent than ``theta``.
+        the papers, make false alarms more frequent than ``theta``. Both networks are left in evaluation mode.
         """
         require(len(images) >= 2, f"a detector needs at least 2 clean images, got {len(images)}")
         model.eval(), repaired.eval()
@@ -97,28 +91,15 @@ class MarginDropDetector(nn.Module):
         batches = [batch.to(device) for batch in images.split(batch_size)]
         logits = torch.cat([model(batch).float() for batch in batches])
         bounded = torch.cat([repaired(batch).float() for batch in batches])
-        return cls.from_logits(
-            model, repaired, logits, bounded, theta=theta, null_distribution=null_distribution, rule=rule, correction=correction
-        )
+        return cls.from_logits(model, repaired, logits, bounded, **settings)
 
     @classmethod
     def from_logits(
-        cls, model: nn.Module, repaired: nn.Module, logits: Tensor, bounded_logits: Tensor, *,
-        theta: float = 0.005, null_distribution: str = "tail", rule: str = "paper", correction: str = "exclude",
-    ) -> MarginDropDetector:  # fmt: skip
+        cls, model: nn.Module, repaired: nn.Module, logits: Tensor, bounded_logits: Tensor, **settings: Any
+    ) -> MarginDropDetector:
         """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
         statistics, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
-        detector = cls(
-            model,
-            repaired,
-            statistics,
-            kept,
-            theta=theta,
-            null_distribution=null_distribution,
-            rule=rule,
-            correction=correction,
-        )
-        return detector.to(logits.device)
+        return cls(model, repaired, statistics, kept, **settings).to(logits.device)
 
     @property
     def insisting_margin(self) -> float:
@@ -140,10 +121,11 @@ class MarginDropDetector(nn.Module):
         original = logits.argmax(1)
         statistic = margin_drop(logits, bounded_logits)
         values = p_values(statistic, self.clean_statistics, null_distribution=self.null_distribution)
-        flagged = values < self.theta
+        flagged, chosen = values < self.theta, bounded_logits.argmax(1)
         if self.rule == "or_disagree":
-            flagged = flagged | (bounded_logits.argmax(1) != original)
-        return Detection(torch.where(flagged, self._corrected(original, bounded_logits), original), flagged, values, statistic)
+            flagged = flagged | (chosen != original)
+        standing = chosen if self.rule == "repaired" else original
+        return Detection(torch.where(flagged, self._corrected(original, bounded_logits), standing), flagged, values, statistic)
 
     def _corrected(self, original: Tensor, bounded_logits: Tensor) -> Tensor:
         if self.correction == "reject":

@@ -34,7 +34,7 @@ def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any
         if cause is not None:
             raise cause from None
         reason = error.__cause__ or error
-        if isinstance(reason, TypeError):
+        if isinstance(reason, (TypeError, ValueError)):
             raise UserError(f"{key}: {str(reason).splitlines()[0]}") from error
         raise
 
@@ -64,6 +64,8 @@ class Scene:
 def build_scene(config: DictConfig) -> Scene:
     """Load the data and build attack, data module and model; everything random is drawn from ``config.seed``."""
     require(isinstance(config.seed, int) and config.seed >= 0, f"seed must be an integer from 0 up, got {config.seed!r}")
+    batch_size = config.training.batch_size
+    require(isinstance(batch_size, int) and batch_size >= 1, f"training.batch_size must be at least 1, got {batch_size!r}")
     source_config = {key: value for key, value in config.dataset.items() if key != "augment"}
     if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
         source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training

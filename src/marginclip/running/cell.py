@@ -84,6 +84,8 @@ def _defend(config: DictConfig, record: Record) -> None:
 def check_settings(config: DictConfig) -> None:
     """Raise :class:`UserError` for settings of the defense that do not fit, before anything is trained."""
     if config.defense.get("detector") is not None:
+        if not isinstance(config.defense.detector, DictConfig):
+            raise UserError(f"defense.detector must be a group of settings, got '{config.defense.detector}'; use defense=mmdf")
         settings = {key: value for key, value in config.defense.detector.items() if key != "folds"}
         check_detector_settings(**settings)
         folds = config.defense.detector.folds

@@ -114,7 +114,9 @@ def _choices(override: Override) -> list[str]:
         return [override.input_line or ""]
     key = override.get_key_element()
     if not override.is_discrete_sweep():
-        raise UserError(f"'{override.input_line}' is an interval: list the values to run, as {key}=0,1, or write {key}=range(0,3)")
+        raise UserError(
+            f"'{override.input_line}' is an interval: list the values to run, as {key}=0,1, or write {key}=range(0,3)"
+        )
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
