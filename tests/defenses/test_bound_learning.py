@@ -475,6 +475,11 @@ def test_nan_logits_are_refused(victim, clean):
         repair(victim, *clean)
 
 
+def test_divergence_says_what_to_do(victim, clean):
+    with pytest.raises(UserError, match=r"bound learning diverged: .* try a lower defense\.learning_rate"):
+        fit(learning(learning_rate=1e20, project=False), victim, clean)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -181,6 +182,7 @@ class BoundLearning(Defense):
         agreement = float((logits.argmax(1) == self.labels).float().mean())
         terms = mmac(logits, self.targets, margins, self.penalty.initial, reduction=self.reduction)
         score = float(terms.loss)
+        require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")
         # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
         if agreement >= self.penalty.min_agreement and (score < self.best_score or len(self.history) == 1):
             self.best_score = score if self.history else float("inf")

@@ -86,7 +86,7 @@ def check_settings(config: DictConfig) -> None:
     if config.defense.get("detector") is not None:
         if not isinstance(config.defense.detector, DictConfig):
             raise UserError(f"defense.detector must be a group of settings, got '{config.defense.detector}'; use defense=mmdf")
-        settings = {key: value for key, value in config.defense.detector.items() if key != "folds"}
+        settings = {str(key): value for key, value in config.defense.detector.items() if key != "folds"}
         check_detector_settings(**settings)
         folds = config.defense.detector.folds
         if folds != 0 and folds < 2:
