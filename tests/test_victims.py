@@ -51,10 +51,15 @@ def test_keys_without_effect_on_training_do_not_count(path, value):
 
 
 @pytest.mark.parametrize(
-    ("path", "value"), [("seed", 1), ("attack.rate", 0.2), ("model.blocks", [1, 2]), ("dataset.extra", None)]
+    ("path", "value"), [("seed", 1), ("attack.rate", 0.2), ("model.blocks", [1, 2]), ("dataset.extra", 0)]
 )
 def test_every_other_key_counts(path, value):
     assert recipe_hash(changed(path, value)) != recipe_hash(RECIPE)
+
+
+def test_an_option_left_at_null_is_no_other_recipe():
+    """So that an option added later does not orphan the victims that were trained without it."""
+    assert recipe_hash(changed("dataset.extra", None)) == recipe_hash(RECIPE)
 
 
 def test_a_victim_is_done_when_its_record_is_there(victim, net):

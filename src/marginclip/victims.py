@@ -26,9 +26,9 @@ def recipe_hash(recipe: dict[str, Any]) -> str:
 
 
 def _without(value: Any) -> Any:
-    """The recipe without keys that do not change what is trained."""
+    """The recipe without keys that do not change what is trained: those of ``NO_EFFECT``, and options left at null."""
     if isinstance(value, dict):
-        return {key: _without(entry) for key, entry in value.items() if key not in NO_EFFECT}
+        return {key: _without(entry) for key, entry in value.items() if key not in NO_EFFECT and entry is not None}
     return value
 
 

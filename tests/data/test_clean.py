@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from marginclip.data.clean import split_clean
+from marginclip.data.clean import automatic_sizes, split_clean
 from marginclip.errors import UserError
 
 CLASSES = tuple("abcde")
@@ -47,3 +47,20 @@ def test_seeded_is_a_function_of_the_seed_and_zero_is_a_seed():
 def test_what_cannot_be_had_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         split_clean(LABELS, **({"classes": CLASSES, "seed": 0} | settings))
+
+
+def test_the_reserve_makes_one_evaluation_set_for_clean_sets_of_any_size():
+    small, large = (split_clean(LABELS, CLASSES, per_class=count, seed=3, reserve=9) for count in (4, 9))
+    assert torch.equal(small[1], large[1])
+    assert set(small[0].tolist()) < set(large[0].tolist())
+    assert len(small[1]) == 5 * 11
+    beyond = split_clean(LABELS, CLASSES, per_class=12, seed=3, reserve=9)
+    assert not set(beyond[0].tolist()) & set(beyond[1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "sizes"), [(1000, 50, (50, 500)), (1000, 500, (500, 500)), (150, 50, (50, 75)), (150, 200, (75, 75)), (1, 50, (1, 1))]
+)  # fmt: skip
+def test_automatic_sizes_leave_half_of_the_smallest_class(count, wanted, sizes):
+    labels = torch.cat([torch.zeros(count + 7), torch.ones(count)]).long()
+    assert automatic_sizes(labels, wanted) == sizes

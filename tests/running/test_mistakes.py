@@ -166,6 +166,8 @@ def nan_logits(path):
         (["x2x=one2one", "x2x.source=3", "x2x.target=3"], "x2x.source and x2x.target must differ, got 3 for both"),
         (["clean_per_class=5000"], "clean_per_class=5000 is more than class '0' has"),
         (["clean_per_class=0"], "clean_per_class must be at least 1"),
+        (["clean_per_class=many"], "clean_per_class must be a number of images, auto or null, got 'many'"),
+        (["reserve_per_class=-1"], "reserve_per_class must not be negative, got -1"),
         (["seed=-1"], "seed must be an integer from 0 up, got -1"),
         (["seed=abc"], "seed must be an integer from 0 up"),
         (["trainer.precision=fp8"], "trainer.precision must be one of"),

@@ -9,18 +9,21 @@ from marginclip.errors import UserError, require
 
 
 def split_clean(
-    labels: Tensor, classes: tuple[str, ...], *, per_class: int | None, seed: int, order: str = "seeded"
+    labels: Tensor, classes: tuple[str, ...], *, per_class: int | None, seed: int, order: str = "seeded", reserve: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Indices of the clean set and of the evaluation set, disjoint, each in data-set order.
 
     ``labels`` (N,) of the held-out split; ``per_class`` images of every class, or all images when None (the evaluation set
     is empty then). ``order="first"`` takes the first of each class, as the published scripts do, ``"seeded"`` a random choice.
+    The first ``reserve`` of every class in that order are kept out of the evaluation set even where the clean set is smaller, so
+    that defenses with clean sets of different sizes are evaluated on the same images.
     Raises :class:`UserError` when a class has no image or fewer than asked for.
     """
     require(order in ("seeded", "first"), f"clean_order must be 'seeded' or 'first', got '{order}'")
     require(per_class is None or per_class >= 1, f"clean_per_class must be at least 1, got {per_class}")
+    require(reserve >= 0, f"reserve_per_class must not be negative, got {reserve}")
     generator = torch.Generator().manual_seed(seed + 15485863)
-    clean = torch.zeros(len(labels), dtype=torch.bool)
+    clean, reserved = (torch.zeros(len(labels), dtype=torch.bool) for _ in range(2))
     for label, name in enumerate(classes):
         members = (labels == label).nonzero().flatten()
         if len(members) == 0:
@@ -33,4 +36,15 @@ def split_clean(
         if order == "seeded":
             members = members[torch.randperm(len(members), generator=generator)]
         clean[members[:per_class]] = True
-    return clean.nonzero().flatten(), (~clean).nonzero().flatten()
+        reserved[members[:reserve]] = True
+    return clean.nonzero().flatten(), (~clean & ~reserved).nonzero().flatten()
+
+
+def automatic_sizes(labels: Tensor, wanted: int, *, reserve: int = 500) -> tuple[int, int]:
+    """Images a class of the clean set and of the reserve for a held-out split with these ``labels`` (N,).
+
+    Half of the smallest class is left for evaluation: the reserve is ``reserve`` (the most that a method of the papers takes)
+    or that half, and the clean set ``wanted`` or the reserve.
+    """
+    half = max(1, int(labels.bincount().min()) // 2)
+    return min(wanted, reserve, half), min(reserve, half)

@@ -37,6 +37,7 @@ class ImageData(L.LightningDataModule):
         eval_batch_size: int = 500,
         clean_per_class: int | None = 50,
         clean_order: str = "seeded",
+        reserve_per_class: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -44,7 +45,12 @@ class ImageData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         held_out = splits.held_out
         self.clean_index, self.eval_index = split_clean(
-            held_out.labels, held_out.classes, per_class=clean_per_class, seed=seed, order=clean_order
+            held_out.labels,
+            held_out.classes,
+            per_class=clean_per_class,
+            seed=seed,
+            order=clean_order,
+            reserve=reserve_per_class,
         )
         train_labels = splits.train.labels
         self.poisoned = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,18 @@ class Defense(L.LightningModule):
     def batches(self) -> DataLoader[int]:
         """What the Trainer iterates over."""
         raise TypeError(f"{type(self).__name__} does not learn")
+
+    def variants(self) -> dict[str, nn.Module]:
+        """Further networks to evaluate beside the repaired one, by the name of their row in the results."""
+        return {}
+
+    def findings(self) -> dict[str, Any]:
+        """What the defense found out, for the record; plain values only."""
+        return {}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Tensors to keep with the run, for figures."""
+        return {}
 
     @property
     def num_epochs(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from marginclip.attacks import Attack
 from marginclip.data import Augment, ImageData, Splits
+from marginclip.data.clean import automatic_sizes
 from marginclip.errors import UserError, require
 from marginclip.precision import precision_for
+
+log = logging.getLogger(__name__)
 
 
 def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any:
@@ -73,17 +77,46 @@ def build_scene(config: DictConfig) -> Scene:
     classes = splits.held_out.classes
     x2x = instantiate(config.x2x, num_classes=len(classes), seed=config.seed, key="x2x")
     attack = instantiate(config.attack, x2x=x2x, image_shape=splits.image_shape, seed=config.seed, key="attack")
+    clean_per_class, reserve_per_class = clean_sizes(config, splits.held_out.labels)
     data = ImageData(
         splits,
         attack=attack,
         augment=Augment(**config.dataset.augment),
         batch_size=config.training.batch_size,
-        clean_per_class=config.clean_per_class,
+        clean_per_class=clean_per_class,
         clean_order=config.clean_order,
+        reserve_per_class=reserve_per_class,
         seed=config.seed,
     )
     model = build_model(config, len(classes), splits.image_shape)
     return Scene(splits, attack, data, model)
+
+
+def clean_sizes(config: DictConfig, labels: Tensor) -> tuple[int | None, int]:
+    """Images a class of the clean set (None: all) and of the reserve, from ``clean_per_class`` and ``reserve_per_class``.
+
+    ``auto`` is the defense's own clean-set size, and a reserve that is the same for every defense; both are limited to half
+    of the smallest class of the held-out split, whose ``labels`` (N,) are given.
+    """
+    for key in ("clean_per_class", "reserve_per_class"):
+        value = config[key]
+        require(
+            value in ("auto", None) or (isinstance(value, int) and not isinstance(value, bool)),
+            f"{key} must be a number of images, auto or null, got '{value}'",
+        )
+    wanted = config.get("defense", {}).get("clean_per_class", 50)
+    clean, reserve = automatic_sizes(labels, wanted)
+    if config.reserve_per_class != "auto":
+        reserve = config.reserve_per_class or 0
+        clean = wanted
+    if config.clean_per_class != "auto":
+        clean = config.clean_per_class
+    elif clean < wanted:
+        log.warning(
+            "the clean set is %d images a class, not the %d that defense=%s takes by default: half of the smallest class is kept for "
+            "evaluation (clean_per_class=N overrides)", clean, wanted, config.defense.name,
+        )  # fmt: skip
+    return clean, reserve
 
 
 def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

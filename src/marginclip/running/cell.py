@@ -32,7 +32,7 @@ from marginclip.running.victim import obtain_victim
 log = logging.getLogger(__name__)
 NUM_EXAMPLES = 8
 ACTIVATION_SAMPLES = 500
-NOT_ARGUMENTS = ("detector", "repaired_row", "detector_row")
+NOT_ARGUMENTS = ("detector", "repaired_row", "detector_row", "clean_per_class")
 
 
 @dataclass
@@ -43,6 +43,9 @@ class Repair:
     detector: MarginDropDetector | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     relaxed: float = 0.0
+    variants: dict[str, nn.Module] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
 
 
 def defend(config: DictConfig) -> Record:
@@ -70,7 +73,7 @@ def _defend(config: DictConfig, record: Record) -> None:
         outcome = _repair(config, scene, record, logger)
         with record.phase("evaluation"):
             evaluation = _evaluate(config, scene, outcome, record)
-        record.content |= {"history": outcome.history, "relaxed": outcome.relaxed}
+        record.content |= {"history": outcome.history, "relaxed": outcome.relaxed, "findings": outcome.findings}
         record.content |= {"classes": list(scene.classes), "clean_set_size": len(scene.data.clean_index)}
         record.content["evaluated_on"] = "held_out" if len(scene.data.eval_index) else "clean_set"
         _write_arrays(scene, outcome, evaluation, record)
@@ -131,6 +134,7 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
             defense, scene.model, images, labels, make_trainer=main_trainer, resume=checkpoint if checkpoint.exists() else None
         )
     outcome = Repair(repaired, None, getattr(defense, "history", []), getattr(defense, "relaxed", 0.0))
+    outcome.variants, outcome.findings, outcome.arrays = defense.variants(), defense.findings(), defense.arrays()
     if isinstance(repaired, BoundedNetwork):
         write_tensors(record.folder / "bounds.safetensors", repaired.bounds_state())
     if config.defense.detector is not None:
@@ -166,7 +170,7 @@ def _evaluate(config: DictConfig, scene: Scene, outcome: Repair, record: Record)
     networks: dict[str, nn.Module] = {"none": scene.model}
     detectors: dict[str, tuple[str, MarginDropDetector]] = {}
     if outcome.repaired is not None:
-        networks[config.defense.repaired_row] = outcome.repaired
+        networks |= outcome.variants | {config.defense.repaired_row: outcome.repaired}
     if outcome.detector is not None:
         detectors[config.defense.detector_row] = (config.defense.repaired_row, outcome.detector)
         record.content["detector"] = {"threshold": _finite(outcome.detector.threshold), **plain(config.defense.detector)}
@@ -208,7 +212,7 @@ def _write_arrays(scene: Scene, outcome: Repair, evaluation: Evaluation, record:
     """What the figures are drawn from: example images, activation extremes, bounds and detection statistics."""
     data, held_out = scene.data, scene.splits.held_out
     index = data.eval_index if len(data.eval_index) else data.clean_index
-    arrays = {f"scores/{name}": scores for name, scores in evaluation.scores().items()}
+    arrays = outcome.arrays | {f"scores/{name}": scores for name, scores in evaluation.scores().items()}
     chosen = index[torch.linspace(0, len(index) - 1, min(ACTIVATION_SAMPLES, len(index))).long()]
     if scene.attack is not None:
         eligible = index[scene.attack.x2x.eligible(held_out.labels[index])]
