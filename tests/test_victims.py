@@ -50,9 +50,7 @@ def test_keys_without_effect_on_training_do_not_count(path, value):
     assert before == RECIPE
 
 
-@pytest.mark.parametrize(
-    ("path", "value"), [("seed", 1), ("attack.rate", 0.2), ("model.blocks", [1, 2]), ("dataset.extra", 0)]
-)
+@pytest.mark.parametrize(("path", "value"), [("seed", 1), ("attack.rate", 0.2), ("model.blocks", [1, 2]), ("dataset.extra", 0)])
 def test_every_other_key_counts(path, value):
     assert recipe_hash(changed(path, value)) != recipe_hash(RECIPE)
 

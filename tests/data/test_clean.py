@@ -59,8 +59,9 @@ def test_the_reserve_makes_one_evaluation_set_for_clean_sets_of_any_size():
 
 
 @pytest.mark.parametrize(
-    ("count", "wanted", "sizes"), [(1000, 50, (50, 500)), (1000, 500, (500, 500)), (150, 50, (50, 75)), (150, 200, (75, 75)), (1, 50, (1, 1))]
-)  # fmt: skip
+    ("count", "wanted", "sizes"),
+    [(1000, 50, (50, 500)), (1000, 500, (500, 500)), (150, 50, (50, 75)), (150, 200, (75, 75)), (1, 50, (1, 1))],
+)
 def test_automatic_sizes_leave_half_of_the_smallest_class(count, wanted, sizes):
     labels = torch.cat([torch.zeros(count + 7), torch.ones(count)]).long()
     assert automatic_sizes(labels, wanted) == sizes
