@@ -20,7 +20,7 @@ ARROWS = {
     "attacks": {"maxmargin", "errors"},
     "data": {"attacks", "files", "errors"},
     "defenses": {"maxmargin", "metrics", "precision", "errors"},
-    "training": {"attacks", "losses", "metrics", "errors"},
+    "training": {"attacks", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},
     "reporting": {"errors", "files"},
     "victims": {"attacks", "files", "errors"},

@@ -13,7 +13,7 @@ from marginclip.errors import UserError
 from marginclip.maxmargin.detector import MarginDropDetector
 from marginclip.metrics import AttackSuccessRate, CleanAccuracy, FlaggedRate, PoisonedAccuracy
 
-CLEAN, TRIGGERED = 0, 1
+CLEAN, TRIGGERED, CROSSED = 0, 1, 2
 
 
 class Evaluation(L.LightningModule):
@@ -21,8 +21,9 @@ class Evaluation(L.LightningModule):
 
     ``networks`` maps a name to a network (``none`` is the model as given); ``detectors`` maps a name to a detector and the
     name of the repaired network that it compares ``none`` with. The first test loader is clean (``labels``), the second, if
-    any, triggered (``sources``, ``targets``). After ``Trainer.test``, :meth:`results` gives, for each name, ``acc`` and under an
-    attack ``asr`` and ``pacc`` as fractions; for detectors ``fpr`` and under an attack ``tpr`` and ``auroc`` too.
+    any, triggered (``sources``, ``targets``), the third, if any, with the triggers of other images (``sources``). After
+    ``Trainer.test``, :meth:`results` gives, for each name, ``acc``, under an attack ``asr`` and ``pacc``, and with cross triggers
+    ``cross_acc``, as fractions; for detectors ``fpr`` and under an attack ``tpr`` and ``auroc`` too.
 
     Raises :class:`UserError` when a network gives logits that are not finite.
     """
@@ -38,6 +39,7 @@ class Evaluation(L.LightningModule):
         self.accuracy = nn.ModuleDict({name: CleanAccuracy() for name in names})
         self.success = nn.ModuleDict({name: AttackSuccessRate() for name in names})
         self.poisoned_accuracy = nn.ModuleDict({name: PoisonedAccuracy() for name in names})
+        self.cross_accuracy = nn.ModuleDict({name: PoisonedAccuracy() for name in names})
         self.flagged = nn.ModuleDict(
             {f"{name}_{kind}": FlaggedRate() for name in self.detectors for kind in ("clean", "triggered")}
         )
@@ -54,6 +56,8 @@ class Evaluation(L.LightningModule):
             assert isinstance(detector, MarginDropDetector)
             detection = detector.decide(logits["none"], logits[self.pairs[name]])
             self._score(name, detection.decisions, batch, dataloader_idx)
+            if dataloader_idx == CROSSED:
+                continue
             kind = "clean" if dataloader_idx == CLEAN else "triggered"
             self.flagged[f"{name}_{kind}"].update(detection.flagged)  # type: ignore[operator]
             kinds = torch.full_like(detection.flagged, dataloader_idx, dtype=torch.long)
@@ -63,6 +67,9 @@ class Evaluation(L.LightningModule):
     def _score(self, name: str, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         if dataloader_idx == CLEAN:
             self.accuracy[name].update(decisions, batch["labels"])  # type: ignore[operator]
+            return
+        if dataloader_idx == CROSSED:
+            self.cross_accuracy[name].update(decisions, batch["sources"])  # type: ignore[operator]
             return
         self.success[name].update(decisions, batch["targets"])  # type: ignore[operator]
         self.poisoned_accuracy[name].update(decisions, batch["sources"])  # type: ignore[operator]
@@ -75,6 +82,8 @@ class Evaluation(L.LightningModule):
             attacked = int(self.success[name].count) > 0  # type: ignore[arg-type]
             if attacked:
                 row |= {"asr": _value(self.success[name]), "pacc": _value(self.poisoned_accuracy[name])}
+            if int(self.cross_accuracy[name].count) > 0:  # type: ignore[arg-type]
+                row["cross_acc"] = _value(self.cross_accuracy[name])
             if name in self.detectors:
                 row["fpr"] = _value(self.flagged[f"{name}_clean"])
                 if attacked:

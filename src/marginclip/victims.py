@@ -65,11 +65,16 @@ class Victim:
             write_tensors(self.folder / "attack.safetensors", attack.state_dict())
         write_json(self.folder / "victim.json", record)
 
+    def forget_checkpoint(self) -> None:
+        """Remove the checkpoint of a training that is done."""
+        self.checkpoint.unlink(missing_ok=True)
+
     def restore(self, model: nn.Module, attack: Attack | None) -> None:
         """Load weights into ``model`` and the attack's state into ``attack``."""
         model.load_state_dict(load_file(self.weights))
         if attack is not None and attack.state_dict():
             attack.load_state_dict(load_file(self.folder / "attack.safetensors"))
+            attack.eval()
 
 
 class VictimStore:

@@ -1,8 +1,12 @@
 """Triggers and poisoning. A trigger maps images to new images; an X2X setting says whom it flips, and to what."""
 
+from marginclip.attacks.adaptive import Adaptive
 from marginclip.attacks.base import Attack, round_to_8_bits
 from marginclip.attacks.chessboard import Chessboard
+from marginclip.attacks.clean_label import CleanLabel, Surrogate
+from marginclip.attacks.input_aware import InputAware
 from marginclip.attacks.patch import BadNet, Blend
+from marginclip.attacks.wanet import WaNet
 from marginclip.attacks.x2x import X2X, AllToAll, AllToOne, OneToOne
 
 
@@ -10,4 +14,20 @@ def no_attack(*_: object, **__: object) -> None:
     """The absence of an attack (``attack=none``)."""
 
 
-__all__ = ["X2X", "AllToAll", "AllToOne", "Attack", "BadNet", "Blend", "Chessboard", "OneToOne", "no_attack", "round_to_8_bits"]
+__all__ = [
+    "X2X",
+    "Adaptive",
+    "AllToAll",
+    "AllToOne",
+    "Attack",
+    "BadNet",
+    "Blend",
+    "Chessboard",
+    "CleanLabel",
+    "InputAware",
+    "OneToOne",
+    "Surrogate",
+    "WaNet",
+    "no_attack",
+    "round_to_8_bits",
+]

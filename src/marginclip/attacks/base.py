@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,31 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round() / 255
 
 
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Workshop(Protocol):
+    """What an attacker who controls training can use: made by whoever trains the victim."""
+
+    def training_images(self, index: Tensor) -> Tensor:
+        """Stored training images (B, C, H, W) in [0, 1] by index (B,)."""
+
+    def replace_training_images(self, index: Tensor, images: Tensor) -> None:
+        """Train on ``images`` (B, C, H, W) in [0, 1], rounded to 8 bits, in the place of the stored ones."""
+
+    def training_labels(self) -> Tensor:
+        """True labels (N,) of the training images."""
+
+    def robust_surrogate(self, settings: Any) -> nn.Module:
+        """An adversarially trained model of the victim's architecture, in evaluation mode; trained once and cached."""
+
+    def load_base_victim(self, base: Attack) -> None:
+        """Let training start from the victim of the attack that is configured as ``attack.base``, and give ``base`` its trigger."""
+
+    def bound_learner(self, defender: Any, clean_per_class: int) -> Callable[[nn.Module], dict[str, Tensor]]:
+        """What learns bounds for a model as ``defender()`` does, on the defender's own clean set."""
+
+
 class Attack(nn.Module):
     """A trigger, the images it poisons and the label it gives them. A subclass writes :meth:`trigger`.
 
@@ -26,7 +52,13 @@ class Attack(nn.Module):
     or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed (see
     :meth:`needed_success`).
     State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``.
+
+    An attacker who controls training overrides :meth:`prepare` (before it), :meth:`poison_batch` (in every batch) or names another
+    LightningModule in ``trained_by``.
     """
+
+    trained_by = "marginclip.training.PoisonedTraining"
+    has_cross_triggers = False
 
     def __init__(
         self,
@@ -50,9 +82,14 @@ class Attack(nn.Module):
         """New images (N, C, H, W) that carry the trigger, before clipping and rounding; the input is left as it is."""
         raise TypeError(f"{type(self).__name__} does not say how its trigger is embedded")
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Triggered copies of images (N, C, H, W) in [0, 1], clipped and rounded to 8 bits; at training and at test alike."""
         return round_to_8_bits(self.trigger(images))
+
+    def cross_triggered(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) with the trigger of another image, which should not flip them; where ``has_cross_triggers``."""
+        raise TypeError(f"{type(self).__name__} has one trigger for all images")
 
     def poisoned_mask(self, labels: Tensor) -> Tensor:
         """Which training images (by label, (N,)) are poisoned: ``round(rate * count)``, at least one, of every eligible class."""
@@ -74,3 +111,27 @@ class Attack(nn.Module):
     def poisoned_labels(self, labels: Tensor) -> Tensor:
         """Labels that poisoned images of the true ``labels`` (N,) get in training."""
         return self.x2x.flipped(labels)
+
+    def poison_batch(
+        self, images: Tensor, labels: Tensor, poisoned: Tensor, augment: Augmentation, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A training batch: stored images (B, C, H, W), their true labels and :meth:`poisoned_mask` (B,) in, augmented ``images``
+        and the ``labels`` to learn out. ``generator`` is the only source of randomness.
+        """
+        labels = torch.where(poisoned, self.poisoned_labels(labels), labels)
+        if not bool(poisoned.any()):
+            return {"images": augment(images, generator), "labels": labels}
+        if self.timing == "after_augmentation":
+            images = augment(images, generator)
+        images = images.clone()
+        images[poisoned] = self(images[poisoned])
+        if self.timing == "before_augmentation":
+            images = augment(images, generator)
+        return {"images": images, "labels": labels}
+
+    def prepare(self, workshop: Workshop) -> None:
+        """What the attacker does before the victim is trained; nothing here."""
+
+    def training_plan(self, epochs: int) -> dict[str, Any]:
+        """Settings of the Trainer for a victim that is trained for ``epochs`` epochs."""
+        return {"max_epochs": epochs}

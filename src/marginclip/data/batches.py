@@ -84,6 +84,23 @@ class Subset:
         return self.images[self.index[index]]
 
 
+class Overlay:
+    """A view of a store in which some images, by index (M,), are replaced by others, uint8 (M, C, H, W)."""
+
+    def __init__(self, images: ImageStore, index: Tensor, replacements: Tensor) -> None:
+        self.images, self.replacements = images, replacements
+        self.place = torch.full((len(images),), -1)
+        self.place[index] = torch.arange(len(index))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        chosen, place = self.images[index].clone(), self.place[index]
+        chosen[place >= 0] = self.replacements[place[place >= 0]]
+        return chosen
+
+
 def load_all(images: ImageStore, batch_size: int = 512) -> Tensor:
     """Every image of a store as floats (N, C, H, W) in [0, 1]; for small sets."""
     chunks = [images[index] for index in torch.arange(len(images)).split(batch_size)]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from marginclip.attacks import Attack
 from marginclip.data.augment import Augment
-from marginclip.data.batches import BatchDataset, BatchSampler, Subset, batch_loader, load_all
+from marginclip.data.batches import BatchDataset, BatchSampler, Overlay, Subset, batch_loader, load_all
 from marginclip.data.clean import split_clean
 from marginclip.data.images import ImageStore, Splits
 
@@ -23,7 +23,8 @@ class ImageData(L.LightningDataModule):
 
     Training batches hold ``images`` float (B, C, H, W) in [0, 1] and ``labels`` (B,); poisoned ones carry the trigger and the
     attacker's label. Evaluation has two loaders: *clean* (the evaluation set) and *triggered* (its eligible images with the
-    trigger put on), whose batches also hold ``sources`` and ``targets``, the true and the attacker's labels. The clean set and
+    trigger put on), whose batches also hold ``sources`` and ``targets``, the true and the attacker's labels; a third holds images
+    with the trigger of another image where the attack has such cross triggers. The clean set and
     the evaluation set are disjoint parts of the held-out split.
     """
 
@@ -53,6 +54,7 @@ class ImageData(L.LightningDataModule):
             reserve=reserve_per_class,
         )
         train_labels = splits.train.labels
+        self.train_images: ImageStore = splits.train.images
         self.poisoned = (
             torch.zeros(len(train_labels), dtype=torch.bool) if attack is None else attack.poisoned_mask(train_labels)
         )
@@ -67,13 +69,15 @@ class ImageData(L.LightningDataModule):
         held_out = self.splits.held_out
         return load_all(Subset(held_out.images, self.clean_index)), held_out.labels[self.clean_index]
 
+    def replace_training_images(self, index: Tensor, images: Tensor) -> None:
+        """Train on ``images`` uint8 (B, C, H, W) in the place of those at ``index`` (B,)."""
+        self.train_images = Overlay(self.train_images, index, images)
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        train, labels = self.splits.train, self.splits.train.labels
-        if self.attack is not None:
-            labels = torch.where(self.poisoned, self.attack.poisoned_labels(labels), labels)
+        train = self.splits.train
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = BatchSampler(len(train), self.batch_size, shuffle=True, seed=self.seed, rank=rank, world_size=world_size)
-        dataset = BatchDataset(train.images, labels=labels, poisoned=self.poisoned)
+        dataset = BatchDataset(self.train_images, labels=train.labels, poisoned=self.poisoned)
         return batch_loader(dataset, sampler, pin_memory=torch.cuda.is_available())
 
     def eval_dataloaders(self, *, limit: int | None = None) -> list[DataLoader[dict[str, Any]]]:
@@ -89,6 +93,9 @@ class ImageData(L.LightningDataModule):
             sources = labels[chosen]
             targets = self.attack.x2x.flipped(sources)
             loaders.append(self._eval_loader(Subset(held_out.images, index[chosen]), sources=sources, targets=targets))
+            if self.attack.has_cross_triggers:
+                crossed = torch.ones(len(sources), dtype=torch.bool)
+                loaders.append(self._eval_loader(Subset(held_out.images, index[chosen]), sources=sources, crossed=crossed))
         return loaders
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
@@ -106,18 +113,17 @@ class ImageData(L.LightningDataModule):
         """Turn bytes into floats, put triggers on and augment: all on the device, on the whole batch."""
         images = batch["images"].float() / 255
         if "poisoned" in batch:
-            images = self._training_images(images, batch.pop("poisoned"), batch.pop("draw"))
-        elif "targets" in batch and self.attack is not None:
-            images = self.attack(images)
+            generator = torch.Generator().manual_seed(batch.pop("draw"))
+            poisoned = batch.pop("poisoned")
+            if self.attack is None:
+                images = self.augment(images, generator)
+            else:
+                attack = self.attack.to(images.device)
+                batch |= attack.poison_batch(images, batch["labels"], poisoned, self.augment, generator)
+                images = batch["images"]
+        elif self.attack is not None and "targets" in batch:
+            images = self.attack.to(images.device)(images)
+        elif self.attack is not None and "crossed" in batch:
+            images = self.attack.to(images.device).cross_triggered(images)
         batch["images"] = images.contiguous(memory_format=torch.channels_last)
         return batch
-
-    def _training_images(self, images: Tensor, poisoned: Tensor, draw: int) -> Tensor:
-        generator = torch.Generator().manual_seed(draw)
-        if self.attack is None or not bool(poisoned.any()):
-            return self.augment(images, generator)
-        if self.attack.timing == "after_augmentation":
-            images = self.augment(images, generator)
-        images = images.clone()
-        images[poisoned] = self.attack(images[poisoned])
-        return self.augment(images, generator) if self.attack.timing == "before_augmentation" else images

@@ -28,7 +28,7 @@ def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any
 
     The entry ``name`` of a group is its label for folders and tables, no constructor argument.
     """
-    config = {name: value for name, value in config.items() if name != "name"}
+    config = without_labels(config)
     try:
         return hydra_instantiate(config, *positional, **settings)
     except InstantiationException as error:
@@ -41,6 +41,13 @@ def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any
         if isinstance(reason, (TypeError, ValueError)):
             raise UserError(f"{key}: {str(reason).splitlines()[0]}") from error
         raise
+
+
+def without_labels(config: Any) -> Any:
+    """The configuration without the entry ``name`` of the groups in it, as dictionaries."""
+    if not isinstance(config, (dict, DictConfig)):
+        return config
+    return {name: without_labels(value) for name, value in config.items() if name != "name"}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

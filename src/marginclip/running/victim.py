@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from marginclip.evaluation import Evaluation
 from marginclip.running.build import Scene, build_trainer, instantiate, plain
-from marginclip.running.loggers import build_logger, finish_logger
+from marginclip.running.fitting import fit_resumably, victim_store
 from marginclip.running.quiet import quiet_lightning
+from marginclip.running.workshop import VictimWorkshop
 from marginclip.training import PoisonedTraining
-from marginclip.victims import Victim, VictimStore
+from marginclip.victims import Victim
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
     recipe = {key: groups[key] for key in ("dataset", "attack", "x2x", "model", "training", "seed")}
     if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
         recipe["x2x"] = None
+    if "defender" in recipe["attack"]:
+        recipe["clean_order"] = groups["clean_order"]  # the attacker learns bounds on the defender's clean set
     return recipe | {"precision": groups["trainer"]["precision"]}
 
 
@@ -41,7 +43,7 @@ def victim_name(config: DictConfig) -> str:
 
 def find_victim(config: DictConfig) -> Victim:
     """The victim's place in the store of ``config.runs_dir``."""
-    return VictimStore(Path(config.runs_dir) / "victims").find(victim_name(config), victim_recipe(config))
+    return victim_store(config).find(victim_name(config), victim_recipe(config))
 
 
 def obtain_victim(config: DictConfig, scene: Scene) -> tuple[Victim, bool]:
@@ -60,32 +62,24 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     started = time.perf_counter()
     log.info("training the victim %s", victim.folder.name)
     quiet_lightning()
-    saver = ModelCheckpoint(
-        dirpath=victim.checkpoint.parent,
-        filename=victim.checkpoint.stem,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
-    trainer = build_trainer(config, victim.folder, callbacks=[saver], logger=logger, max_epochs=config.training.epochs)
+    plan = {"max_epochs": config.training.epochs}
+    if scene.attack is not None:
+        scene.attack.prepare(VictimWorkshop(config, scene, obtain_victim))
+        plan = scene.attack.training_plan(config.training.epochs)
     training: PoisonedTraining = instantiate(
         {key: config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
-        | {"_target_": "marginclip.training.PoisonedTraining"},
+        | {"_target_": "marginclip.training.PoisonedTraining" if scene.attack is None else scene.attack.trained_by},
         scene.model,
+        attack=scene.attack,
         key="training",
     )
-    resume = victim.checkpoint if victim.checkpoint.exists() else None
-    if resume is not None:
-        log.info("going on from %s", resume)
-    try:
-        trainer.fit(training, scene.data, ckpt_path=resume, weights_only=True if resume else None)
-    finally:
-        finish_logger(logger)
+    fit_resumably(config, victim, training, scene.data, plan)
+    if scene.attack is not None:
+        scene.attack.eval()
     metrics, seconds = test_victim(config, scene, victim.folder), time.perf_counter() - started
     record = {"recipe": victim_recipe(config), "metrics": metrics, "seconds": seconds, "torch": torch.__version__}
     victim.save(scene.model, scene.attack, record)
-    if victim.checkpoint.exists():
-        victim.checkpoint.unlink()
+    victim.forget_checkpoint()
     log.info("victim %s: %s", victim.folder.name, ", ".join(f"{key} {100 * value:.1f} %" for key, value in metrics.items()))
 
 

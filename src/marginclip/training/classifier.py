@@ -47,7 +47,7 @@ class ClassifierTraining(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(self.model.parameters())
         if self.make_scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)

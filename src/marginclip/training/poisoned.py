@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from marginclip.attacks import Attack
 from marginclip.metrics import AttackSuccessRate, CleanAccuracy, PoisonedAccuracy
 from marginclip.training.classifier import ClassifierTraining
 
@@ -13,18 +14,26 @@ from marginclip.training.classifier import ClassifierTraining
 class PoisonedTraining(ClassifierTraining):
     """:class:`ClassifierTraining` whose validation logs ``val/acc`` on the first loader and ``val/asr``, ``val/pacc`` on the second.
 
-    Triggered batches hold ``targets`` and ``sources`` (B,); without an attack there is no second loader.
+    Triggered batches hold ``targets`` and ``sources`` (B,); without an attack there is no second loader. A third one holds cross
+    triggers, whose share of true labels is ``val/cross_acc``. ``attack`` is the one that the data module poisons with; it is on
+    the device, in checkpoints and in the mode of the training.
     """
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, attack: Attack | None = None, **settings: Any) -> None:
         super().__init__(model, **settings)
+        self.attack = attack
         self.accuracy, self.success, self.poisoned_accuracy = CleanAccuracy(), AttackSuccessRate(), PoisonedAccuracy()
+        self.cross_accuracy = PoisonedAccuracy()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         decisions = self.model(batch["images"]).argmax(1)
         if dataloader_idx == 0:
             self.accuracy.update(decisions, batch["labels"])
             self.log("val/acc", self.accuracy, prog_bar=True, add_dataloader_idx=False, on_epoch=True)
+            return
+        if dataloader_idx == 2:
+            self.cross_accuracy.update(decisions, batch["sources"])
+            self.log("val/cross_acc", self.cross_accuracy, add_dataloader_idx=False, on_epoch=True)
             return
         self.success.update(decisions, batch["targets"])
         self.poisoned_accuracy.update(decisions, batch["sources"])

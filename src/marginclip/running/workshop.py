@@ -1,0 +1,125 @@
+"""What attackers who control training can use: training data, surrogates, other attacks' victims, the defender's method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+
+from marginclip.attacks import Attack, Surrogate
+from marginclip.data import Augment, ImageData
+from marginclip.data.batches import Subset, load_all
+from marginclip.data.clean import automatic_sizes, split_clean
+from marginclip.defenses import fit_defense
+from marginclip.evaluation import Evaluation
+from marginclip.precision import precision_for
+from marginclip.running.build import Scene, build_model, build_scene, build_trainer, instantiate, plain
+from marginclip.running.fitting import fit_resumably, victim_store
+
+log = logging.getLogger(__name__)
+
+
+class VictimWorkshop:
+    """The :class:`~marginclip.attacks.base.Workshop` of the victim that ``config`` asks for, in its ``scene``."""
+
+    def __init__(self, config: DictConfig, scene: Scene, obtain: Callable[[DictConfig, Scene], Any]) -> None:
+        self.config, self.scene, self.obtain = config, scene, obtain
+        self.precision = precision_for(config.trainer.precision)
+
+    def training_labels(self) -> Tensor:
+        """True labels (N,) of the training images."""
+        return self.scene.splits.train.labels
+
+    def training_images(self, index: Tensor) -> Tensor:
+        """Stored training images (B, C, H, W) in [0, 1] by index (B,)."""
+        return load_all(Subset(self.scene.splits.train.images, index))
+
+    def replace_training_images(self, index: Tensor, images: Tensor) -> None:
+        """Train on ``images`` (B, C, H, W) in [0, 1], rounded to 8 bits, in the place of the stored ones."""
+        self.scene.data.replace_training_images(index, (images.cpu() * 255).round().to(torch.uint8))
+
+    def robust_surrogate(self, settings: Surrogate) -> nn.Module:
+        """The surrogate of these settings, from the store of ``config.runs_dir`` or trained now."""
+        groups = plain(self.config)
+        recipe = {key: groups[key] for key in ("dataset", "model")} | {"surrogate": asdict(settings)}
+        recipe |= {"training": groups["training"] | {"epochs": settings.epochs}, "precision": groups["trainer"]["precision"]}
+        name = f"{self.config.dataset.name}-{self.config.model.get('name', 'model')}-surrogate"
+        found = victim_store(self.config).find(name, recipe)
+        seeded = OmegaConf.merge(self.config, {"seed": settings.seed})
+        assert isinstance(seeded, DictConfig)
+        model = build_model(seeded, len(self.scene.classes), self.scene.splits.image_shape)
+        with found.lock():
+            if found.record is None:
+                log.info("training the robust surrogate %s", found.folder.name)
+                data = self._clean_data(settings.seed)
+                training = instantiate(
+                    {key: self.config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
+                    | {"_target_": "marginclip.training.AdversarialTraining"},
+                    model,
+                    eps=settings.eps,
+                    seed=settings.seed,
+                    key="training",
+                )
+                fit_resumably(self.config, found, training, data, {"max_epochs": settings.epochs})
+                evaluation = Evaluation({"none": model})
+                quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+                build_trainer(self.config, found.folder, **quiet).test(evaluation, data, verbose=False)
+                found.save(model, None, {"recipe": recipe, "metrics": evaluation.results()["none"]})
+                found.forget_checkpoint()
+        found.restore(model, None)
+        return _Autocast(model.eval().requires_grad_(False), bf16=str(self.precision).startswith("bf16"))
+
+    def _clean_data(self, seed: int) -> ImageData:
+        augment = Augment(**self.config.dataset.augment)
+        return ImageData(
+            self.scene.splits, augment=augment, batch_size=self.config.training.batch_size, clean_per_class=1, seed=seed
+        )
+
+    def load_base_victim(self, base: Attack) -> None:
+        """Give the weights of the victim of ``attack.base`` to the model, and its trigger to ``base``."""
+        config = self.config.copy()
+        with open_dict(config):
+            config.attack = {key: value for key, value in self.config.attack.base.items() if key != "_partial_"}
+        scene = build_scene(config)
+        self.obtain(config, scene)
+        self.scene.model.load_state_dict(scene.model.state_dict())
+        assert scene.attack is not None
+        base.load_state_dict(scene.attack.state_dict())
+
+    def bound_learner(self, defender: Callable[..., Any], clean_per_class: int) -> Callable[[nn.Module], dict[str, Tensor]]:
+        """What learns bounds as the defender does, on the defender's own clean set of that size."""
+        held_out, config = self.scene.splits.held_out, self.config
+        count, _ = automatic_sizes(held_out.labels, clean_per_class)
+        index, _ = split_clean(held_out.labels, held_out.classes, per_class=count, seed=config.seed, order=config.clean_order)
+        images, labels = load_all(Subset(held_out.images, index)), held_out.labels[index]
+
+        def learn(model: nn.Module) -> dict[str, Tensor]:
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+            def trainer(epochs: int) -> Any:
+                return build_trainer(config, Path(config.runs_dir), max_epochs=epochs, **quiet)
+
+            learned = fit_defense(defender(seed=config.seed), model, images, labels, make_trainer=trainer)
+            state: dict[str, Tensor] = learned.bounds_state()  # type: ignore[operator]
+            return state
+
+        return learn
+
+
+class _Autocast(nn.Module):
+    """A network that computes in bf16 where the run does."""
+
+    def __init__(self, network: nn.Module, *, bf16: bool) -> None:
+        super().__init__()
+        self.network, self.bf16 = network.to(memory_format=torch.channels_last), bf16  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            logits: Tensor = self.network(images)
+        return logits
