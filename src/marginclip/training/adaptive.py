@@ -21,12 +21,10 @@ class AdaptiveTraining(PoisonedTraining):
     """:class:`PoisonedTraining` that starts from a poisoned model and trains it *through* the bounds that the defender would learn.
 
     At the start of every round the bounds are learned anew for the model as it is. Between, the weights of a bounded copy are
-    trained, its batch-norm statistics frozen (those of the bounded pass are not those of the model that the defender is given); the
-    model takes them over after every epoch. ``example`` is one image (1, C, H, W).
+    trained with batch norm in training mode (with frozen statistics nothing keeps the activations of the *unbounded* model from
+    growing: it diverged); the model takes weights and statistics over after every epoch. The optimizer is SGD with the attack's own
+    learning rate.
     """
-
-    def __init__(self, model: nn.Module, *, optimizer: Any, scheduler: Any = None, **settings: Any) -> None:
-        super().__init__(model, optimizer=optimizer, scheduler=scheduler, **settings)
 
     @property
     def attacker(self) -> Adaptive:
@@ -51,6 +49,7 @@ class AdaptiveTraining(PoisonedTraining):
     def on_train_epoch_start(self) -> None:
         if self.current_epoch % self.attacker.epochs_per_round == 0:
             self.bounded.load_bounds(self.attacker.learn_bounds(self.model))
+        self.bounded.network.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         with noted_excess(self.bounded, batch["triggered"]) as excess:
