@@ -17,6 +17,7 @@ PATTERNS = (
     r".*GPU available but not used.*",
     r".*lr_scheduler.step\(\).*optimizer.step\(\).*",
     r".*`training_step` returned `None`.*",
+    r".*module\(s\) in eval mode at the start of training.*",
 )
 
 
