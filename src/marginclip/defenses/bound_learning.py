@@ -56,7 +56,7 @@ class BoundLearning(Defense):
         super().__init__()
         require(steps >= 1, f"defense.steps must be at least 1, got {steps}")
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
-        require(learning_rate > 0, f"defense.learning_rate must be positive, got {learning_rate:g}")
+        require(0 < learning_rate <= 1e6, f"defense.learning_rate must be in (0, 1e6], got {learning_rate:g}")
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
         require(reduction in ("mean", "sum"), f"defense.reduction must be 'mean' or 'sum', got '{reduction}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")

@@ -19,6 +19,7 @@ from marginclip.data import Augment, ImageData, Splits
 from marginclip.data.clean import automatic_sizes
 from marginclip.errors import UserError, require
 from marginclip.precision import precision_for
+from marginclip.running.types import check_types
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any
     The entry ``name`` of a group is its label for folders and tables, no constructor argument.
     """
     config = without_labels(config)
+    check_types(plain_values(config), key)
     try:
         return hydra_instantiate(config, *positional, **settings)
     except InstantiationException as error:
@@ -48,6 +50,11 @@ def without_labels(config: Any) -> Any:
     if not isinstance(config, (dict, DictConfig)):
         return config
     return {name: without_labels(value) for name, value in config.items() if name != "name"}
+
+
+def plain_values(config: Any) -> Any:
+    """Dictionaries whose interpolations are resolved."""
+    return OmegaConf.to_container(OmegaConf.create(config), resolve=True) if isinstance(config, dict) else config
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -77,6 +84,11 @@ def build_scene(config: DictConfig) -> Scene:
     require(isinstance(config.seed, int) and config.seed >= 0, f"seed must be an integer from 0 up, got {config.seed!r}")
     batch_size = config.training.batch_size
     require(isinstance(batch_size, int) and batch_size >= 1, f"training.batch_size must be at least 1, got {batch_size!r}")
+    epochs = config.training.epochs
+    require(
+        isinstance(epochs, int) and not isinstance(epochs, bool) and epochs >= 1,
+        f"training.epochs must be a whole number from 1 up, got {epochs!r}",
+    )
     source_config = {key: value for key, value in config.dataset.items() if key != "augment"}
     if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
         source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training
