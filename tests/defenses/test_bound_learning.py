@@ -118,6 +118,31 @@ def test_cold_start_draws_new_images_in_the_feasible_space(victim, clean, ascent
     assert all(0 <= float(batch.min()) and float(batch.max()) <= 1 for batch in starts)
 
 
+def test_clean_starts_are_images_of_the_other_classes(victim, clean, ascents):
+    """Three of the four classes' images can become the fourth; every refresh draws others, the same for the same seed."""
+    fit(learning(ascent={"warm_start": False, "start_from": "clean"}), victim, clean)
+    images, labels, _ = correct_ones(victim, clean)
+    wanted = torch.arange(4).repeat_interleave(3)
+    for starts, *_ in ascents:
+        rows = [int((images == start).flatten(1).all(1).nonzero()) for start in starts]
+        assert not (labels[rows] == wanted).any()
+        assert len({tuple(rows[3 * c : 3 * c + 3]) for c in range(4)}) == 4
+        assert all(len(set(rows[3 * c : 3 * c + 3])) == 3 for c in range(4))
+    first = [call[0] for call in ascents]
+    assert not torch.equal(first[0], first[1])
+    ascents.clear()
+    fit(learning(ascent={"warm_start": False, "start_from": "clean"}), victim, clean)
+    assert torch.equal(ascents[0][0], first[0])
+
+
+def test_clean_starts_need_another_class(victim, clean, ascents):
+    """A clean set of one class has no image that could become it: its own must do."""
+    images, labels, _ = correct_ones(victim, clean)
+    one = labels == 2
+    fit(learning(ascent={"warm_start": False, "start_from": "clean"}), victim, (images[one], labels[one]))
+    assert torch.isfinite(ascents[-1][3]).all()
+
+
 @pytest.mark.parametrize(("network", "enabled"), [("bounded", {True}), ("original", {False})])
 def test_the_network_whose_margins_are_ascended(victim, clean, ascents, network, enabled):
     repaired = fit(learning(ascent={"network": network}), victim, clean)
@@ -491,6 +516,7 @@ def test_divergence_says_what_to_do(victim, clean):
         ({"keep": "first"}, "defense.keep"),
         ({"check_every": 0}, "defense.check_every"),
         ({"ascent": {"network": "both"}}, "defense.ascent.network"),
+        ({"ascent": {"start_from": "images"}}, "defense.ascent.start_from"),
         ({"ascent": {"starts_per_class": 0}}, "defense.ascent.starts_per_class"),
         ({"ascent": {"refresh_every": 0}}, "defense.ascent.refresh_every"),
         ({"ascent": {"steps": -1}}, "defense.ascent.steps"),

@@ -148,7 +148,7 @@ class BoundLearning(Defense):
         plan = self.ascent
         if first or not plan.warm_start:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            self.margin_inputs = random_starts(len(self.wanted), self.images.shape[1:], generator=generator, device=self.device)
+            self.margin_inputs = self._starts(generator)
         settings: dict[str, Any] = {
             "steps": plan.first_steps if first else plan.steps,
             "step_size": plan.step_size,
@@ -162,6 +162,20 @@ class BoundLearning(Defense):
         else:
             found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **settings)
         self.margin_inputs = found.images
+
+    def _starts(self, generator: torch.Generator) -> Tensor:
+        """New margin inputs (N, C, H, W), one for each entry of ``wanted``."""
+        if self.ascent.start_from == "noise":
+            return random_starts(len(self.wanted), self.images.shape[1:], generator=generator, device=self.device)
+        order = torch.randperm(len(self.images), generator=generator).to(self.device)
+        labels = self.labels[order]
+        rows = [
+            order[(labels != label).nonzero().flatten()][number % max(1, int((labels != label).sum()))]
+            if bool((labels != label).any())
+            else order[0]
+            for number, label in enumerate(self.wanted)
+        ]
+        return self.images[torch.stack(rows)].clone()
 
     def _minibatch(self, step: int) -> Tensor:
         """The rows of the clean set of one step: whole passes in a seeded order that depends on the step alone."""

@@ -31,14 +31,20 @@ class BoundStart:
             bounded.set_constant(self.constant)
 
 
+STARTS = ("noise", "clean")
+
+
 @dataclass(frozen=True)
 class AscentPlan:
-    """How margin inputs are made: ``starts_per_class`` random starts for every class and ``first_steps`` of ascent at the first
+    """How margin inputs are made: ``starts_per_class`` starts for every class and ``first_steps`` of ascent at the first
     refresh; at every later one, each ``refresh_every`` bound steps, ``steps`` more, from where they are (``warm_start``) or from
-    new random starts. ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script).
+    new starts. Starts are ``noise``, uniform in [0, 1] as in the papers, or ``clean``: randomly chosen clean images of *other*
+    classes, from where a few small steps look for what a trigger does, a small change that flips any image to the class.
+    ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script).
     """
 
     network: str = "bounded"
+    start_from: str = "noise"
     starts_per_class: int = 10
     first_steps: int = 15
     steps: int = 1
@@ -53,6 +59,10 @@ class AscentPlan:
         require(
             self.network in ("bounded", "original"),
             f"defense.ascent.network must be 'bounded' or 'original', got '{self.network}'",
+        )
+        require(
+            self.start_from in STARTS,
+            f"defense.ascent.start_from must be one of {', '.join(STARTS)}, got '{self.start_from}'",
         )
         require(self.rule in RULES, f"defense.ascent.rule must be one of {', '.join(RULES)}, got '{self.rule}'")
         for key in ("starts_per_class", "refresh_every"):
