@@ -61,7 +61,7 @@ def test_a_block_holds_clean_and_triggered_images_and_the_amplified_difference(t
     record, arrays = save(tmp_path / "run", "wanet")
     (part,) = gallery_figure([(record, arrays)]).subfigs
     assert part.get_suptitle() == "wanet\nASR 97.0 %"
-    shown = [np.asarray(axes.images[0].get_array())[..., 0] for axes in part.axes]
+    shown = [np.asarray(axes.images[0].get_array()).squeeze() for axes in part.axes]
     clean, triggered = arrays["examples/clean"][:2, 0], arrays["examples/triggered"][:2, 0]
     factor = float(part.axes[4].get_ylabel().rpartition(" ")[2])
     assert factor == pytest.approx(10, rel=0.02)

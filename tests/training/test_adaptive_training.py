@@ -72,7 +72,7 @@ def test_the_excess_by_loops(net):
 
 def test_without_bounds_there_is_no_excess(net):
     bounded, one = BoundedNetwork(net, torch.zeros(1, *SHAPE)), batch()
-    assert [float(value) for value in excess_of(bounded, one["images"], one["triggered"])] == [0, 0]
+    assert [value.item() for value in excess_of(bounded, one["images"], one["triggered"])] == [0, 0]
 
 
 def test_the_penalty_moves_only_units_over_their_bound(net):

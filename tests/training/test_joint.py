@@ -128,7 +128,7 @@ def test_schedules_span_their_own_stage():
 
 
 def test_masks_shrink_to_their_density():
-    module = module_of(mask_epochs=60)
+    module = module_of(mask_epochs=40)
     images = batches()[0]["images"]
 
     def mean_mask():
@@ -136,7 +136,7 @@ def test_masks_shrink_to_their_density():
             return float(module.attack.eval().mask(images).mean())
 
     before = mean_mask()
-    fit(module, 60)
+    fit(module, 40)
     assert before > 0.2
     assert mean_mask() < 0.1  # with 0.032 asked for, and the diversity pulling
 
