@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from marginclip.attacks import AllToOne
+from marginclip.errors import UserError
 from marginclip.running.build import instantiate as make
 from marginclip.running.cell import NOT_ARGUMENTS, defend, make_defense
 
@@ -92,19 +93,39 @@ def test_keys_are_exactly_the_constructors_arguments(option):
             assert keys <= allowed | given, node["_target_"]
 
 
+# Attacks that are refused with some X2X settings, each by name.
+REFUSED = {("clean_label", "all2all"), ("clean_label", "one2one")}
+
+
 @pytest.mark.parametrize("attack", options("attack"))
 @pytest.mark.parametrize("x2x", options("x2x"))
 def test_attacks_are_made(attack, x2x):
     config = composed("defend", f"attack={attack}", f"x2x={x2x}")
     setting = make(config.x2x, num_classes=4, seed=1, key="x2x")
-    made = make(config.attack, x2x=setting, image_shape=(3, 16, 16), seed=1, key="attack")
+    settings = {"x2x": setting, "image_shape": (3, 16, 16), "seed": 1, "key": "attack"}
+    if (attack, x2x) in REFUSED:
+        with pytest.raises(UserError, match=f"^attack={attack} needs x2x=.*; got x2x={x2x}$"):
+            make(config.attack, **settings)
+        return
+    made = make(config.attack, **settings)
     if attack == "none":
         assert made is None
         return
-    images = torch.full((2, 3, 16, 16), 0.5)
-    assert made.rate == config.attack.rate
+    images = torch.rand(2, 3, 16, 16)
+    assert made.rate == config.attack.get("base", config.attack).rate
+    assert made.timing == config.attack.get("base", config.attack).timing
     assert made.x2x.name == x2x
     assert not torch.equal(made(images), images)
+
+
+def test_the_adaptive_attacker_is_made_of_another_attack_and_the_defenders_own_method():
+    config = composed("defend", "attack=adaptive", "attack.base.patch_size=5", "attack.defender.steps=7")
+    settings = {"x2x": AllToOne(4, target=0), "image_shape": (3, 16, 16), "seed": 1, "key": "attack"}
+    made = make(config.attack, **settings)
+    base = make(composed("defend", "attack=badnet", "attack.patch_size=5").attack, **settings)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(made(images), base(images))
+    assert made.defender(seed=3).steps == 7
 
 
 @pytest.mark.parametrize("model", options("model"))

@@ -85,6 +85,25 @@ def test_counts_by_loop(scene, batch_size):
     assert found["pacc"] == pytest.approx(sum(map(int.__eq__, decisions[40:], sources.tolist())) / 30)
 
 
+def test_cross_triggered_images_count_as_right_by_their_true_label_and_for_nothing_else(scene):
+    """Thirty more images, of which every third is taken for its true class, the others for the target."""
+    labels, sources, targets = scene
+    crossed = torch.where(torch.arange(30) % 3 == 0, sources, targets)
+    network = Table(torch.eye(4)[torch.cat([labels, targets, crossed])])
+    bounded = Table(torch.eye(4)[torch.cat([labels, sources, sources])])
+    detector = MarginDropDetector.from_logits(network, bounded, draw(0), draw(1), correction="exclude")
+    third = [
+        {"images": image, "sources": source} for image, source in zip(pixels(70, 30).split(7), sources.split(7), strict=True)
+    ]
+    evaluation = Evaluation({"none": network, "mmac": bounded}, {"mmdf": ("mmac", detector)})
+    trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    trainer.test(evaluation, [*loaders(*scene), DataLoader(third, batch_size=None)], verbose=False)
+    found = evaluation.results()
+    assert found["none"] == {"acc": 1, "asr": 1, "pacc": 0, "cross_acc": pytest.approx(1 / 3)}
+    assert found["mmac"] == {"acc": 1, "asr": 0, "pacc": 1, "cross_acc": 1}
+    assert len(evaluation.scores()["mmdf_triggered"]) == 30
+
+
 def test_without_triggered_images_there_is_no_asr(scene):
     logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     pair = (Table(logits), Table(logits + 0.1 * torch.randn(40, 4, generator=torch.Generator().manual_seed(2))))

@@ -3,11 +3,27 @@
 import pytest
 import torch
 
-from marginclip.attacks import AllToOne, Attack, BadNet, Blend, Chessboard, round_to_8_bits
+from marginclip.attacks import (
+    Adaptive,
+    AllToOne,
+    Attack,
+    BadNet,
+    Blend,
+    Chessboard,
+    CleanLabel,
+    InputAware,
+    WaNet,
+    round_to_8_bits,
+)
 from marginclip.errors import UserError
 
 SHAPE = (3, 32, 32)
-ALL = [BadNet, Blend, Chessboard]
+ALL = [BadNet, Blend, Chessboard, WaNet, InputAware, CleanLabel, Adaptive]
+# What a kind cannot be made without.
+NEEDED = {
+    InputAware: {"timing": "after_augmentation", "width": 2},
+    Adaptive: {"base": BadNet, "defender": lambda **_: None},
+}
 
 
 @pytest.fixture
@@ -19,7 +35,7 @@ def stored():
 
 
 def make(kind, shape=SHAPE, **settings):
-    return kind(AllToOne(10, target=0), shape, **settings)
+    return kind(AllToOne(10, target=0), shape, **(NEEDED.get(kind, {}) | settings))
 
 
 def changed_sites(attack, images):
@@ -43,7 +59,9 @@ def test_a_trigger_never_alters_its_input_and_gives_stored_images(kind, stored):
 @pytest.mark.parametrize("kind", ALL)
 def test_a_batch_is_triggered_as_its_images_are(kind, stored):
     attack = make(kind)
-    assert torch.equal(attack(stored), torch.cat([attack(image.unsqueeze(0)) for image in stored]))
+    alone = torch.cat([attack(image.unsqueeze(0)) for image in stored])
+    # Convolutions add up in another order in another batch, which may round to the neighbouring value.
+    torch.testing.assert_close(attack(stored), alone, rtol=0, atol=1.01 / 255 if kind is InputAware else 0)
     assert attack(stored[:0]).shape == (0, *SHAPE)
 
 
@@ -103,7 +121,7 @@ def test_patches_keep_their_distance_from_every_border(shape):
     assert len(places) > (1 if shape[1] == 9 else 20)
 
 
-@pytest.mark.parametrize("kind", [BadNet, Blend])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind is not Chessboard])
 def test_a_pattern_is_a_function_of_its_seed_and_zero_is_a_seed(kind, stored):
     torch.manual_seed(5)
     zero, default, again, other = make(kind, seed=0), make(kind), make(kind, seed=0), make(kind, seed=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from marginclip.data.batches import BatchDataset, BatchSampler, Subset, batch_loader, load_all
+from marginclip.data.batches import BatchDataset, BatchSampler, Overlay, Subset, batch_loader, load_all
 
 
 def epoch_of(epoch, **settings):
@@ -70,6 +70,19 @@ def test_subsets_of_subsets_index_the_store():
     subset = Subset(Subset(images, torch.tensor([8, 6, 4, 2])), torch.tensor([3, 1]))
     assert len(subset) == 2
     assert subset[torch.tensor([1, 0, 1])].flatten().tolist() == [6, 2, 6]
+
+
+def test_an_overlay_replaces_some_images_and_leaves_the_store_alone():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    overlay = Overlay(images, torch.tensor([7, 2]), torch.tensor([70, 20], dtype=torch.uint8).view(2, 1, 1, 1))
+    assert len(overlay) == 10
+    assert overlay[torch.arange(10)].flatten().tolist() == [0, 1, 20, 3, 4, 5, 6, 70, 8, 9]
+    assert overlay[torch.tensor([7, 0, 7])].flatten().tolist() == [70, 0, 70]
+    assert overlay[torch.tensor([3])].flatten().tolist() == [3]
+    again = Overlay(overlay, torch.tensor([2]), torch.full((1, 1, 1, 1), 99, dtype=torch.uint8))
+    assert again[torch.tensor([2, 7])].flatten().tolist() == [99, 70]
+    again[torch.arange(10)].zero_()
+    assert images.flatten().tolist() == list(range(10))
 
 
 def test_load_all_gives_floats_in_order():

@@ -99,6 +99,40 @@ def test_the_trigger_is_put_on_before_or_after_augmentation(timing, splits):
     assert torch.equal(made[~poisoned], augmented[~poisoned])
 
 
+def test_cross_triggers_are_put_on_the_images_that_the_attack_may_flip(splits):
+    class Shifted(BadNet):
+        """As if the trigger of another image were the same one elsewhere."""
+
+        has_cross_triggers = True
+
+        def cross_triggered(self, images):
+            return self(images.flip(3)).flip(3)
+
+    attack = Shifted(AllToOne(4, target=2), (3, 12, 12), margin=2, seed=3)
+    data = data_of(splits, attack=attack)
+    _, (triggered,), (crossed,) = (ready(data, loader) for loader in data.eval_dataloaders())
+    stored = splits.held_out.images.float() / 255
+    chosen = number(triggered["images"])
+    assert "targets" not in crossed
+    assert torch.equal(crossed["sources"], triggered["sources"])
+    assert torch.equal(crossed["images"], attack.cross_triggered(stored[chosen]))
+    assert len(data_of(splits, attack=attack_on(AllToAll(4))).eval_dataloaders()) == 2
+
+
+def test_replaced_training_images_are_triggered_and_augmented_as_stored_ones_are(splits):
+    attack = attack_on(AllToAll(4))
+    data = data_of(splits, attack=attack, batch_size=80)
+    index = torch.cat([data.poisoned.nonzero().flatten()[:2], (~data.poisoned).nonzero().flatten()[:2]])
+    replaced = 255 - splits.train.images[index]
+    replaced[:, :, 0, 0] = splits.train.images[index][:, :, 0, 0]
+    data.replace_training_images(index, replaced)
+    (batch,) = ready(data, data.train_dataloader())
+    order = number(batch["images"]).tolist()
+    for place, (image, poisoned) in enumerate(zip(replaced.float() / 255, data.poisoned[index], strict=True)):
+        found = batch["images"][order.index(int(index[place]))]
+        assert torch.equal(found, attack(image.unsqueeze(0))[0] if poisoned else image)
+
+
 def test_training_is_the_same_twice_and_another_for_another_seed(splits):
     def epoch(**settings):
         data = data_of(splits, attack=attack_on(AllToAll(4)), augment=Augment(crop_padding=2, flip=True), **settings)

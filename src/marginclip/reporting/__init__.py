@@ -5,13 +5,24 @@ Everything here is made from the files that a run leaves, ``run.json`` and ``arr
 - :func:`result_table`, :func:`print_table`: the metrics of one run, for the terminal.
 - :func:`load_records`, :func:`summarise`: the runs below a folder, as means over seeds in Markdown.
 - :func:`draw_figures`: the PNGs of one run folder.
+- :func:`draw_gallery`: the triggers of many runs side by side.
 
-On the command line: ``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures]``.
+On the command line: ``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures] [--gallery FILE]``.
 """
 
 from marginclip.reporting.detection import area_under, roc_curve
 from marginclip.reporting.figures import draw_figures
+from marginclip.reporting.gallery import draw_gallery
 from marginclip.reporting.summary import load_records, summarise
 from marginclip.reporting.tables import print_table, result_table
 
-__all__ = ["area_under", "draw_figures", "load_records", "print_table", "result_table", "roc_curve", "summarise"]
+__all__ = [
+    "area_under",
+    "draw_figures",
+    "draw_gallery",
+    "load_records",
+    "print_table",
+    "result_table",
+    "roc_curve",
+    "summarise",
+]

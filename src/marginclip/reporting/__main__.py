@@ -1,4 +1,4 @@
-"""``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures]``: the summary of all runs below a folder."""
+"""``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures] [--gallery FILE]``: the summary of all runs below a folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
 from marginclip.reporting.figures import draw_figures
+from marginclip.reporting.gallery import draw_gallery
 from marginclip.reporting.summary import load_records, summarise
 
 
@@ -18,18 +19,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder that holds the run folders, at any depth")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the summary, as Markdown, to this file")
     parser.add_argument("--figures", action="store_true", help="redraw the figures of every run folder")
+    parser.add_argument("--gallery", type=Path, metavar="FILE", help="draw the triggers of all attacks side by side, as a PNG")
     options = parser.parse_args(arguments)
     try:
-        return report(options.runs_dir, output=options.output, figures=options.figures)
+        return report(options.runs_dir, output=options.output, figures=options.figures, gallery=options.gallery)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def report(runs_dir: Path, *, output: Path | None, figures: bool) -> int:
-    """Print, and on request write, the summary and redraw the figures; 1 if the figures of a run could not be drawn.
+def report(runs_dir: Path, *, output: Path | None, figures: bool, gallery: Path | None = None) -> int:
+    """Print, and on request write, the summary, draw the gallery and redraw the figures; 1 if the figures of a run could not be drawn.
 
-    Raises :class:`UserError` when there is no such folder or no readable record in it.
+    Raises :class:`UserError` when there is no such folder, no readable record in it, or nothing to make a gallery of.
     """
     require(runs_dir.is_dir(), f"there is no folder '{runs_dir}'")
     records = load_records(runs_dir)
@@ -39,6 +41,8 @@ def report(runs_dir: Path, *, output: Path | None, figures: bool) -> int:
     if output is not None:
         require(not output.is_dir(), f"--output must be a file, but '{output}' is a folder")
         write_whole(output, lambda partial: _write_text(partial, text))
+    if gallery is not None:
+        print(f"{draw_gallery(records, gallery)}", file=sys.stderr)
     return max([redraw(Path(record["path"])) for record in records], default=0) if figures else 0
 
 

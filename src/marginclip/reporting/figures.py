@@ -31,12 +31,13 @@ def draw_figures(folder: Path) -> list[Path]:
     or a file is not readable.
     """
     folder = Path(folder)
-    record, arrays = _read_record(folder / "run.json"), _read_arrays(folder / "arrays.safetensors")
+    record, arrays = _read_record(folder / "run.json"), read_arrays(folder / "arrays.safetensors")
     figures = {stem: figure for draw in DRAWERS for stem, figure in draw(record, arrays).items()}
-    return [write_whole(folder / "figures" / f"{stem}.png", partial(_save, figure)) for stem, figure in figures.items()]
+    return [write_whole(folder / "figures" / f"{stem}.png", partial(save_png, figure)) for stem, figure in figures.items()]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
     figure.savefig(path, format="png")
 
 
@@ -52,8 +53,8 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def _read_arrays(path: Path) -> Arrays:
-    """The arrays as float32; an empty dictionary when there is no such file."""
+def read_arrays(path: Path) -> Arrays:
+    """The arrays of a run as float32; an empty dictionary when there is no such file."""
     if not path.exists():
         return {}
     try:
