@@ -20,8 +20,9 @@ from marginclip.defenses.base import clean_logits
 from marginclip.errors import UserError
 from marginclip.evaluation import Evaluation
 from marginclip.files import write_tensors
-from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, activation_extremes
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarginTest, activation_extremes
 from marginclip.maxmargin.detector import check_detector_settings
+from marginclip.precision import precision_for
 from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain
 from marginclip.running.checkpoint import load_checkpoint
 from marginclip.running.loggers import build_logger, finish_logger, publish
@@ -68,6 +69,7 @@ def _defend(config: DictConfig, record: Record) -> None:
     scene = build_scene(config)
     with record.phase("victim"):
         _load_victim(config, scene, record)
+    _detect(config, scene, record)
     logger = build_logger(config, record.folder, job="defend", name=record.folder.name)
     try:
         outcome = _repair(config, scene, record, logger)
@@ -94,7 +96,16 @@ def check_settings(config: DictConfig) -> None:
         folds = config.defense.detector.folds
         if folds != 0 and folds < 2:
             raise UserError(f"defense.detector.folds must be 0 (no cross-fitting) or at least 2, got {folds}")
+    make_test(config)
     make_defense(config)
+
+
+def make_test(config: DictConfig) -> MaximumMarginTest | None:
+    """The test of the model as given that the ``detect`` group asks for; None for ``detect=none``."""
+    if config.detect["_target_"] is None:
+        return None
+    test: MaximumMarginTest = instantiate(config.detect, seed=config.seed, key="detect")
+    return test
 
 
 def make_defense(config: DictConfig) -> Defense | None:
@@ -114,6 +125,32 @@ def _load_victim(config: DictConfig, scene: Scene, record: Record) -> None:
         victim, trained_now = obtain_victim(config, scene)
         record.content["victim"] = {"folder": str(victim.folder), "trained_now": trained_now}
     scene.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _detect(config: DictConfig, scene: Scene, record: Record) -> None:
+    """Test the model as given for a backdoor, before anything is repaired."""
+    test = make_test(config)
+    if test is None:
+        return
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision_for(config.trainer.precision))
+    with record.phase("detection"):
+        found = test(scene.model, scene.splits.image_shape, len(scene.classes), autocast=half)
+    record.content["detection"] = {
+        "test": config.detect.name, "statistics": found.statistics.tolist(), "p_value": found.p_value,
+        "uncalibrated_p_value": found.uncalibrated_p_value, "alpha": test.alpha, "detected": found.detected,
+        "suspect": found.suspect, "true_target": known_target(scene), "shape": found.shape, "scale": found.scale,
+        "seconds": record.content["seconds"]["detection"],
+    }  # fmt: skip
+    log.info(
+        "%s: %s (p = %.3g); the largest maximum margin, %.1f, is that of class '%s'",
+        config.detect.name, "backdoor detected" if found.detected else "no backdoor detected", found.p_value,
+        float(found.statistics.max()), scene.classes[found.suspect],
+    )  # fmt: skip
+
+
+def known_target(scene: Scene) -> int | None:
+    """The one class that all triggered images go to; None without an attack, or where there are several."""
+    return getattr(scene.attack.x2x, "target", None) if scene.attack is not None else None
 
 
 def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Repair:
