@@ -17,7 +17,15 @@ CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = [f"defense={path.stem}" for path in sorted((CONF / "defense").glob("*.yaml")) if path.stem != "none"]
 SCHEDULES = [f"defense/schedule={path.stem}" for path in sorted((CONF / "defense" / "schedule").glob("*.yaml"))]
 CASES = [[option] for option in OPTIONS] + [["defense=mmac", schedule] for schedule in SCHEDULES]
-FEW = {"epochs": 1, "steps": 2, "check_every": 1, "ascent.first_steps": 2, "ascent.steps": 1, "ascent.starts_per_class": 2}
+FEW = {
+    "epochs": 1,
+    "teacher_epochs": 1,
+    "steps": 2,
+    "check_every": 1,
+    "ascent.first_steps": 2,
+    "ascent.steps": 1,
+    "ascent.starts_per_class": 2,
+}
 
 
 def make(overrides):

@@ -2,39 +2,14 @@
 
 import copy
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from marginclip.data import Augment
-from marginclip.defenses import FineTune, fit_defense
-from marginclip.defenses.fit import quiet_trainer
+from marginclip.defenses import FineTune
 from marginclip.errors import UserError
-
-
-def fit(defense, model, clean, **settings):
-    return fit_defense(defense, model, *clean, make_trainer=lambda epochs: quiet_trainer(epochs, accelerator="cpu", **settings))
-
-
-def interrupted_and_resumed(make, model, clean, folder, *, at):
-    """The network of a run that is cut off before step ``at`` and goes on from its last checkpoint, and its defense."""
-
-    class Interrupt(L.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            if trainer.global_step == at:
-                raise RuntimeError("power cut")
-
-    def saving(epochs, *extra):
-        saver = ModelCheckpoint(dirpath=folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver, *extra])
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit_defense(make(), model, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt()))
-    again = make()
-    return fit_defense(again, model, *clean, make_trainer=saving, resume=folder / "last.ckpt"), again
 
 
 def slow_sgd(model, clean, defense, *, frozen):
@@ -59,7 +34,7 @@ def slow_sgd(model, clean, defense, *, frozen):
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
-def test_is_textbook_sgd(victim, clean, batch_norm):
+def test_is_textbook_sgd(victim, clean, batch_norm, fit):
     defense = FineTune(epochs=3, batch_size=10, learning_rate=0.05, weight_decay=0.1, batch_norm=batch_norm, seed=2)
     repaired = fit(defense, victim, clean)
     wanted = slow_sgd(victim, clean, defense, frozen=batch_norm == "frozen")
@@ -70,7 +45,7 @@ def test_is_textbook_sgd(victim, clean, batch_norm):
     assert not torch.allclose(repaired(clean[0]), victim(clean[0]), atol=1e-3)
 
 
-def test_frozen_statistics_are_the_models_own_and_trained_ones_move(victim, clean):
+def test_frozen_statistics_are_the_models_own_and_trained_ones_move(victim, clean, fit):
     frozen, moved = (fit(FineTune(epochs=1, batch_norm=mode), victim, clean) for mode in ("frozen", "train"))
     for name, value in victim.named_buffers():
         assert torch.equal(dict(frozen.named_buffers())[name], value)
@@ -78,7 +53,7 @@ def test_frozen_statistics_are_the_models_own_and_trained_ones_move(victim, clea
     assert not torch.equal(frozen[1].weight, victim[1].weight)
 
 
-def test_a_frozen_model_can_be_fine_tuned(victim, clean):
+def test_a_frozen_model_can_be_fine_tuned(victim, clean, fit):
     repaired = fit(FineTune(epochs=1), victim.requires_grad_(False), clean)
     assert not torch.equal(repaired[0].weight, victim[0].weight)
 
@@ -96,7 +71,7 @@ def test_an_epoch_is_a_pass_in_an_order_of_its_own(victim, clean):
     assert not torch.equal(other._rows(0, 0), passes[0][0])
 
 
-def test_augmentation_sees_every_batch_and_differs_between_steps(victim, clean):
+def test_augmentation_sees_every_batch_and_differs_between_steps(victim, clean, fit):
     seen = []
 
     def noting(images, generator):
@@ -109,7 +84,7 @@ def test_augmentation_sees_every_batch_and_differs_between_steps(victim, clean):
     assert len({tuple(numbers) for numbers in seen}) == 4
 
 
-def test_all_clean_images_are_used_also_those_that_the_model_gets_wrong(victim, clean):
+def test_all_clean_images_are_used_also_those_that_the_model_gets_wrong(victim, clean, fit):
     images, labels = clean
     defense = FineTune(epochs=1)
     fit(defense, victim, (images, (labels + 1) % 4))
@@ -118,19 +93,19 @@ def test_all_clean_images_are_used_also_those_that_the_model_gets_wrong(victim, 
 
 
 @pytest.mark.parametrize("at", [3, 7])
-def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, tmp_path, at):
+def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, at, fit, interrupted_and_resumed):
     model = nn.Sequential(victim[:6], nn.Dropout(0.5), victim[6:])
 
     def make():
         return FineTune(epochs=4, batch_size=12, augmentation=Augment(crop_padding=1, flip=True), seed=3)
 
     straight = fit(through := make(), model, clean)
-    resumed, again = interrupted_and_resumed(make, model, clean, tmp_path, at=at)
+    resumed, again = interrupted_and_resumed(make, model, clean, at=at)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
     assert again.history == through.history
 
 
-def test_draws_of_others_are_left_alone(victim, clean):
+def test_draws_of_others_are_left_alone(victim, clean, fit):
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -155,6 +130,6 @@ def test_settings_that_make_no_sense_name_their_key(settings, message):
         FineTune(**settings)
 
 
-def test_divergence_says_what_to_do(victim, clean):
+def test_divergence_says_what_to_do(victim, clean, fit):
     with pytest.raises(UserError, match=r"fine-tuning diverged: .* try a lower defense\.learning_rate"):
         fit(FineTune(learning_rate=1e20), victim, clean)
