@@ -2,8 +2,23 @@
 
 from marginclip.defenses.base import Defense
 from marginclip.defenses.bound_learning import BoundLearning
+from marginclip.defenses.fine_pruning import FinePruning
+from marginclip.defenses.finetune import FineTune
 from marginclip.defenses.fit import cross_fitted_logits, fit_defense, repair
+from marginclip.defenses.nad import NAD
 from marginclip.defenses.settings import AscentPlan, BoundStart
 from marginclip.defenses.static_clip import StaticClip
 
-__all__ = ["AscentPlan", "BoundLearning", "BoundStart", "Defense", "StaticClip", "cross_fitted_logits", "fit_defense", "repair"]
+__all__ = [
+    "AscentPlan",
+    "BoundLearning",
+    "BoundStart",
+    "Defense",
+    "FinePruning",
+    "FineTune",
+    "NAD",
+    "StaticClip",
+    "cross_fitted_logits",
+    "fit_defense",
+    "repair",
+]

@@ -112,7 +112,7 @@ def make_defense(config: DictConfig) -> Defense | None:
     """A new defense of the ``defense`` group; None for ``defense=none``."""
     if config.defense["_target_"] is None:
         return None
-    settings = {key: value for key, value in config.defense.items() if key not in NOT_ARGUMENTS}
+    settings = {key: value for key, value in plain(config.defense).items() if key not in NOT_ARGUMENTS}
     defense: Defense = instantiate(settings, seed=config.seed, key="defense")
     return defense
 
