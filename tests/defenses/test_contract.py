@@ -17,6 +17,7 @@ CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = [f"defense={path.stem}" for path in sorted((CONF / "defense").glob("*.yaml")) if path.stem != "none"]
 SCHEDULES = [f"defense/schedule={path.stem}" for path in sorted((CONF / "defense" / "schedule").glob("*.yaml"))]
 CASES = [[option] for option in OPTIONS] + [["defense=mmac", schedule] for schedule in SCHEDULES]
+CASES += [["defense=neural_cleanse", "defense.suspect_class=1"]]  # auto may leave so small a network as it is
 FEW = {
     "epochs": 1,
     "teacher_epochs": 1,
@@ -25,6 +26,9 @@ FEW = {
     "ascent.first_steps": 2,
     "ascent.steps": 1,
     "ascent.starts_per_class": 2,
+    "rounds": 2,
+    "inversion.passes": 2,
+    "inversion.batches_per_pass": 2,
 }
 
 

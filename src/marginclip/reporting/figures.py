@@ -15,13 +15,14 @@ from marginclip.files import write_whole
 from marginclip.reporting.activations import activation_figures
 from marginclip.reporting.detection import detection_figures
 from marginclip.reporting.examples import example_figures
+from marginclip.reporting.inverted import inverted_figures
 from marginclip.reporting.learning import learning_figures
 from marginclip.reporting.margins import margin_figures
 from marginclip.reporting.rows import Record
 from marginclip.reporting.style import Arrays
 
 # Each makes the figures, by file stem, for which the record and the arrays hold what they need.
-DRAWERS = (example_figures, activation_figures, detection_figures, learning_figures, margin_figures)
+DRAWERS = (example_figures, activation_figures, detection_figures, learning_figures, margin_figures, inverted_figures)
 
 
 def draw_figures(folder: Path) -> list[Path]:

@@ -19,6 +19,8 @@ LABELS = {
     "fine_pruning_pruned": "Fine-Pruning, pruned only",
     "nad": "NAD",
     "nad_teacher": "NAD, teacher",
+    "neural_cleanse": "Neural Cleanse",
+    "ibau": "I-BAU",
 }
 # Column heading -> key in the record; all are shares in [0, 1].
 METRICS = {"ACC": "acc", "ASR": "asr", "PACC": "pacc", "TPR": "tpr", "FPR": "fpr", "AUC": "auroc"}

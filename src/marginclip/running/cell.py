@@ -108,11 +108,17 @@ def make_test(config: DictConfig) -> MaximumMarginTest | None:
     return test
 
 
-def make_defense(config: DictConfig) -> Defense | None:
-    """A new defense of the ``defense`` group; None for ``defense=none``."""
+def make_defense(config: DictConfig, target: int | None = None) -> Defense | None:
+    """A new defense of the ``defense`` group; None for ``defense=none``.
+
+    ``target`` is the attack's one target class, where there is one: the oracle of the papers' protocol, told to a defense only
+    where its ``suspect_class`` is ``known``.
+    """
     if config.defense["_target_"] is None:
         return None
     settings = {key: value for key, value in plain(config.defense).items() if key not in NOT_ARGUMENTS}
+    if settings.get("suspect_class") == "known" and target is not None:
+        settings["suspect_class"] = target
     defense: Defense = instantiate(settings, seed=config.seed, key="defense")
     return defense
 
@@ -154,7 +160,7 @@ def known_target(scene: Scene) -> int | None:
 
 
 def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Repair:
-    defense = make_defense(config)
+    defense = make_defense(config, known_target(scene))
     if defense is None:
         return Repair()
     images, labels = scene.data.clean_set()
@@ -172,6 +178,8 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
         )
     outcome = Repair(repaired, None, getattr(defense, "history", []), getattr(defense, "relaxed", 0.0))
     outcome.variants, outcome.findings, outcome.arrays = defense.variants(), defense.findings(), defense.arrays()
+    if config.defense.get("suspect_class") == "known":
+        outcome.findings["oracle"] = known_target(scene) is not None
     if isinstance(repaired, BoundedNetwork):
         write_tensors(record.folder / "bounds.safetensors", repaired.bounds_state())
     if config.defense.detector is not None:
