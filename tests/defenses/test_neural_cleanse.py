@@ -81,7 +81,7 @@ def test_anomaly_index_of_a_known_vector():
 
 
 def test_an_odd_and_large_mask_is_no_backdoor():
-    assert float(anomaly_indices(torch.tensor([10.0, 11.0, 9.0, 10.5, 60.0])).max()) < 2
+    assert float(anomaly_indices(torch.tensor([10.0, 11.0, 9.5, 10.5, 60.0])).max()) < 2
 
 
 # -- inversion ----------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class WhiteSquare(nn.Module):
 
     def forward(self, images):
         bright = images[:, :, :2, :2].mean((1, 2, 3))
-        shift = 60 * F.relu(bright - 0.8).unsqueeze(1) * torch.tensor([0.0, 1.0, 0.0, 0.0])
+        shift = 40 * (bright - 0.7).unsqueeze(1) * torch.tensor([0.0, 1.0, 0.0, 0.0])
         return self.victim(images) / 4 + shift
 
 
@@ -242,5 +242,5 @@ def test_settings_that_make_no_sense_are_refused(victim, clean):
             NeuralCleanse(**setting)
     with pytest.raises(UserError, match=r"suspect_class must be a class in 0..3, got 9"):
         NeuralCleanse(suspect_class=9).prepare(victim, *clean)
-    with pytest.raises(UserError, match="defense.inversion.passes must be at least 1"):
+    with pytest.raises(UserError, match=r"defense\.inversion\.passes must be at least 1"):
         InversionPlan(passes=0)
