@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from marginclip.defenses import BoundLearning, repair
     from marginclip.errors import UserError
-    from marginclip.maxmargin import BoundedNetwork, Detection, MarginDropDetector
+    from marginclip.maxmargin import BoundedNetwork, Detection, MarginDropDetector, MaximumMargins, maximum_margin_detection
 
 _HOMES = {
     "repair": "marginclip.defenses",
@@ -22,11 +22,22 @@ _HOMES = {
     "BoundedNetwork": "marginclip.maxmargin",
     "MarginDropDetector": "marginclip.maxmargin",
     "Detection": "marginclip.maxmargin",
+    "MaximumMargins": "marginclip.maxmargin",
+    "maximum_margin_detection": "marginclip.maxmargin",
     "UserError": "marginclip.errors",
 }
 
 __version__ = "0.1.0"
-__all__ = ["BoundLearning", "BoundedNetwork", "Detection", "MarginDropDetector", "UserError", "repair"]
+__all__ = [
+    "BoundLearning",
+    "BoundedNetwork",
+    "Detection",
+    "MarginDropDetector",
+    "MaximumMargins",
+    "UserError",
+    "maximum_margin_detection",
+    "repair",
+]
 
 
 def __getattr__(name: str) -> Any:

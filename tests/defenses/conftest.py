@@ -1,8 +1,13 @@
 """A clean set that a tiny network has learned: grey images whose bright quarter is the class."""
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+
+from marginclip.defenses import fit_defense
+from marginclip.defenses.fit import quiet_trainer
 
 
 def quarters(count, seed):
@@ -64,3 +69,40 @@ def plain_victim(_victims):
 def clean():
     """Twenty-four clean images and their labels; the networks classify nearly all correctly."""
     return quarters(24, seed=2)
+
+
+@pytest.fixture
+def fit():
+    """Runs a defense on the CPU in full precision; further settings are the Trainer's."""
+
+    def fit(defense, model, clean, **settings):
+        return fit_defense(
+            defense, model, *clean, make_trainer=lambda epochs: quiet_trainer(epochs, accelerator="cpu", **settings)
+        )
+
+    return fit
+
+
+@pytest.fixture
+def interrupted_and_resumed(tmp_path):
+    """The network of a run that is cut off before step ``at`` and goes on from its last checkpoint, and its defense."""
+
+    class Interrupt(L.Callback):
+        def __init__(self, at):
+            self.at = at
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == self.at:
+                raise RuntimeError("power cut")
+
+    def saving(epochs, *extra):
+        saver = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver, *extra])
+
+    def run(make, model, clean, *, at):
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit_defense(make(), model, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt(at)))
+        again = make()
+        return fit_defense(again, model, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt"), again
+
+    return run

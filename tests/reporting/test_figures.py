@@ -18,7 +18,9 @@ from marginclip.reporting import area_under, draw_figures, roc_curve
 from marginclip.reporting.activations import activation_figures, spread
 from marginclip.reporting.detection import detection_figures, threshold_of
 from marginclip.reporting.examples import amplification, example_figures
+from marginclip.reporting.inverted import inverted_figures
 from marginclip.reporting.learning import learning_figures
+from marginclip.reporting.margins import margin_figures
 
 CONFIG = {"dataset": {"name": "digits"}, "model": {"name": "small"}, "attack": {"name": "badnet"}, "x2x": {"name": "all2one"}}
 
@@ -226,3 +228,38 @@ def test_lambda_is_on_a_log_scale_only_over_a_decade(penalties: list[float], sca
 @pytest.mark.parametrize("history", [None, [], [{}], [{"agreement": None}]])
 def test_no_history_no_figure(history: list | None) -> None:
     assert learning_figures({"history": history}, {}) == {}
+
+
+# -- maximum margins ----------------------------------------------------------------------------------------------------------
+
+
+def test_maximum_margins_are_the_bars_and_the_suspect_stands_out() -> None:
+    found = {"statistics": [3.0, -1.0, 40.0], "suspect": 2, "true_target": 2, "detected": True, "p_value": 1e-4}
+    (axes,) = margin_figures(record_of(detection=found), {})["maximum_margins"].axes
+    assert [bar.get_height() for bar in axes.patches] == found["statistics"]
+    assert [bar.get_hatch() for bar in axes.patches] == [None, None, "//"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert axes.get_title() == "backdoor detected, p = 0.0001"
+    assert margin_figures(record_of(), {}) == {}
+    many = found | {"statistics": list(range(200)), "suspect": 199, "true_target": None, "detected": False}
+    assert "not detected" in margin_figures(record_of(detection=many), {})["maximum_margins"].axes[0].get_title()
+
+
+# -- inverted triggers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inverted_triggers_are_drawn_as_they_are_used(channels: int) -> None:
+    random = np.random.default_rng(0)
+    masks, patterns = 0.3 * random.random((2, 1, 6, 6)), random.random((2, channels, 6, 6))
+    arrays = {"inverted/masks": masks, "inverted/patterns": patterns, "inverted/classes": np.array([2, 0])}
+    axes = inverted_figures(record_of(findings={"suspects": [0]}), arrays)["inverted_trigger"].axes
+    pictures = [each.images[0] for each in axes]
+    assert all(picture.get_clim() == (0, 1) for picture in pictures)  # a mask of 0.3 is not stretched to 1
+    assert np.allclose(pictures[0].get_array(), masks[0, 0])
+    assert np.allclose(np.asarray(pictures[3].get_array()).transpose(2, 0, 1), masks[1] * patterns[1])
+    assert [axes[0].get_title(), axes[1].get_title()] == [
+        f"c\n|m| = {masks[0].sum():.1f}",
+        f"a (suspect)\n|m| = {masks[1].sum():.1f}",
+    ]
+    assert inverted_figures(record_of(), {}) == {}

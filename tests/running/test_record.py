@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from marginclip.attacks import AllToOne
 from marginclip.errors import UserError
 from marginclip.running import cell, record
 from marginclip.running.cell import defend
@@ -127,3 +129,19 @@ def test_all_held_out_images_as_clean_set_are_also_what_is_evaluated(configure):
     done = defend(configure("clean_per_class=null", "defense=none", "attack=none"))
     assert done.content["evaluated_on"] == "clean_set"
     assert done.content["clean_set_size"] > 800
+
+
+def test_the_test_for_a_backdoor_is_recorded_and_changes_no_other_folder(configure):
+    content = json.loads(
+        defend(configure("detect=mmbd", "detect.starts=2", "detect.steps=2", "attack=badnet")).path.read_text()
+    )
+    found = content["detection"]
+    assert len(found["statistics"]) == 10
+    assert found["true_target"] == AllToOne(10, seed=0).target
+    assert 0 < found["p_value"] <= 1
+    assert found["seconds"] == content["seconds"]["detection"]
+    config = configure("attack=badnet")
+    named = run_folder(config)
+    OmegaConf.set_struct(config, False)
+    del config["detect"]  # as before there was such a group
+    assert run_folder(config) == named

@@ -2,8 +2,29 @@
 
 from marginclip.defenses.base import Defense
 from marginclip.defenses.bound_learning import BoundLearning
+from marginclip.defenses.fine_pruning import FinePruning
+from marginclip.defenses.finetune import FineTune
 from marginclip.defenses.fit import cross_fitted_logits, fit_defense, repair
+from marginclip.defenses.ibau import IBAU
+from marginclip.defenses.inversion import InversionPlan
+from marginclip.defenses.nad import NAD
+from marginclip.defenses.neural_cleanse import NeuralCleanse
 from marginclip.defenses.settings import AscentPlan, BoundStart
 from marginclip.defenses.static_clip import StaticClip
 
-__all__ = ["AscentPlan", "BoundLearning", "BoundStart", "Defense", "StaticClip", "cross_fitted_logits", "fit_defense", "repair"]
+__all__ = [
+    "AscentPlan",
+    "BoundLearning",
+    "BoundStart",
+    "Defense",
+    "FinePruning",
+    "FineTune",
+    "IBAU",
+    "InversionPlan",
+    "NAD",
+    "NeuralCleanse",
+    "StaticClip",
+    "cross_fitted_logits",
+    "fit_defense",
+    "repair",
+]

@@ -3,6 +3,7 @@
 from marginclip.maxmargin.bounds import Bound, BoundedNetwork, activation_extremes
 from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_drop
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
+from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection
 from marginclip.maxmargin.null import p_values
 from marginclip.maxmargin.objectives import Objective, mmac
 from marginclip.maxmargin.penalty import PenaltyController
@@ -13,12 +14,15 @@ __all__ = [
     "Detection",
     "MarginAscent",
     "MarginDropDetector",
+    "MaximumMarginTest",
+    "MaximumMargins",
     "Objective",
     "PenaltyController",
     "activation_extremes",
     "ascend_margins",
     "margin",
     "margin_drop",
+    "maximum_margin_detection",
     "mmac",
     "p_values",
     "random_starts",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
 
 from marginclip.errors import UserError, require
+from marginclip.maxmargin.folding import fold_batch_norms
 from marginclip.maxmargin.sites import Site, find_sites, make_out_of_place, trace
 
 
@@ -172,20 +171,16 @@ class BoundedNetwork(nn.Module):
 
         For learning: it is faster, and equal up to rounding. Where a batch norm cannot be folded it stays.
         """
-        calls = Counter(str(node.target) for node in self.network.graph.nodes if node.op == "call_module")
-        if any(count > 1 and list(self.network.get_submodule(name).parameters()) for name, count in calls.items()):
-            return self  # a layer that is called twice would have its batch norm folded in twice
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         network = copy.deepcopy(self.network)
         for name in self.bounds:
             setattr(network, f"bound_{name}", self.bounds[name])
-        try:
-            network = cast(fx.GraphModule, fuse(network, inplace=True, no_trace=True))
-        except (KeyError, AttributeError, RuntimeError, TypeError):
+        folded = fold_batch_norms(network)
+        if folded is None:
             return self
-        twin._modules["network"] = network
-        for parameter in network.parameters():
+        twin._modules["network"] = folded
+        for parameter in folded.parameters():
             parameter.requires_grad_(any(parameter is value for value in self.bound_parameters()))
         return twin
 

@@ -15,20 +15,22 @@ from marginclip.files import write_whole
 from marginclip.reporting.activations import activation_figures
 from marginclip.reporting.detection import detection_figures
 from marginclip.reporting.examples import example_figures
+from marginclip.reporting.inverted import inverted_figures
 from marginclip.reporting.learning import learning_figures
+from marginclip.reporting.margins import margin_figures
 from marginclip.reporting.rows import Record
 from marginclip.reporting.style import Arrays
 
 # Each makes the figures, by file stem, for which the record and the arrays hold what they need.
-DRAWERS = (example_figures, activation_figures, detection_figures, learning_figures)
+DRAWERS = (example_figures, activation_figures, detection_figures, learning_figures, margin_figures, inverted_figures)
 
 
 def draw_figures(folder: Path) -> list[Path]:
     """Draw what ``run.json`` and ``arrays.safetensors`` in ``folder`` allow; returns the paths of the PNGs.
 
-    They are in ``folder/figures/``: ``examples.png``, ``activations.png``, ``detection_<detector>.png`` for each detector, and
-    ``learning.png``. A figure whose data the files do not hold is left out. Raises :class:`UserError` when there is no run.json
-    or a file is not readable.
+    They are in ``folder/figures/``: ``examples.png``, ``activations.png``, ``detection_<detector>.png`` for each detector,
+    ``learning.png``, ``maximum_margins.png`` and ``inverted_trigger.png``. A figure whose data the files do not hold is left out.
+    Raises :class:`UserError` when there is no run.json or a file is not readable.
     """
     folder = Path(folder)
     record, arrays = _read_record(folder / "run.json"), read_arrays(folder / "arrays.safetensors")

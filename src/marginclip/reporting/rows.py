@@ -14,6 +14,13 @@ LABELS = {
     "mmbm": "MMBM",
     "static_clip": "static clip",
     "static_clip_mmdf": "static clip + MMDF",
+    "finetune": "fine-tuning",
+    "fine_pruning": "Fine-Pruning",
+    "fine_pruning_pruned": "Fine-Pruning, pruned only",
+    "nad": "NAD",
+    "nad_teacher": "NAD, teacher",
+    "neural_cleanse": "Neural Cleanse",
+    "ibau": "I-BAU",
 }
 # Column heading -> key in the record; all are shares in [0, 1].
 METRICS = {"ACC": "acc", "ASR": "asr", "PACC": "pacc", "TPR": "tpr", "FPR": "fpr", "AUC": "auroc"}

@@ -20,8 +20,9 @@ from marginclip.defenses.base import clean_logits
 from marginclip.errors import UserError
 from marginclip.evaluation import Evaluation
 from marginclip.files import write_tensors
-from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, activation_extremes
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarginTest, activation_extremes
 from marginclip.maxmargin.detector import check_detector_settings
+from marginclip.precision import precision_for
 from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain
 from marginclip.running.checkpoint import load_checkpoint
 from marginclip.running.loggers import build_logger, finish_logger, publish
@@ -68,6 +69,7 @@ def _defend(config: DictConfig, record: Record) -> None:
     scene = build_scene(config)
     with record.phase("victim"):
         _load_victim(config, scene, record)
+    _detect(config, scene, record)
     logger = build_logger(config, record.folder, job="defend", name=record.folder.name)
     try:
         outcome = _repair(config, scene, record, logger)
@@ -94,14 +96,29 @@ def check_settings(config: DictConfig) -> None:
         folds = config.defense.detector.folds
         if folds != 0 and folds < 2:
             raise UserError(f"defense.detector.folds must be 0 (no cross-fitting) or at least 2, got {folds}")
+    make_test(config)
     make_defense(config)
 
 
-def make_defense(config: DictConfig) -> Defense | None:
-    """A new defense of the ``defense`` group; None for ``defense=none``."""
+def make_test(config: DictConfig) -> MaximumMarginTest | None:
+    """The test of the model as given that the ``detect`` group asks for; None for ``detect=none``."""
+    if config.detect["_target_"] is None:
+        return None
+    test: MaximumMarginTest = instantiate(config.detect, seed=config.seed, key="detect")
+    return test
+
+
+def make_defense(config: DictConfig, target: int | None = None) -> Defense | None:
+    """A new defense of the ``defense`` group; None for ``defense=none``.
+
+    ``target`` is the attack's one target class, where there is one: the oracle of the papers' protocol, told to a defense only
+    where its ``suspect_class`` is ``known``.
+    """
     if config.defense["_target_"] is None:
         return None
-    settings = {key: value for key, value in config.defense.items() if key not in NOT_ARGUMENTS}
+    settings = {key: value for key, value in plain(config.defense).items() if key not in NOT_ARGUMENTS}
+    if settings.get("suspect_class") == "known" and target is not None:
+        settings["suspect_class"] = target
     defense: Defense = instantiate(settings, seed=config.seed, key="defense")
     return defense
 
@@ -116,8 +133,34 @@ def _load_victim(config: DictConfig, scene: Scene, record: Record) -> None:
     scene.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def _detect(config: DictConfig, scene: Scene, record: Record) -> None:
+    """Test the model as given for a backdoor, before anything is repaired."""
+    test = make_test(config)
+    if test is None:
+        return
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision_for(config.trainer.precision))
+    with record.phase("detection"):
+        found = test(scene.model, scene.splits.image_shape, len(scene.classes), autocast=half)
+    record.content["detection"] = {
+        "test": config.detect.name, "statistics": found.statistics.tolist(), "p_value": found.p_value,
+        "uncalibrated_p_value": found.uncalibrated_p_value, "alpha": test.alpha, "detected": found.detected,
+        "suspect": found.suspect, "true_target": known_target(scene), "shape": found.shape, "scale": found.scale,
+        "seconds": record.content["seconds"]["detection"],
+    }  # fmt: skip
+    log.info(
+        "%s: %s (p = %.3g); the largest maximum margin, %.1f, is that of class '%s'",
+        config.detect.name, "backdoor detected" if found.detected else "no backdoor detected", found.p_value,
+        float(found.statistics.max()), scene.classes[found.suspect],
+    )  # fmt: skip
+
+
+def known_target(scene: Scene) -> int | None:
+    """The one class that all triggered images go to; None without an attack, or where there are several."""
+    return getattr(scene.attack.x2x, "target", None) if scene.attack is not None else None
+
+
 def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Repair:
-    defense = make_defense(config)
+    defense = make_defense(config, known_target(scene))
     if defense is None:
         return Repair()
     images, labels = scene.data.clean_set()
@@ -135,6 +178,8 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
         )
     outcome = Repair(repaired, None, getattr(defense, "history", []), getattr(defense, "relaxed", 0.0))
     outcome.variants, outcome.findings, outcome.arrays = defense.variants(), defense.findings(), defense.arrays()
+    if config.defense.get("suspect_class") == "known":
+        outcome.findings["oracle"] = known_target(scene) is not None
     if isinstance(repaired, BoundedNetwork):
         write_tensors(record.folder / "bounds.safetensors", repaired.bounds_state())
     if config.defense.detector is not None:

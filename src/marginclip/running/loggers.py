@@ -79,6 +79,8 @@ def publish(logger: Any, record: Any, *, draw: bool) -> None:
         return
     flat = {f"{row}/{name}": value for row, values in record.content["metrics"].items() for name, value in values.items()}
     flat |= {f"seconds/{phase}": seconds for phase, seconds in record.content["seconds"].items()}
+    detection = record.content.get("detection") or {}
+    flat |= {f"detection/{name}": float(detection[name]) for name in ("p_value", "detected", "suspect") if name in detection}
     logger.log_metrics(flat)
     if type(logger).__name__ != "WandbLogger":
         logger.save()

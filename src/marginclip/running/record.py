@@ -35,6 +35,8 @@ def run_folder(config: DictConfig) -> Path:
     content["dataset"] = {
         key: value for key, value in content["dataset"].items() if key not in ("cache", "memory_gib", "download")
     }
+    if not (content.get("detect") or {}).get("_target_"):
+        content.pop("detect", None)
     content["checkpoint"] = file_digest(config.victim.get("path"))
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
     parts = [config.dataset.name, config.model.get("name", "model"), config.attack.name]
