@@ -4,13 +4,16 @@ from marginclip.maxmargin.bounds import Bound, BoundedNetwork, activation_extrem
 from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_drop
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.null import p_values
-from marginclip.maxmargin.objectives import Objective, mmac
+from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, MMBMObjective, Objective, mmac, mmbm
 from marginclip.maxmargin.penalty import PenaltyController
 
 __all__ = [
     "Bound",
+    "BoundObjective",
     "BoundedNetwork",
     "Detection",
+    "MMACObjective",
+    "MMBMObjective",
     "MarginAscent",
     "MarginDropDetector",
     "Objective",
@@ -20,6 +23,7 @@ __all__ = [
     "margin",
     "margin_drop",
     "mmac",
+    "mmbm",
     "p_values",
     "random_starts",
 ]
