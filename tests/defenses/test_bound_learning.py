@@ -14,7 +14,7 @@ from torch import nn
 from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, bound_learning, fit_defense, repair
 from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, ascend_margins
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MMACObjective, ascend_margins
 from marginclip.maxmargin.penalty import PenaltyController
 from marginclip.running.cell import make_defense
 
@@ -28,9 +28,12 @@ def learning(**settings):
     penalty = {"initial": 0.1, "control": "fixed", "min_agreement": 0.95} | settings.pop("penalty", {})
     stated = {
         "start": BoundStart(share=0.5, quantile=1.0), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
-        "lr_scale": "absolute", "reduction": "mean", "keep": "last", "project": True, "seed": 0,
+        "lr_scale": "absolute", "keep": "last", "project": True, "seed": 0,
     }  # fmt: skip
-    return BoundLearning(ascent=AscentPlan(**plan), penalty=PenaltyController(**penalty), **(stated | settings))
+    objective = MMACObjective(reduction=settings.pop("reduction", "mean"))
+    return BoundLearning(
+        objective=objective, ascent=AscentPlan(**plan), penalty=PenaltyController(**penalty), **(stated | settings)
+    )
 
 
 def cpu_trainer(epochs, **settings):
@@ -512,7 +515,7 @@ def test_divergence_says_what_to_do(victim, clean):
         ({"batch_size": 0}, "defense.batch_size"),
         ({"learning_rate": 0.0}, "defense.learning_rate"),
         ({"lr_scale": "log"}, "defense.lr_scale"),
-        ({"reduction": "max"}, "defense.reduction"),
+        ({"reduction": "max"}, "defense.objective.reduction"),
         ({"keep": "first"}, "defense.keep"),
         ({"check_every": 0}, "defense.check_every"),
         ({"ascent": {"network": "both"}}, "defense.ascent.network"),

@@ -165,12 +165,13 @@ def test_loss_of_the_student_is_that_of_the_formula(victim, clean):
 
 
 def test_rates_follow_the_two_schedules():
-    defense = NAD()
+    defense = NAD(learning_rate=0.1, high_epochs=2)
     assert [round(defense.rate(epoch), 8) for epoch in range(10)] == [0.1] * 2 + [0.01] * 2 + [1e-3] * 2 + [1e-4] * 2 + [
         1e-5
     ] * 2
     assert [round(defense.rate(10 + epoch), 8) for epoch in range(20)] == [0.1] * 2 + [0.01] * 18
     assert defense.num_epochs == 30
+    assert {NAD().rate(10 + epoch) for epoch in range(20)} == {0.01}
 
 
 @pytest.mark.parametrize("at", [3, 5, 7])  # of 2 + 2 epochs of 2 steps: in the teacher's, and in both of the student's

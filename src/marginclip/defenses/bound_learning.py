@@ -1,8 +1,9 @@
-"""Bound learning: the training step alternates margin ascent and bound descent (MMAC; paper 1, Algorithm 1)."""
+"""Bound learning: the training step alternates margin ascent, where the objective needs it, and bound descent."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,17 @@ from marginclip.defenses.settings import AscentPlan, BoundStart
 from marginclip.errors import require
 from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
 from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
-from marginclip.maxmargin.objectives import Objective, mmac
+from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, Objective
 from marginclip.maxmargin.penalty import PenaltyController
 
 
 class BoundLearning(Defense):
-    """MMAC: learns an upper (and, where needed, lower) bound for every activation from a small clean set.
+    """MMAC, or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from a small clean set.
 
     Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
-    ``learning_rate`` on the bounds towards a lower :func:`~marginclip.maxmargin.objectives.mmac` objective on ``batch_size``
-    clean images that the model classifies correctly. ``lr_scale="relative"`` multiplies the learning rate at each activation by
+    ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
+    Algorithm 1) on ``batch_size`` clean images that the model classifies correctly. ``sites`` says which activations are bounded
+    (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the learning rate at each activation by
     the mean of its initial bounds, so that it means the same for models of any scale. Every ``check_every`` steps the
     accuracy on all of those images is measured; it moves lambda (``penalty``), and among the bounds that kept it at
     ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned (``keep="best"``) or the last
@@ -39,6 +41,8 @@ class BoundLearning(Defense):
     def __init__(
         self,
         *,
+        objective: BoundObjective | None = None,
+        sites: str | Sequence[str] = "all",
         start: BoundStart | None = None,
         ascent: AscentPlan | None = None,
         penalty: PenaltyController | None = None,
@@ -46,7 +50,6 @@ class BoundLearning(Defense):
         batch_size: int = 250,
         learning_rate: float = 0.01,
         lr_scale: str = "absolute",
-        reduction: str = "mean",
         keep: str = "best",
         project: bool = True,
         check_every: int = 5,
@@ -58,12 +61,17 @@ class BoundLearning(Defense):
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
         require(0 < learning_rate <= 1e6, f"defense.learning_rate must be in (0, 1e6], got {learning_rate:g}")
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
-        require(reduction in ("mean", "sum"), f"defense.reduction must be 'mean' or 'sum', got '{reduction}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
         require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
+        self.objective: BoundObjective = objective or MMACObjective()
+        require(
+            self.objective.ascends or ascent is None,
+            f"defense.ascent has no effect: {type(self.objective).__name__} needs no margins; set it to null",
+        )
+        self.sites = sites
         self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
-        self.reduction, self.keep, self.project, self.check_every = reduction, keep, project, check_every
+        self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
         self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
         self.history: list[dict[str, float]] = []
@@ -78,14 +86,16 @@ class BoundLearning(Defense):
         require(
             bool(correct.any()), f"the model classifies none of the {len(images)} clean images correctly; are the labels right?"
         )
-        self.bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis).to(memory_format=torch.channels_last)
+        self.bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis, sites=self.sites)
+        self.bounded.to(memory_format=torch.channels_last)
         self.start.apply(self.bounded, images)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
-        kept = correct.nonzero().flatten().to(images.device)
+        kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
         self.register_buffer("labels", labels[kept.to(labels.device)].to(images.device), persistent=False)
         self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
-        self.register_buffer("wanted", self.ascent.classes(logits.shape[1]), persistent=False)
+        wanted = self.ascent.classes(logits.shape[1]) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
+        self.register_buffer("wanted", wanted, persistent=False)
         self.register_buffer("margin_inputs", torch.zeros(len(self.wanted), *images.shape[1:]), persistent=True)
         self.extremes = activation_extremes(self.bounded, self.images)
 
@@ -127,12 +137,11 @@ class BoundLearning(Defense):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.global_step
-        if step % self.ascent.refresh_every == 0:
+        if self.objective.ascends and step % self.ascent.refresh_every == 0:
             self._ascend(step)
         rows = self._minibatch(step)
-        margins = margin(self.working[0](self.margin_inputs).float(), self.wanted)
-        bounded_logits = self.working[0](self.images[rows])
-        terms = mmac(bounded_logits, self.targets[rows], margins, self.penalty.value, reduction=self.reduction)
+        margins = self._margins()
+        terms = self._terms(self.working[0](self.images[rows]), rows, margins, self.penalty.value)
         self._log_step(terms, margins)
         return terms.loss
 
@@ -142,6 +151,18 @@ class BoundLearning(Defense):
 
     def on_train_epoch_end(self) -> None:
         self._check()
+
+    def _margins(self) -> Tensor:
+        """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""
+        if not self.objective.ascends:
+            return torch.zeros(0, device=self.device)
+        return margin(self.working[0](self.margin_inputs).float(), self.wanted)
+
+    def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, penalty: float) -> Objective:
+        return self.objective(
+            bounded_logits=bounded_logits, clean_logits=self.targets[rows], labels=self.labels[rows], margins=margins,
+            bounds=self.bounded.bound_parameters(), penalty=penalty,
+        )  # fmt: skip
 
     def _ascend(self, step: int) -> None:
         first = step == 0
@@ -192,9 +213,9 @@ class BoundLearning(Defense):
         """Measure accuracy and objective on the whole clean set, move lambda, and keep the best bounds so far."""
         with self.trainer.precision_plugin.forward_context():
             logits = torch.cat([self.working[0](images).float() for images in self.images.split(250)])
-            margins = margin(self.working[0](self.margin_inputs).float(), self.wanted)
+            margins = self._margins()
         agreement = float((logits.argmax(1) == self.labels).float().mean())
-        terms = mmac(logits, self.targets, margins, self.penalty.initial, reduction=self.reduction)
+        terms = self._terms(logits, slice(None), margins, self.penalty.initial)
         score = float(terms.loss)
         require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")
         # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
@@ -204,16 +225,16 @@ class BoundLearning(Defense):
         if self.history:
             self.penalty.update(agreement)
         active = self.bounded.active_share(self.extremes)
-        self.history.append({
-            "agreement": agreement, "data": float(terms.data), "mean_margin": float(margins.mean()), "max_margin": float(margins.max()),
-            "penalty": self.penalty.value, "active_bounds": active,
-        })  # fmt: skip
+        largest = {"mean_margin": float(margins.mean()), "max_margin": float(margins.max())} if len(margins) else {}
+        entry = {"agreement": agreement, "data": float(terms.data), **largest, "penalty": self.penalty.value}
+        self.history.append(entry | {"active_bounds": active})
         if len(self.history) > 1:
             self.log_dict({"defense/agreement": agreement, "defense/active_bounds": active}, prog_bar=True, batch_size=1)
 
     def _log_step(self, terms: Objective, margins: Tensor) -> None:
         self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
-        self.log_dict({"defense/mean_margin": margins.mean(), "defense/max_margin": margins.max()}, prog_bar=True)
+        if len(margins):
+            self.log_dict({"defense/mean_margin": margins.mean(), "defense/max_margin": margins.max()}, prog_bar=True)
 
     @torch.no_grad()
     def _relax_until_accurate(self) -> None:

@@ -33,8 +33,8 @@ class NAD(FineTune):
         teacher_learning_rate: float = 0.1,
         teacher_decay_every: int = 2,
         epochs: int = 20,
-        learning_rate: float = 0.1,
-        high_epochs: int = 2,
+        learning_rate: float = 0.01,
+        high_epochs: int = 20,
         batch_size: int = 64,
         nesterov: bool = True,
         weight_decay: float = 1e-4,
@@ -109,17 +109,12 @@ def attention_taps(traced: fx.GraphModule, example: Tensor) -> list[str]:
 
     ``example`` (1, C, H, W). Raises :class:`UserError` for a network without feature maps.
     """
-    calls = [site.node.name for site in find_sites(traced, example) if site.num_axes == 4]
-    parameter = next(traced.parameters(), example)
-    with torch.inference_mode(False), torch.no_grad():
-        _, features = TappedNetwork(traced, traced, calls)(example.detach().clone().to(parameter.device))
-    last: dict[tuple[int, int], str] = {}
-    for name, maps in zip(calls, features, strict=True):
-        last.pop(size := (maps.shape[2], maps.shape[3]), None)
-        last[size] = name
+    example = example.to(next(traced.parameters(), example).device)
+    maps = [site for site in find_sites(traced, example) if site.num_axes == 4 and site.axis == 1]
+    last = {site.size: site.node.name for site in maps}
     if not last:
         raise UserError("attention distillation needs activations with feature maps (N, C, H, W); use defense=finetune")
-    return list(last.values())
+    return [site.node.name for site in maps if site.node.name in last.values()]
 
 
 class TappedNetwork(fx.Interpreter):

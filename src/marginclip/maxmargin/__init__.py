@@ -5,13 +5,16 @@ from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection
 from marginclip.maxmargin.null import p_values
-from marginclip.maxmargin.objectives import Objective, mmac
+from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, MMBMObjective, Objective, mmac, mmbm
 from marginclip.maxmargin.penalty import PenaltyController
 
 __all__ = [
     "Bound",
+    "BoundObjective",
     "BoundedNetwork",
     "Detection",
+    "MMACObjective",
+    "MMBMObjective",
     "MarginAscent",
     "MarginDropDetector",
     "MaximumMarginTest",
@@ -24,6 +27,7 @@ __all__ = [
     "margin_drop",
     "maximum_margin_detection",
     "mmac",
+    "mmbm",
     "p_values",
     "random_starts",
 ]

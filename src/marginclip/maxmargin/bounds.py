@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from marginclip.errors import UserError, require
 from marginclip.maxmargin.folding import fold_batch_norms
-from marginclip.maxmargin.sites import Site, find_sites, make_out_of_place, trace
+from marginclip.maxmargin.sites import Site, choose_sites, find_sites, make_out_of_place, trace
 
 
 class Bound(nn.Module):
@@ -71,15 +71,18 @@ class BoundedNetwork(nn.Module):
     under ``bounds.*``.
 
     ``example`` is one image (C, H, W) or a batch (N, C, H, W). ``channel_axis`` overrides where the channels of activations with
-    more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`).
+    more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`). ``sites`` limits the bounds to some of the
+    activations (see :func:`marginclip.maxmargin.sites.choose_sites`).
 
     Raises :class:`UserError` for a model that cannot be traced or has no activations.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, *, channel_axis: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, example: Tensor, *, channel_axis: int | None = None, sites: str | Sequence[str] = "all"
+    ) -> None:
         super().__init__()
         with torch.inference_mode(False), torch.no_grad():  # made in a validation loop, it can be learned all the same
-            self.network, self.bounds = _with_bounds(trace(model), example, channel_axis)
+            self.network, self.bounds = _with_bounds(trace(model), example, channel_axis, sites)
         self.channel_axis = channel_axis
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
@@ -241,7 +244,9 @@ def activation_extremes(bounded: BoundedNetwork, images: Tensor, *, batch_size: 
     }
 
 
-def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | None) -> tuple[fx.GraphModule, nn.ModuleDict]:
+def _with_bounds(
+    traced: fx.GraphModule, example: Tensor, channel_axis: int | None, wanted: str | Sequence[str]
+) -> tuple[fx.GraphModule, nn.ModuleDict]:
     """Insert a :class:`Bound` behind every activation call of a traced model."""
     example = example[:1] if example.dim() > 3 else example.unsqueeze(0)
     parameter = next(iter(traced.parameters()), None)
@@ -251,7 +256,7 @@ def _with_bounds(traced: fx.GraphModule, example: Tensor, channel_axis: int | No
     if not sites:
         raise UserError("the model has no activation functions that could be bounded (ReLU, LeakyReLU, GELU, SiLU, ...)")
     bounds = nn.ModuleDict()
-    for site in sites:
+    for site in choose_sites(sites, wanted):
         bound = Bound(site) if parameter is None else Bound(site).to(parameter.device)
         bounds[site.name] = bound
         target = f"bound_{site.name}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from marginclip.errors import require
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with its two terms: ``loss = data + penalty * margin``."""
+    """A loss with its two terms: ``loss = data + penalty * margin``; ``margin`` stands for what is penalised."""
 
     loss: Tensor
     data: Tensor
@@ -29,7 +32,92 @@ def mmac(
     classes of the squared difference. ``reduction`` of the margin term: ``mean`` (the paper) or ``sum`` (the published script,
     whose lambda is N times smaller for the same effect).
     """
-    require(reduction in ("mean", "sum"), f"defense.reduction must be 'mean' or 'sum', got '{reduction}'")
+    require(reduction in ("mean", "sum"), f"defense.objective.reduction must be 'mean' or 'sum', got '{reduction}'")
     data = F.mse_loss(bounded_logits.float(), clean_logits.float())
     term = margins.float().mean() if reduction == "mean" else margins.float().sum()
     return Objective(data + penalty * term, data, term)
+
+
+def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], penalty: float) -> Objective:
+    """The MMBM objective (Wang et al. 2022): stay close to the model's logits on clean images, with small bounds.
+
+    ``bounded_logits`` and ``clean_logits`` (B, K) as in :func:`mmac`; ``bounds``, a tensor (channels,) for each bounded
+    activation; ``penalty`` is lambda, the weight of the sum of the bounds' Euclidean lengths. No margin is computed.
+    """
+    data = F.mse_loss(bounded_logits.float(), clean_logits.float())
+    term = torch.stack([bound.float().norm() for bound in bounds]).sum()
+    return Objective(data + penalty * term, data, term)
+
+
+class BoundObjective(Protocol):
+    """What bound learning minimises. ``ascends`` says whether it needs margin inputs, which are ascended for it only then;
+    ``correct_only`` whether the clean images that the model gets wrong are left out.
+
+    Called with ``bounded_logits`` and ``clean_logits`` (B, K) and ``labels`` (B,) of the same clean images, ``margins`` (N,) of
+    the margin inputs on the bounded network (none without ``ascends``), the list of ``bounds``, and lambda as ``penalty``.
+    """
+
+    @property
+    def ascends(self) -> bool: ...
+
+    @property
+    def correct_only(self) -> bool: ...
+
+    def __call__(
+        self,
+        *,
+        bounded_logits: Tensor,
+        clean_logits: Tensor,
+        labels: Tensor,
+        margins: Tensor,
+        bounds: Sequence[Tensor],
+        penalty: float,
+    ) -> Objective: ...
+
+
+@dataclass(frozen=True)
+class MMACObjective:
+    """:func:`mmac`, with its ``reduction`` of the margins."""
+
+    reduction: str = "mean"
+    ascends = True
+    correct_only = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.reduction in ("mean", "sum"), f"defense.objective.reduction must be 'mean' or 'sum', got '{self.reduction}'"
+        )
+
+    def __call__(
+        self,
+        *,
+        bounded_logits: Tensor,
+        clean_logits: Tensor,
+        labels: Tensor,
+        margins: Tensor,
+        bounds: Sequence[Tensor],
+        penalty: float,
+    ) -> Objective:
+        del labels, bounds
+        return mmac(bounded_logits, clean_logits, margins, penalty, reduction=self.reduction)
+
+
+@dataclass(frozen=True)
+class MMBMObjective:
+    """:func:`mmbm`."""
+
+    ascends = False
+    correct_only = True
+
+    def __call__(
+        self,
+        *,
+        bounded_logits: Tensor,
+        clean_logits: Tensor,
+        labels: Tensor,
+        margins: Tensor,
+        bounds: Sequence[Tensor],
+        penalty: float,
+    ) -> Objective:
+        del labels, margins
+        return mmbm(bounded_logits, clean_logits, bounds, penalty)

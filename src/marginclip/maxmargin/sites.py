@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,10 @@ TRANSPARENT = (nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d, nn.Batch
 
 @dataclass(frozen=True)
 class Site:
-    """One activation call: its graph node, the number of channels, their axis, and whether it needs a lower bound."""
+    """One activation call: its graph node, the number of channels, their axis, and whether it needs a lower bound.
+
+    ``size`` is the rest of the shape: the resolution (H, W) of feature maps, empty for neurons of a dense layer.
+    """
 
     name: str
     node: fx.Node
@@ -38,6 +41,7 @@ class Site:
     axis: int
     num_axes: int
     two_sided: bool
+    size: tuple[int, ...] = ()
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -88,8 +92,33 @@ def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | N
         if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
             raise UserError(f"channel_axis must be an axis in 1..{len(shape) - 1} or its negative, got {axis}")
         name = f"{len(sites):03d}_{_readable(node)}"
-        sites.append(Site(name, node, shape[axis], axis % len(shape), len(shape), two_sided))
+        size = tuple(side for number, side in enumerate(shape) if number not in (0, axis % len(shape)))
+        sites.append(Site(name, node, shape[axis], axis % len(shape), len(shape), two_sided, size))
     return sites
+
+
+def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Site]:
+    """The activation calls to bound: ``all``, ``first_half``, or those of the given names, in the order of execution.
+
+    ``first_half`` is the first activation and the last one at each of the first half (rounded up) of the resolutions, so in a
+    ResNet-18 those behind the stem and the stages 1 and 2; in a network without feature maps the first half of the activations.
+    A name is that of its bounds (``004_layer1_1_act2``), with or without the number. Raises :class:`UserError` for others.
+    """
+    if wanted == "all" or not sites:
+        return list(sites)
+    if wanted == "first_half":
+        last = {site.size: site.name for site in sites if site.size}
+        half = list(last.values())[: (len(last) + 1) // 2] or [site.name for site in sites[: (len(sites) + 1) // 2]]
+        return [site for site in sites if site.name in {sites[0].name, *half}]
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    known = {alias for site in sites for alias in (site.name, site.name[4:])}
+    odd = [name for name in names if name not in known]
+    if odd or not names:
+        raise UserError(
+            f"defense.sites must be all, first_half or names of activations, got '{odd[0] if odd else names}'; "
+            f"this model has {', '.join(site.name for site in sites)}"
+        )
+    return [site for site in sites if site.name in names or site.name[4:] in names]
 
 
 def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
