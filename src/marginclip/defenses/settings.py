@@ -20,7 +20,7 @@ class BoundStart:
     """
 
     constant: float | None = None
-    share: float = 0.7
+    share: float = 0.5
     quantile: float = 0.9
 
     def apply(self, bounded: BoundedNetwork, images: Tensor) -> None:
@@ -44,14 +44,14 @@ class AscentPlan:
     """
 
     network: str = "bounded"
-    start_from: str = "noise"
+    start_from: str = "clean"
     starts_per_class: int = 10
-    first_steps: int = 15
-    steps: int = 1
+    first_steps: int = 4
+    steps: int = 4
     refresh_every: int = 1
-    warm_start: bool = True
+    warm_start: bool = False
     rule: str = "sign"
-    step_size: float = 0.05
+    step_size: float = 0.004
     momentum: float = 0.0
     tolerance: float = 0.0
 
