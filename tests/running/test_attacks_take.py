@@ -15,7 +15,8 @@ SETTINGS = {
     "wanet": ["training.epochs=12", "attack.rate=0.3", "attack.strength=3", "attack.cross_ratio=1"],
     "adaptive": [
         "training.epochs=8", "attack.base.rate=0.3", "attack.base.min_contrast=0.2", "attack.base.min_success=0.9",
-        "attack.rounds=1", "attack.epochs_per_round=1", "attack.clean_per_class=6", "attack.defender.steps=4", "attack.defender.check_every=2",
+        "attack.rounds=1", "attack.epochs_per_round=1", "attack.clean_per_class=6", "attack.defender.steps=4",
+        "attack.defender.check_every=2",
     ],
 }  # fmt: skip
 
