@@ -45,10 +45,10 @@ class AscentPlan:
 
     network: str = "bounded"
     start_from: str = "clean"
-    starts_per_class: int = 10
+    starts_per_class: int = 5
     first_steps: int = 4
     steps: int = 4
-    refresh_every: int = 1
+    refresh_every: int = 2
     warm_start: bool = False
     rule: str = "sign"
     step_size: float = 0.004
