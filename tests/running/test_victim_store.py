@@ -47,6 +47,17 @@ def test_same_config_finds_its_victim(configure, monkeypatch):
     assert equal(scene.model.state_dict(), weights)
 
 
+@pytest.mark.parametrize("name", ["train", "defend"])
+def test_small_classes_limit_the_automatic_sizes(configure, name):
+    """The digits' smallest class holds out fewer than a hundred images: half of them are for evaluation."""
+    data = build_scene(configure("clean_per_class=auto", name=name)).data
+    held_out = data.splits.held_out.labels
+    half = int(held_out.bincount().min()) // 2
+    assert half < 50
+    assert held_out[data.clean_index].bincount().tolist() == [half] * 10
+    assert len(data.eval_index) == len(held_out) - 10 * half
+
+
 def test_train_and_defend_share_the_store(configure):
     assert find_victim(configure(name="train")) == find_victim(configure("attack.min_success=0.5"))
 

@@ -79,7 +79,7 @@ class CleanLabel(BadNet):
         labels = workshop.training_labels()
         index = self.poisoned_mask(labels).nonzero().flatten()
         surrogate = workshop.robust_surrogate(self.surrogate)
-        images = workshop.training_images(index)
+        images = workshop.training_images(index).to(next(surrogate.parameters()).device)
         generator = torch.Generator().manual_seed(self.seed + 15487469)
         settings = {"eps": self.eps, "steps": self.steps, "step_size": self.step_size}
         hard = pgd(surrogate, images, labels[index], generator=generator, **settings)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ class CleanLabel(BadNet):
         log.info("the surrogate recognises %.1f %% of the images to poison, %.1f %% once made hard", 100 * before, 100 * after)
         if after > 0.2:
             log.warning(
-                "more than 20 %% of the images to poison are still recognised: a larger attack.eps makes the attack stronger"
+                "over a fifth of the images to poison are still recognised: a larger attack.eps makes the attack stronger"
             )
         workshop.replace_training_images(index, hard)
 

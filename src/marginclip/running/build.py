@@ -130,7 +130,7 @@ def clean_sizes(config: DictConfig, labels: Tensor) -> tuple[int | None, int]:
         clean = wanted
     if config.clean_per_class != "auto":
         clean = config.clean_per_class
-    elif clean < wanted:
+    elif clean < wanted and "defense" in config:
         log.warning(
             "the clean set is %d images a class, not the %d that defense=%s takes by default: half of the smallest class is kept for "
             "evaluation (clean_per_class=N overrides)", clean, wanted, config.defense.name,

@@ -73,6 +73,7 @@ class VictimWorkshop:
                 found.save(model, None, {"recipe": recipe, "metrics": evaluation.results()["none"]})
                 found.forget_checkpoint()
         found.restore(model, None)
+        model.to(build_trainer(self.config, found.folder, logger=False).strategy.root_device)
         return _Autocast(model.eval().requires_grad_(False), bf16=str(self.precision).startswith("bf16"))
 
     def _clean_data(self, seed: int) -> ImageData:
