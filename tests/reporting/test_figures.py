@@ -257,7 +257,7 @@ def test_inverted_triggers_are_drawn_as_they_are_used(channels: int) -> None:
     pictures = [each.images[0] for each in axes]
     assert all(picture.get_clim() == (0, 1) for picture in pictures)  # a mask of 0.3 is not stretched to 1
     assert np.allclose(pictures[0].get_array(), masks[0, 0])
-    assert np.allclose(np.asarray(pictures[3].get_array()).transpose(2, 0, 1), masks[1] * patterns[1])
+    assert np.allclose(np.atleast_3d(np.asarray(pictures[3].get_array())).transpose(2, 0, 1), masks[1] * patterns[1])
     assert [axes[0].get_title(), axes[1].get_title()] == [
         f"c\n|m| = {masks[0].sum():.1f}",
         f"a (suspect)\n|m| = {masks[1].sum():.1f}",

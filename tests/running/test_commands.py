@@ -84,4 +84,4 @@ def test_a_mistake_is_one_sentence_at_once(command, tmp_path, script):
 def test_help_lists_the_groups(command):
     done = command("defend", "--help")
     assert done.returncode == 0
-    assert "attack: badnet, blend, chessboard, none" in done.stdout
+    assert "attack: adaptive, badnet, blend, chessboard, clean_label, input_aware, none, wanet" in done.stdout

@@ -23,8 +23,8 @@ IMAGES = 2  # of each attack, so that a trigger that depends on the image shows
 def draw_gallery(records: Iterable[Record], path: Path) -> Path:
     """Write the gallery of the runs' attacks to the PNG ``path``; each record names its folder as ``path``.
 
-    One run for each attack: of those with example images the one with the lowest seed, a failed attack only where there is no
-    other. Raises :class:`UserError` when no run has example images.
+    One run for each attack: of those with example images an all2one run before others, then the lowest seed; a failed attack
+    only where there is no other. Raises :class:`UserError` when no run has example images.
     """
     require(not path.is_dir(), f"--gallery must be a file, but '{path}' is a folder")
     chosen: dict[str, tuple[Record, Arrays]] = {}
@@ -71,9 +71,10 @@ def _place(attack: str) -> tuple[int, str]:
     return (ORDER.index(attack) if attack in ORDER else len(ORDER)), attack
 
 
-def _preference(record: Record) -> tuple[bool, int, str]:
+def _preference(record: Record) -> tuple[bool, bool, int, str]:
     seed = record["config"].get("seed")
-    return record.get("status") != "done", seed if isinstance(seed, int) else 0, str(record["path"])
+    other = (record["config"].get("x2x") or {}).get("name") != "all2one"
+    return record.get("status") != "done", other, seed if isinstance(seed, int) else 0, str(record["path"])
 
 
 def _has_examples(arrays: Arrays) -> bool:
