@@ -22,7 +22,7 @@ CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
 # What the code adds to a group's keys when it makes the object, and keys that are for the code around it.
 ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape"}
-LABELS = {"_target_", "_partial_", "name", "augment", *NOT_ARGUMENTS}
+LABELS = {"_target_", "_partial_", "name", "augment", "bounds_start", *NOT_ARGUMENTS}
 
 
 def composed(name, *overrides):
@@ -139,7 +139,7 @@ def test_models_are_made(model):
 def test_datasets_are_made(dataset, tmp_path):
     node = composed("defend", f"dataset={dataset}", f"runs_dir={tmp_path}").dataset
     OmegaConf.update(node, "root", str(tmp_path)) if "root" in node else None
-    source = make({key: value for key, value in node.items() if key != "augment"}, key="dataset")
+    source = make({key: value for key, value in node.items() if key not in ("augment", "bounds_start")}, key="dataset")
     if "root" in node:
         return  # downloads, or has no images here
     splits = source.load()

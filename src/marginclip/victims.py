@@ -16,7 +16,7 @@ from marginclip.attacks import Attack
 from marginclip.files import read_json, write_json, write_tensors
 
 RECIPE_VERSION = 1
-NO_EFFECT = ("cache", "memory_gib", "download", "min_success")
+NO_EFFECT = ("cache", "memory_gib", "download", "min_success", "bounds_start")
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def build_scene(config: DictConfig) -> Scene:
         isinstance(epochs, int) and not isinstance(epochs, bool) and epochs >= 1,
         f"training.epochs must be a whole number from 1 up, got {epochs!r}",
     )
-    source_config = {key: value for key, value in config.dataset.items() if key != "augment"}
+    source_config = {key: value for key, value in config.dataset.items() if key not in ("augment", "bounds_start")}
     if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
         source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training
     splits: Splits = instantiate(source_config, key="dataset").load()
