@@ -4,7 +4,8 @@ from marginclip.data.augment import Augment
 from marginclip.data.clean import split_clean
 from marginclip.data.folder import ImageFolder
 from marginclip.data.images import ImageSet, Splits
+from marginclip.data.imbalance import Imbalance
 from marginclip.data.module import ImageData
 from marginclip.data.sources import Cifar10, Digits, MnistSubset
 
-__all__ = ["Augment", "Cifar10", "Digits", "ImageData", "ImageFolder", "ImageSet", "MnistSubset", "Splits", "split_clean"]
+__all__ = ["Augment", "Cifar10", "Digits", "ImageData", "ImageFolder", "ImageSet", "Imbalance", "MnistSubset", "Splits", "split_clean"]

@@ -93,6 +93,8 @@ def build_scene(config: DictConfig) -> Scene:
     if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
         source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training
     splits: Splits = instantiate(source_config, key="dataset").load()
+    if config.imbalance["_target_"] is not None:
+        splits = instantiate(config.imbalance, key="imbalance")(splits)
     classes = splits.held_out.classes
     x2x = instantiate(config.x2x, num_classes=len(classes), seed=config.seed, key="x2x")
     attack = instantiate(config.attack, x2x=x2x, image_shape=splits.image_shape, seed=config.seed, key="attack")

@@ -35,15 +35,22 @@ def run_folder(config: DictConfig) -> Path:
     content["dataset"] = {
         key: value for key, value in content["dataset"].items() if key not in ("cache", "memory_gib", "download")
     }
-    if not (content.get("detect") or {}).get("_target_"):
-        content.pop("detect", None)
+    for group in ("detect", "imbalance"):
+        if not (content.get(group) or {}).get("_target_"):
+            content.pop(group, None)
     content["checkpoint"] = file_digest(config.victim.get("path"))
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    parts = [config.dataset.name, config.model.get("name", "model"), config.attack.name]
-    if config.attack.name != "none":
-        parts.append(config.x2x.name)
-    name = "-".join([*parts, config.defense.name, f"seed{config.seed}", digest])
+    name = "-".join([*named_parts(config), config.defense.name, f"seed{config.seed}", digest])
     return Path(config.runs_dir) / name
+
+
+def named_parts(config: DictConfig) -> list[str]:
+    """What a victim is, for the readable part of a folder's name."""
+    parts = [config.dataset.name, config.model.get("name", "model")]
+    if config.imbalance.name != "none":
+        parts.append(f"{config.imbalance.name}{config.imbalance.ratio:g}")
+    parts.append(config.attack.name)
+    return parts if config.attack.name == "none" else [*parts, config.x2x.name]
 
 
 class Record:

@@ -15,6 +15,7 @@ from marginclip.evaluation import Evaluation
 from marginclip.running.build import Scene, build_trainer, instantiate, plain
 from marginclip.running.fitting import fit_resumably, victim_store
 from marginclip.running.quiet import quiet_lightning
+from marginclip.running.record import named_parts
 from marginclip.running.workshop import VictimWorkshop
 from marginclip.training import PoisonedTraining
 from marginclip.victims import Victim
@@ -26,6 +27,8 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
     """What a trained victim depends on, as plain containers."""
     groups = plain(config)
     recipe = {key: groups[key] for key in ("dataset", "attack", "x2x", "model", "training", "seed")}
+    if groups["imbalance"]["_target_"] is not None:
+        recipe["imbalance"] = groups["imbalance"]
     if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
         recipe["x2x"] = None
     if "defender" in recipe["attack"]:
@@ -35,10 +38,7 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
 
 def victim_name(config: DictConfig) -> str:
     """The readable part of a victim's folder name."""
-    parts = [config.dataset.name, config.model.get("name", "model"), config.attack.name]
-    if config.attack.name != "none":
-        parts.append(config.x2x.name)
-    return "-".join([*parts, f"seed{config.seed}"])
+    return "-".join([*named_parts(config), f"seed{config.seed}"])
 
 
 def find_victim(config: DictConfig) -> Victim:
