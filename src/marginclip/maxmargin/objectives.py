@@ -32,7 +32,7 @@ def mmac(
     classes of the squared difference. ``reduction`` of the margin term: ``mean`` (the paper) or ``sum`` (the published script,
     whose lambda is N times smaller for the same effect).
     """
-    require(reduction in ("mean", "sum"), f"defense.objective.reduction must be 'mean' or 'sum', got '{reduction}'")
+    _check_reduction(reduction)
     data = F.mse_loss(bounded_logits.float(), clean_logits.float())
     term = margins.float().mean() if reduction == "mean" else margins.float().sum()
     return Objective(data + penalty * term, data, term)
@@ -47,6 +47,23 @@ def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor],
     data = F.mse_loss(bounded_logits.float(), clean_logits.float())
     term = torch.stack([bound.float().norm() for bound in bounds]).sum()
     return Objective(data + penalty * term, data, term)
+
+
+def mmom(bounded_logits: Tensor, labels: Tensor, margins: Tensor, penalty: float, *, reduction: str = "mean") -> Objective:
+    """The MMOM objective (paper 2, Eq. 5): classify a balanced clean set well, and lower the maximum margins.
+
+    ``bounded_logits`` (B, K) of clean images and their ``labels`` (B,); ``margins`` (N,) of the margin inputs, equally many for each
+    class, on the bounded network; ``penalty`` is lambda. The data term is the cross entropy. ``reduction`` of the margin term:
+    ``mean`` over classes and their inputs (the paper) or ``sum`` (whose lambda is N times smaller for the same effect).
+    """
+    _check_reduction(reduction)
+    data = F.cross_entropy(bounded_logits.float(), labels)
+    term = margins.float().mean() if reduction == "mean" else margins.float().sum()
+    return Objective(data + penalty * term, data, term)
+
+
+def _check_reduction(reduction: str) -> None:
+    require(reduction in ("mean", "sum"), f"defense.objective.reduction must be 'mean' or 'sum', got '{reduction}'")
 
 
 class BoundObjective(Protocol):
@@ -84,9 +101,7 @@ class MMACObjective:
     correct_only = True
 
     def __post_init__(self) -> None:
-        require(
-            self.reduction in ("mean", "sum"), f"defense.objective.reduction must be 'mean' or 'sum', got '{self.reduction}'"
-        )
+        _check_reduction(self.reduction)
 
     def __call__(
         self,
@@ -121,3 +136,28 @@ class MMBMObjective:
     ) -> Objective:
         del labels, margins
         return mmbm(bounded_logits, clean_logits, bounds, penalty)
+
+
+@dataclass(frozen=True)
+class MMOMObjective:
+    """:func:`mmom`, with its ``reduction`` of the margins; of all clean images, also those that the model gets wrong."""
+
+    reduction: str = "mean"
+    ascends = True
+    correct_only = False
+
+    def __post_init__(self) -> None:
+        _check_reduction(self.reduction)
+
+    def __call__(
+        self,
+        *,
+        bounded_logits: Tensor,
+        clean_logits: Tensor,
+        labels: Tensor,
+        margins: Tensor,
+        bounds: Sequence[Tensor],
+        penalty: float,
+    ) -> Objective:
+        del clean_logits, bounds
+        return mmom(bounded_logits, labels, margins, penalty, reduction=self.reduction)
