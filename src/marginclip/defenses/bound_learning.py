@@ -26,7 +26,8 @@ class BoundLearning(Defense):
     ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
     Algorithm 1) on ``batch_size`` clean images that the model classifies correctly. ``sites`` says which activations are bounded
     (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the learning rate at each activation by
-    the mean of its initial bounds, so that it means the same for models of any scale. Every ``check_every`` steps the
+    the mean of its initial bounds, so that it means the same for models of any scale. Learning ends before that when two
+    losses in a row differ by less than ``tolerance``. Every ``check_every`` steps the
     accuracy on all of those images is measured; it moves lambda (``penalty``), and among the bounds that kept it at
     ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned (``keep="best"``) or the last
     (``"last"``, as the published script). If none kept it, the bounds are relaxed towards the clean maxima until they do.
@@ -47,6 +48,7 @@ class BoundLearning(Defense):
         ascent: AscentPlan | None = None,
         penalty: PenaltyController | None = None,
         steps: int = 60,
+        tolerance: float | None = None,
         batch_size: int = 100,
         learning_rate: float = 0.02,
         lr_scale: str = "absolute",
@@ -58,6 +60,7 @@ class BoundLearning(Defense):
     ) -> None:
         super().__init__()
         require(steps >= 1, f"defense.steps must be at least 1, got {steps}")
+        require(tolerance is None or tolerance > 0, f"defense.tolerance must be positive or null, got {tolerance}")
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
         require(0 < learning_rate <= 1e30, f"defense.learning_rate must be in (0, 1e30], got {learning_rate:g}")
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
@@ -71,6 +74,7 @@ class BoundLearning(Defense):
         self.sites = sites
         self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
+        self.tolerance, self.last_loss, self.stopped_at = tolerance, float("nan"), 0
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
         self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
@@ -132,8 +136,8 @@ class BoundLearning(Defense):
             self._check()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """End the last round early where ``steps`` is no multiple of ``check_every``."""
-        return -1 if self.global_step >= self.steps else None
+        """End the last round early where ``steps`` is no multiple of ``check_every``, or when the loss has come to rest."""
+        return -1 if self.global_step >= self.steps or self.stopped_at else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.global_step
@@ -148,9 +152,19 @@ class BoundLearning(Defense):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.project:
             self.bounded.project_()
+        if self.tolerance is not None:
+            loss = float(outputs["loss"])
+            if abs(loss - self.last_loss) < self.tolerance:
+                self.stopped_at, self.trainer.should_stop = self.global_step, True
+            self.last_loss = loss
 
     def on_train_epoch_end(self) -> None:
         self._check()
+
+    def findings(self) -> dict[str, Any]:
+        """How long bounds were learned and what ended it: ``tolerance`` or ``steps``."""
+        taken = self.stopped_at or self.steps
+        return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
 
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""
@@ -257,9 +271,11 @@ class BoundLearning(Defense):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bound_learning"] = {
             "penalty": self.penalty.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
+            "last_loss": self.last_loss, "stopped_at": self.stopped_at,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["bound_learning"]
         self.penalty.load_state_dict(state["penalty"])
         self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]
+        self.last_loss, self.stopped_at = state["last_loss"], state["stopped_at"]

@@ -93,7 +93,7 @@ def build_scene(config: DictConfig) -> Scene:
     if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
         source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training
     splits: Splits = instantiate(source_config, key="dataset").load()
-    if config.imbalance["_target_"] is not None:
+    if (config.get("imbalance") or {}).get("_target_") is not None:  # records of before that group existed have none
         splits = instantiate(config.imbalance, key="imbalance")(splits)
     classes = splits.held_out.classes
     x2x = instantiate(config.x2x, num_classes=len(classes), seed=config.seed, key="x2x")

@@ -47,7 +47,7 @@ def run_folder(config: DictConfig) -> Path:
 def named_parts(config: DictConfig) -> list[str]:
     """What a victim is, for the readable part of a folder's name."""
     parts = [config.dataset.name, config.model.get("name", "model")]
-    if config.imbalance.name != "none":
+    if config.get("imbalance") and config.imbalance.name != "none":
         parts.append(f"{config.imbalance.name}{config.imbalance.ratio:g}")
     parts.append(config.attack.name)
     return parts if config.attack.name == "none" else [*parts, config.x2x.name]

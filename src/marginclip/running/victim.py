@@ -27,7 +27,7 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
     """What a trained victim depends on, as plain containers."""
     groups = plain(config)
     recipe = {key: groups[key] for key in ("dataset", "attack", "x2x", "model", "training", "seed")}
-    if groups["imbalance"]["_target_"] is not None:
+    if (groups.get("imbalance") or {}).get("_target_") is not None:
         recipe["imbalance"] = groups["imbalance"]
     if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
         recipe["x2x"] = None
