@@ -106,3 +106,36 @@ def interrupted_and_resumed(tmp_path):
         return fit_defense(again, model, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt"), again
 
     return run
+
+
+IMBALANCED_COUNTS = [200, 60, 20, 6]
+
+
+def noisy_quarters(count, seed):
+    """Quarters that cannot all be told apart, so that the frequencies of the classes matter."""
+    images, labels = quarters(count, seed)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images + 0.4 * noise).clamp(0, 1), labels
+
+
+@pytest.fixture(scope="session")
+def _imbalanced():
+    torch.manual_seed(0)
+    model = network(True)
+    images, labels = noisy_quarters(800, seed=1)
+    kept = torch.cat([(labels == label).nonzero().flatten()[:count] for label, count in enumerate(IMBALANCED_COUNTS)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(images[kept]), labels[kept])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.fixture
+def imbalanced(_imbalanced):
+    """A network trained on 200, 60, 20 and 6 images of its classes; 50 clean images of each, and 500 of each to be judged by."""
+    model = network(True)
+    model.load_state_dict(_imbalanced)
+    return model.eval(), noisy_quarters(200, seed=2), noisy_quarters(2000, seed=3)

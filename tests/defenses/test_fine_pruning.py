@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from marginclip.defenses import FinePruning
-from marginclip.defenses.fine_pruning import channels_to_prune, final_linear
+from marginclip.defenses.fine_pruning import channels_to_prune
 from marginclip.defenses.fit import stratified_folds
+from marginclip.defenses.heads import final_linear
 from marginclip.errors import UserError
 
 
@@ -152,7 +153,7 @@ class Reversed(nn.Module):
 
 def test_final_layer_is_the_one_that_gives_the_logits(clean, fit):
     model = Reversed().eval()
-    assert final_linear(model, clean[0]) == "head"
+    assert final_linear(model, clean[0], needed_for="", instead="") == ("head", model.head)
     labels = model(clean[0]).argmax(1)
     repaired = fit(FinePruning(epochs=1, max_drop=0.5), model, (clean[0], labels))
     assert repaired(clean[0]).shape == (24, 4)

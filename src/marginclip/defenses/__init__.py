@@ -7,10 +7,15 @@ from marginclip.defenses.finetune import FineTune
 from marginclip.defenses.fit import cross_fitted_logits, fit_defense, repair
 from marginclip.defenses.ibau import IBAU
 from marginclip.defenses.inversion import InversionPlan
+from marginclip.defenses.last_layer import LastLayer
+from marginclip.defenses.logit_adjustment import LogitAdjustment
+from marginclip.defenses.logit_calibration import LogitCalibration
 from marginclip.defenses.nad import NAD
 from marginclip.defenses.neural_cleanse import NeuralCleanse
 from marginclip.defenses.settings import AscentPlan, BoundStart
 from marginclip.defenses.static_clip import StaticClip
+from marginclip.defenses.tau_normalisation import TauNormalisation
+from marginclip.defenses.tau_search import TauSearch
 
 __all__ = [
     "AscentPlan",
@@ -21,9 +26,14 @@ __all__ = [
     "FineTune",
     "IBAU",
     "InversionPlan",
+    "LastLayer",
+    "LogitAdjustment",
+    "LogitCalibration",
     "NAD",
     "NeuralCleanse",
     "StaticClip",
+    "TauNormalisation",
+    "TauSearch",
     "cross_fitted_logits",
     "fit_defense",
     "repair",

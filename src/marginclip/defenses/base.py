@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from marginclip.errors import UserError, require
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Defense(L.LightningModule):
@@ -49,6 +52,12 @@ class Defense(L.LightningModule):
     def num_epochs(self) -> int:
         """How many rounds over :meth:`batches` the repair takes."""
         return 0
+
+
+def own_copy(model: Model) -> Model:
+    """A copy of ``model`` that shares nothing with it, in evaluation mode and its own memory layout: its logits are the same bits."""
+    with torch.inference_mode(False):
+        return copy.deepcopy(model).eval()
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import clean_logits
 from marginclip.defenses.finetune import FineTune
 from marginclip.defenses.fit import stratified_folds
-from marginclip.errors import UserError, require
+from marginclip.defenses.heads import final_linear, linear_inputs
+from marginclip.errors import require
 
 
 class FinePruning(FineTune):
@@ -35,9 +35,9 @@ class FinePruning(FineTune):
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Prune a copy of the model; all that is random is which images are held out."""
         super().prepare(model, images, labels)
-        self.layer = final_linear(self.network, images)
-        linear = self.network.get_submodule(self.layer)
-        assert isinstance(linear, nn.Linear)
+        self.layer, linear = final_linear(
+            self.network, images, needed_for="whose inputs fine-pruning prunes", instead="defense=finetune or defense=mmac"
+        )
         inputs = linear_inputs(self.network, linear, images)
         held_out = stratified_folds(labels.cpu(), round(1 / self.held_out_share), self.seed) == 0
         self.activity = inputs.abs().mean(0)
@@ -71,45 +71,6 @@ class FinePruning(FineTune):
 
     def arrays(self) -> dict[str, Tensor]:
         return {"fine_pruning/activity": self.activity, "fine_pruning/held_out_accuracy": self.curve}
-
-
-@torch.no_grad()
-def final_linear(network: nn.Module, images: Tensor) -> str:
-    """The name of the ``nn.Linear`` whose output is the network's; raises :class:`UserError` where there is none."""
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name] = output.detach().cpu().float()
-
-        return hook
-
-    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(note(name)) for name, module in layers]
-    try:
-        logits = clean_logits(network, images[:2]).cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = [name for name, output in outputs.items() if output.shape == logits.shape and torch.equal(output, logits)]
-    if not found:
-        raise UserError(
-            f"the logits of {type(network).__name__} do not come from an nn.Linear layer, whose inputs fine-pruning prunes; "
-            "use defense=finetune or defense=mmac"
-        )
-    return found[-1]
-
-
-@torch.no_grad()
-def linear_inputs(network: nn.Module, linear: nn.Linear, images: Tensor) -> Tensor:
-    """What enters ``linear`` (N, in_features) on images, in evaluation mode, on the CPU."""
-    inputs: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].detach().float().cpu()))
-    try:
-        clean_logits(network, images)
-    finally:
-        handle.remove()
-    return torch.cat(inputs)
 
 
 @torch.no_grad()

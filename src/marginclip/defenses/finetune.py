@@ -72,9 +72,13 @@ class FineTune(Defense):
             log.info(
                 "batch-norm statistics are re-estimated from %d clean images; defense.batch_norm=frozen keeps the model's", len(images)
             )  # fmt: skip
-        self.network = trainable_copy(model)
-        self.register_buffer("images", images.clone(memory_format=torch.channels_last), persistent=False)
-        self.register_buffer("labels", labels.clone().to(images.device), persistent=False)
+        self.learn_from(trainable_copy(model), images.clone(memory_format=torch.channels_last), labels)
+
+    def learn_from(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+        """Take the network to train, what enters it (N, ...) and labels (N,); copies of both are the caller's to make."""
+        self.network = network
+        self.register_buffer("images", inputs, persistent=False)
+        self.register_buffer("labels", labels.clone().to(inputs.device), persistent=False)
         self.totals: list[Tensor] = []
 
     def batches(self) -> DataLoader[int]:

@@ -21,6 +21,14 @@ LABELS = {
     "nad_teacher": "NAD, teacher",
     "neural_cleanse": "Neural Cleanse",
     "ibau": "I-BAU",
+    "logit_adjustment": "logit adjustment",
+    "tau_normalisation": "tau-normalisation",
+    "bias_only": "bias only",
+    "temperature_scaling": "temperature scaling",
+    "bias_corrected_temperature": "bias-corrected temperature",
+    "vector_scaling": "vector scaling",
+    "lws": "LWS",
+    "last_layer": "last layer",
 }
 # Column heading -> key in the record; all are shares in [0, 1].
 METRICS = {"ACC": "acc", "ASR": "asr", "PACC": "pacc", "TPR": "tpr", "FPR": "fpr", "AUC": "auroc"}

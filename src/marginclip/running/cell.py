@@ -98,6 +98,11 @@ def check_settings(config: DictConfig) -> None:
             raise UserError(f"defense.detector.folds must be 0 (no cross-fitting) or at least 2, got {folds}")
     make_test(config)
     make_defense(config)
+    if config.defense.get("class_counts") == "known" and config.victim.kind == "checkpoint":
+        raise UserError(
+            "defense.class_counts=known needs the training set, which victim=checkpoint does not have: give the number of training "
+            "images of every class as defense.class_counts=[...], or use defense.class_counts=estimated"
+        )
 
 
 def make_test(config: DictConfig) -> MaximumMarginTest | None:
@@ -108,17 +113,18 @@ def make_test(config: DictConfig) -> MaximumMarginTest | None:
     return test
 
 
-def make_defense(config: DictConfig, target: int | None = None) -> Defense | None:
+def make_defense(config: DictConfig, target: int | None = None, *, class_counts: list[int] | None = None) -> Defense | None:
     """A new defense of the ``defense`` group; None for ``defense=none``.
 
-    ``target`` is the attack's one target class, where there is one: the oracle of the papers' protocol, told to a defense only
-    where its ``suspect_class`` is ``known``.
+    Two oracles are told to a defense only where its setting of that name is ``known``: as ``suspect_class`` the attack's one
+    ``target`` class, and the training set's ``class_counts``; None is what is not known.
     """
     if config.defense["_target_"] is None:
         return None
     settings = {key: value for key, value in plain(config.defense).items() if key not in NOT_ARGUMENTS}
-    if settings.get("suspect_class") == "known" and target is not None:
-        settings["suspect_class"] = target
+    for key, value in {"suspect_class": target, "class_counts": class_counts}.items():
+        if settings.get(key) == "known" and value is not None:
+            settings[key] = value
     defense: Defense = instantiate(settings, seed=config.seed, key="defense")
     return defense
 
@@ -159,8 +165,16 @@ def known_target(scene: Scene) -> int | None:
     return getattr(scene.attack.x2x, "target", None) if scene.attack is not None else None
 
 
+def training_counts(config: DictConfig, scene: Scene) -> list[int] | None:
+    """Training images of every class, before any poisoning; None for a model that somebody else trained."""
+    if config.victim.kind == "checkpoint":
+        return None
+    counts: list[int] = scene.splits.train.labels.bincount(minlength=len(scene.classes)).tolist()
+    return counts
+
+
 def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Repair:
-    defense = make_defense(config, known_target(scene))
+    defense = make_defense(config, known_target(scene), class_counts=training_counts(config, scene))
     if defense is None:
         return Repair()
     images, labels = scene.data.clean_set()
@@ -180,6 +194,8 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
     outcome.variants, outcome.findings, outcome.arrays = defense.variants(), defense.findings(), defense.arrays()
     if config.defense.get("suspect_class") == "known":
         outcome.findings["oracle"] = known_target(scene) is not None
+    if config.defense.get("class_counts") == "known":
+        outcome.findings["oracle"] = True
     if isinstance(repaired, BoundedNetwork):
         write_tensors(record.folder / "bounds.safetensors", repaired.bounds_state())
     if config.defense.detector is not None:
