@@ -54,14 +54,19 @@ def swept(record: Record, name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def swept_text(name: str, value: float) -> str:
+    """A value of a setting of ``SWEPT`` in words: ``200 epochs``, ``λ = 1e-05``."""
+    return f"{value:g} {name}" if name == "epochs" else f"{name} = {value:g}"
+
+
 def split_swept(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records by what a sweep varied among them, in words (``λ = 0.1``), in its order; all under "" where nothing was."""
+    """The records by what a sweep varied among them, in words, in its order; all under "" where nothing was."""
     records = list(records)
     varied = [name for name in SWEPT if len({swept(record, name) for record in records}) > 1]
     values = {id(record): [swept(record, name) for name in varied] for record in records}
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda each: [(value is not None, value or 0.0) for value in values[id(each)]]):
         known = zip(varied, values[id(record)], strict=True)
-        text = ", ".join(f"{name} = {value:g}" for name, value in known if value is not None)
+        text = ", ".join(swept_text(name, value) for name, value in known if value is not None)
         found.setdefault(text, []).append(record)
     return found
