@@ -20,7 +20,7 @@ from torchmetrics.classification import (
 
 NUM_BINS = 15
 MANY, FEW = 100, 20  # training images: more than MANY, fewer than FEW (Liu et al. 2019)
-LARGEST_UPDATE = 2**24  # images x cells counted at once: torchmetrics holds that many numbers under deterministic algorithms
+LARGEST_UPDATE = 2**24  # samples x cells counted at once where torchmetrics compares each sample with each cell
 
 
 def shot_groups(training_counts: Tensor) -> dict[str, Tensor]:
@@ -70,7 +70,8 @@ class DecisionScores(nn.Module):
 
     def update(self, decisions: Tensor, labels: Tensor) -> None:
         """Count a batch."""
-        size = max(1, LARGEST_UPDATE // (self.num_classes + 1) ** 2)
+        compares = torch.are_deterministic_algorithms_enabled() or decisions.is_mps
+        size = max(1, LARGEST_UPDATE // (self.num_classes + 1) ** 2 if compares else len(decisions))
         decisions = torch.where(decisions < 0, self.num_classes, decisions)
         for decided, truth in zip(decisions.split(size), labels.split(size), strict=True):
             self.counts.update(decided, truth)
