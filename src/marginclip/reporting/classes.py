@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from marginclip.reporting.rows import Record, before_and_after, describe, label
 from marginclip.reporting.style import AFTER, BEFORE, BOUND, Arrays, new_figure, tidy
@@ -106,8 +107,12 @@ def _draw_counts(axes: Axes, counts: np.ndarray) -> Line2D:
     marker = "o" if len(counts) <= MAX_NAMES else ""
     (line,) = right.plot(np.arange(len(counts)), counts, color=BOUND, marker=marker, markersize=4, linewidth=1.5)
     logarithmic = counts.min() > 0 and counts.max() >= 10 * counts.min()
-    right.set_yscale("log" if logarithmic else "linear")
-    if not logarithmic:
+    if logarithmic:
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
+    else:
         right.set_ylim(0, 1.03 * counts.max())
     right.set_ylabel("training images (log scale)" if logarithmic else "training images")
     right.spines[["top", "left"]].set_visible(False)
