@@ -174,3 +174,73 @@ def test_one_pass_serves_everything(scene):
     detectors = {name: ("mmac", MarginDropDetector.from_logits(network, other, draw(0), draw(1))) for name in ("a", "b")}
     evaluate(Evaluation({"none": network, "mmac": other}, detectors), *scene, batch_size=10)
     assert len(calls) == 4 + 3
+
+
+def detailed(scene, **settings):
+    """The evaluation of a network, a repair and a rejecting detector, with the scores of every class."""
+    labels, _, targets = scene
+    logits = torch.randn(70, 4, generator=torch.Generator().manual_seed(4)) + 2 * torch.eye(4)[torch.cat([labels, targets])]
+    bounded = logits.clone()
+    bounded[::3] *= -1  # images whose margin drops: some of them are clean
+    networks = {"none": Table(logits), "mmac": Table(bounded)}
+    detector = MarginDropDetector.from_logits(*networks.values(), draw(0), draw(0) + 0.01 * draw(1), correction="reject")
+    evaluation = Evaluation(networks, {"mmdf": ("mmac", detector)}, num_classes=4, **settings)
+    found = evaluate(evaluation, *scene)
+    return evaluation, found, {"none": logits, "mmac": bounded, "mmdf": detector.decide(logits, bounded).decisions}
+
+
+CALIBRATION = {"ece", "mce", "nll", "brier"}
+
+
+def test_scores_of_every_class_are_those_of_the_clean_images_alone(scene):
+    labels = scene[0]
+    evaluation, found, given = detailed(scene)
+    for name, values in given.items():
+        decisions = (values if name == "mmdf" else values.argmax(1))[:40]
+        expected = [
+            sum(d == t == label for d, t in zip(decisions.tolist(), labels.tolist(), strict=True)) / 10 for label in range(4)
+        ]
+        assert evaluation.per_class()[name] == pytest.approx(expected, abs=1e-6)
+        assert found[name]["acc"] == pytest.approx(sum(expected) / 4)  # balanced test set
+        assert found[name]["worst_class"] == pytest.approx(min(expected))
+        confusion = evaluation.class_arrays()[f"confusion/{name}"]
+        assert confusion.dtype == torch.int32
+        assert confusion.sum(1).tolist() == [10] * 4
+        assert confusion[:, :4].diagonal().tolist() == pytest.approx([10 * value for value in expected])
+        assert confusion[:, 4:].sum() == (decisions == -1).sum()
+    assert evaluation.class_arrays()["confusion/mmdf"].shape == (4, 5)  # the detector rejects
+    assert evaluation.class_arrays()["confusion/none"].shape == (4, 4)
+
+
+def test_decisions_without_logits_have_no_calibration(scene):
+    evaluation, found, given = detailed(scene)
+    assert set(found["none"]) == set(found["mmac"]) == {"acc", "asr", "pacc", "macro_f1", "worst_class"} | CALIBRATION
+    assert set(found["mmdf"]) == {"acc", "asr", "pacc", "fpr", "tpr", "auroc", "macro_f1", "worst_class"}
+    assert [name for name in evaluation.class_arrays() if "reliability" in name] == ["reliability/none", "reliability/mmac"]
+    wanted = nn.functional.cross_entropy(given["none"][:40], scene[0])
+    assert found["none"]["nll"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert evaluation.class_arrays()["reliability/none"][:, 0].sum() == 40
+
+
+def test_common_and_rare_classes_go_by_the_training_images(scene):
+    evaluation, found, _ = detailed(scene, training_counts=torch.tensor([500, 200, 100, 3]))
+    for name, each in evaluation.per_class().items():
+        assert found[name]["many"] == pytest.approx((each[0] + each[1]) / 2)
+        assert (found[name]["medium"], found[name]["few"]) == (pytest.approx(each[2]), pytest.approx(each[3]))
+    assert "few" not in detailed(scene, training_counts=torch.full((4,), 50))[1]["none"]
+    assert "medium" not in detailed(scene)[1]["none"]
+
+
+def test_a_class_without_test_images_is_null_and_a_thousand_classes_keep_no_confusion(scene):
+    evaluation = Evaluation({"none": Table(torch.randn(40, 1000))}, num_classes=1000)
+    evaluate(evaluation, scene[0], NONE, NONE)
+    each = evaluation.per_class()["none"]
+    assert len(each) == 1000
+    assert all(isinstance(value, float) for value in each[:4]) and set(each[4:]) == {None}
+    assert list(evaluation.class_arrays()) == ["reliability/none"]
+
+
+def test_without_a_number_of_classes_there_are_no_scores_of_classes(scene):
+    evaluation = Evaluation({"none": Table(torch.randn(70, 4))})
+    evaluate(evaluation, *scene)
+    assert evaluation.per_class() == evaluation.class_arrays() == {}

@@ -11,9 +11,17 @@ from torchmetrics.classification import BinaryAUROC
 
 from marginclip.errors import UserError
 from marginclip.maxmargin.detector import MarginDropDetector
-from marginclip.metrics import AttackSuccessRate, CleanAccuracy, FlaggedRate, PoisonedAccuracy
+from marginclip.metrics import (
+    AttackSuccessRate,
+    CalibrationScores,
+    CleanAccuracy,
+    DecisionScores,
+    FlaggedRate,
+    PoisonedAccuracy,
+)
 
 CLEAN, TRIGGERED, CROSSED = 0, 1, 2
+MAX_CONFUSION = 256  # classes up to which a confusion matrix is kept: more would be megabytes for a picture nobody can read
 
 
 class Evaluation(L.LightningModule):
@@ -25,11 +33,19 @@ class Evaluation(L.LightningModule):
     ``Trainer.test``, :meth:`results` gives, for each name, ``acc``, under an attack ``asr`` and ``pacc``, and with cross triggers
     ``cross_acc``, as fractions; for detectors ``fpr`` and under an attack ``tpr`` and ``auroc`` too.
 
+    With ``num_classes`` the clean images also give ``macro_f1`` and ``worst_class``, with ``training_counts`` (K,) ``many``,
+    ``medium`` and ``few``, and for networks ``ece``, ``mce``, ``nll`` and ``brier`` (see :mod:`marginclip.metrics.classification`).
+
     Raises :class:`UserError` when a network gives logits that are not finite.
     """
 
     def __init__(
-        self, networks: dict[str, nn.Module], detectors: dict[str, tuple[str, MarginDropDetector]] | None = None
+        self,
+        networks: dict[str, nn.Module],
+        detectors: dict[str, tuple[str, MarginDropDetector]] | None = None,
+        *,
+        num_classes: int | None = None,
+        training_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(networks)
@@ -45,6 +61,11 @@ class Evaluation(L.LightningModule):
         )
         self.auroc = nn.ModuleDict({name: BinaryAUROC() for name in self.detectors})
         self.statistics: dict[str, list[Tensor]] = {}
+        self.training_counts = training_counts
+        self.decided, self.calibrated = nn.ModuleDict(), nn.ModuleDict()
+        if num_classes is not None:
+            self.decided.update({name: DecisionScores(num_classes) for name in names})
+            self.calibrated.update({name: CalibrationScores(num_classes) for name in self.networks})
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         logits = {name: network(batch["images"]).float() for name, network in self.networks.items()}
@@ -52,6 +73,8 @@ class Evaluation(L.LightningModule):
             if not torch.isfinite(values).all():
                 raise UserError(f"the network '{name}' gives NaN or infinite logits; it cannot be repaired or evaluated")
             self._score(name, values.argmax(1), batch, dataloader_idx)
+            if dataloader_idx == CLEAN and name in self.calibrated:
+                self.calibrated[name].update(values, batch["labels"])  # type: ignore[operator]
         for name, detector in self.detectors.items():
             assert isinstance(detector, MarginDropDetector)
             detection = detector.decide(logits["none"], logits[self.pairs[name]])
@@ -67,6 +90,8 @@ class Evaluation(L.LightningModule):
     def _score(self, name: str, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         if dataloader_idx == CLEAN:
             self.accuracy[name].update(decisions, batch["labels"])  # type: ignore[operator]
+            if name in self.decided:
+                self.decided[name].update(decisions, batch["labels"])  # type: ignore[operator]
             return
         if dataloader_idx == CROSSED:
             self.cross_accuracy[name].update(decisions, batch["sources"])  # type: ignore[operator]
@@ -88,8 +113,36 @@ class Evaluation(L.LightningModule):
                 row["fpr"] = _value(self.flagged[f"{name}_clean"])
                 if attacked:
                     row |= {"tpr": _value(self.flagged[f"{name}_triggered"]), "auroc": _value(self.auroc[name])}
+            if name in self.decided:
+                row |= self.decided[name].scores(self.training_counts)  # type: ignore[operator]
+            if name in self.calibrated:
+                row |= self.calibrated[name].scores()  # type: ignore[operator]
             results[name] = row
         return results
+
+    def per_class(self) -> dict[str, list[float | None]]:
+        """Accuracy of every class, as fractions, by name; None for a class without test images."""
+        return {
+            name: [None if value != value else round(value, 6) for value in scores.per_class().tolist()]  # type: ignore[operator]
+            for name, scores in self.decided.items()
+        }
+
+    def class_arrays(self) -> dict[str, Tensor]:
+        """``confusion/<name>`` (K, K) int32, rows the true class, and for networks ``reliability/<name>`` (15, 3).
+
+        The confusion matrix of a detector has a last column more, of the images that it rejected, where there are any. It is left
+        out for more than ``MAX_CONFUSION`` classes. A reliability bin is the number of images, mean confidence and accuracy.
+        """
+        arrays = {}
+        for name, scores in self.decided.items():
+            confusion: Tensor = scores.confusion()  # type: ignore[operator]
+            if len(confusion) <= MAX_CONFUSION:
+                kept = confusion if confusion[:, -1].any() else confusion[:, :-1]
+                arrays[f"confusion/{name}"] = kept.int().cpu()
+        for name, scores in self.calibrated.items():
+            assert isinstance(scores, CalibrationScores)
+            arrays[f"reliability/{name}"] = scores.reliability.compute().cpu()
+        return arrays
 
     def scores(self) -> dict[str, Tensor]:
         """Detection statistics of all evaluated images, ``<detector>_clean`` (N,) and ``<detector>_triggered`` (M,)."""

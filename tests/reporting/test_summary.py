@@ -179,3 +179,57 @@ def test_an_output_that_is_a_folder_is_an_error(tmp_path: Path, capsys: pytest.C
     save(tmp_path / "a", run())
     assert main([str(tmp_path), "--output", str(tmp_path)]) == 1
     assert "is a folder" in capsys.readouterr().err
+
+
+# -- imbalance, loss, lambda --------------------------------------------------------------------------------------------------
+
+
+def long_tailed(seed: int = 0, *, penalty: float = 0.1, acc: float = 0.8, **changes: object) -> dict:
+    defense = {"name": "mmom", "repaired_row": "mmom", "penalty": {"initial": penalty}}
+    settings = {"attack": {"name": "none"}, "x2x": None, "imbalance": {"name": "exponential", "ratio": 100}, "defense": defense}
+    record = run(seed, **(settings | changes))
+    scores = {"acc": acc, "many": 0.9, "worst_class": 0.25, "ece": 0.1, "nll": 1.0 + seed, "macro_f1": 0.5}
+    return record | {"metrics": {"none": scores, "mmom": scores}}
+
+
+def test_long_tailed_runs_have_their_own_columns_and_backdoor_runs_theirs() -> None:
+    balanced = long_tailed(imbalance={"name": "none"})
+    backdoor, clean = rows(summarise([run(), balanced]))[0], rows(summarise([run(), balanced]))[-1]
+    assert list(backdoor)[5:] == ["ACC %", "ASR %", "PACC %", "TPR %", "FPR %", "AUC %", "seconds"]
+    assert list(clean)[5:] == ["ACC %", "MANY %", "WORST %", "ECE %", "NLL", "seconds"]
+    text = summarise([long_tailed(0), long_tailed(1)])
+    assert [row["NLL"] for row in rows(text)] == ["1.500 ± 0.707"] * 2
+    assert rows(text)[0]["ECE %"] == "10.0 ± 0.0"
+    assert "Mixed" not in text
+
+
+def test_imbalance_and_loss_make_sections() -> None:
+    records = [
+        long_tailed(),
+        long_tailed(imbalance={"name": "exponential", "ratio": 20}),
+        long_tailed(imbalance={"name": "step", "ratio": 100}),
+        long_tailed(loss={"name": "mixup"}),
+        long_tailed(1, loss={"name": "cross_entropy"}),  # the same as without the group
+        long_tailed(imbalance={"name": "none"}),
+    ]
+    text = summarise(records)
+    titles = [line.removeprefix("## digits, small_resnet (width 16), ") for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "clean set of 100",
+        "exponential 20, clean set of 100",
+        "exponential 100, clean set of 100",
+        "exponential 100, mixup, clean set of 100",
+        "step 100, clean set of 100",
+    ]
+    assert {row["seeds"] for row in rows(text)} == {"1", "2"}
+
+
+def test_a_sweep_of_lambda_or_epochs_is_told_apart_in_the_order_of_size() -> None:
+    penalties = [1e-3, 0.0, 1e-5, 1e-4]
+    text = summarise(long_tailed(penalty=penalty, acc=0.5 + penalty) for penalty in penalties)
+    names = [row["defense"] for row in rows(text)][::2]
+    assert names == ["mmom (λ = 0)", "mmom (λ = 1e-05)", "mmom (λ = 0.0001)", "mmom (λ = 0.001)"]
+    assert "Mixed" not in text
+    text = summarise(long_tailed(training={"epochs": epochs}) for epochs in (1000, 200))
+    assert [row["defense"] for row in rows(text)][::2] == ["mmom (200 epochs)", "mmom (1000 epochs)"]
+    assert {row["defense"] for row in rows(summarise([long_tailed(0), long_tailed(1)]))} == {"mmom"}

@@ -87,3 +87,46 @@ def test_a_failed_attack_is_said() -> None:
     file = io.StringIO()
     print_table(attacked() | {"status": "attack_failed"}, file)
     assert "attack failed" in " ".join(file.getvalue().split())
+
+
+def long_tailed(**config: object) -> dict:
+    before = {"acc": 0.7, "many": 0.9, "few": 0.1, "worst_class": 0.0, "ece": 0.123, "nll": 1.23456, "mce": 0.5, "brier": 0.4}
+    settings = {"attack": {"name": "none"}, "imbalance": {"name": "exponential", "ratio": 100}}
+    return {"config": settings | config, "metrics": {"none": before, "mmdf": {"acc": 0.75, "fpr": 0.01}}}
+
+
+def test_long_tailed_runs_show_common_and_rare_classes_and_calibration() -> None:
+    assert cells(long_tailed()) == {
+        "defense": ["no defense", "MMDF"],
+        "ACC %": ["70.0", "75.0"],
+        "MANY %": ["90.0", "-"],  # no class is medium: no such column
+        "FEW %": ["10.0", "-"],
+        "WORST %": ["0.0", "-"],
+        "ECE %": ["12.3", "-"],
+        "NLL": ["1.235", "-"],
+        "FPR %": ["-", "1.0"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({}, True),
+        ({"imbalance": {"name": "none"}}, True),  # no attack
+        ({"attack": {"name": "badnet"}}, True),  # imbalanced
+        ({"attack": {"name": "badnet"}, "imbalance": {"name": "none"}}, False),
+        ({"attack": {"name": "badnet"}, "imbalance": None}, False),
+    ],
+)
+def test_backdoor_runs_keep_their_columns(config: dict, shown: bool) -> None:
+    record = long_tailed(**config)
+    record["metrics"]["none"]["asr"] = 0.9
+    assert ("NLL" in cells(record)) is ("WORST %" in cells(record)) is shown
+    assert "ASR %" in cells(record)
+
+
+def test_the_title_names_imbalance_and_loss() -> None:
+    record = long_tailed(dataset={"name": "cifar10"}, loss={"name": "mixup"}, seed=0)
+    assert result_table(record).title == "cifar10, exponential 100, mixup, no attack, seed 0"
+    record = long_tailed(dataset={"name": "cifar10"}, loss={"name": "cross_entropy"}, imbalance={"name": "none"})
+    assert result_table(record).title == "cifar10, no attack"

@@ -12,6 +12,9 @@ from marginclip.running import cell, record
 from marginclip.running.cell import defend
 from marginclip.running.record import run_folder
 
+PER_CLASS = {"macro_f1", "worst_class"}
+CALIBRATION = {"ece", "mce", "nll", "brier"}
+
 
 def test_record_holds_what_was_asked_run_and_measured(finished):
     runs_dir, done = finished
@@ -28,9 +31,13 @@ def test_record_holds_what_was_asked_run_and_measured(finished):
     assert all(seconds > 0 for seconds in content["seconds"].values())
     assert content["peak_memory_mib"]["process"] > 50
     assert list(content["metrics"]) == ["none", "mmac", "mmdf"]
-    assert set(content["metrics"]["none"]) == set(content["metrics"]["mmac"]) == {"acc", "asr", "pacc"}
-    assert set(content["metrics"]["mmdf"]) == {"acc", "asr", "pacc", "fpr", "tpr", "auroc"}
-    assert all(0 <= value <= 1 for row in content["metrics"].values() for value in row.values())
+    backdoor = {"acc", "asr", "pacc"}
+    assert set(content["metrics"]["none"]) == set(content["metrics"]["mmac"]) == backdoor | PER_CLASS | CALIBRATION
+    assert set(content["metrics"]["mmdf"]) == backdoor | {"fpr", "tpr", "auroc"} | PER_CLASS
+    shares = [value for row in content["metrics"].values() for key, value in row.items() if key not in ("nll", "brier")]
+    assert all(0 <= value <= 1 for value in shares)
+    assert {row: len(each) for row, each in content["per_class"].items()} == {"none": 10, "mmac": 10, "mmdf": 10}
+    assert "training_counts" not in content
     assert content["evaluated_on"] == "held_out"
     assert done.path.is_relative_to(runs_dir)
 
@@ -121,8 +128,8 @@ def test_failed_run_leaves_its_reason_and_is_done_when_asked_again(configure, mo
 
 def test_without_attack_only_clean_metrics(configure):
     done = defend(configure("attack=none"))
-    assert set(done.content["metrics"]["none"]) == {"acc"}
-    assert set(done.content["metrics"]["mmdf"]) == {"acc", "fpr"}
+    assert set(done.content["metrics"]["none"]) == {"acc"} | PER_CLASS | CALIBRATION
+    assert set(done.content["metrics"]["mmdf"]) == {"acc", "fpr"} | PER_CLASS
 
 
 def test_all_held_out_images_as_clean_set_are_also_what_is_evaluated(configure):

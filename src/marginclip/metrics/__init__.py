@@ -9,5 +9,27 @@ from marginclip.metrics.backdoor import (
     Share,
     share_equal,
 )
+from marginclip.metrics.classification import (
+    CalibrationScores,
+    DecisionScores,
+    Reliability,
+    brier_scores,
+    shot_accuracy,
+    shot_groups,
+)
 
-__all__ = ["Agreement", "AttackSuccessRate", "CleanAccuracy", "FlaggedRate", "PoisonedAccuracy", "Share", "share_equal"]
+__all__ = [
+    "Agreement",
+    "AttackSuccessRate",
+    "CalibrationScores",
+    "CleanAccuracy",
+    "DecisionScores",
+    "FlaggedRate",
+    "PoisonedAccuracy",
+    "Reliability",
+    "Share",
+    "brier_scores",
+    "share_equal",
+    "shot_accuracy",
+    "shot_groups",
+]

@@ -5,11 +5,13 @@ Everything here is made from the files that a run leaves, ``run.json`` and ``arr
 - :func:`result_table`, :func:`print_table`: the metrics of one run, for the terminal.
 - :func:`load_records`, :func:`summarise`: the runs below a folder, as means over seeds in Markdown.
 - :func:`draw_figures`: the PNGs of one run folder.
-- :func:`draw_gallery`: the triggers of many runs side by side.
+- :func:`draw_gallery`, :func:`draw_over_training`, :func:`draw_lambdas`: a figure from many runs.
 
-On the command line: ``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures] [--gallery FILE]``.
+On the command line: ``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures]`` with ``[--gallery FILE]``,
+``[--over-training FILE]`` and ``[--lambdas FILE]`` for the figures from many runs.
 """
 
+from marginclip.reporting.comparisons import draw_lambdas, draw_over_training
 from marginclip.reporting.detection import area_under, roc_curve
 from marginclip.reporting.figures import draw_figures
 from marginclip.reporting.gallery import draw_gallery
@@ -20,6 +22,8 @@ __all__ = [
     "area_under",
     "draw_figures",
     "draw_gallery",
+    "draw_lambdas",
+    "draw_over_training",
     "load_records",
     "print_table",
     "result_table",

@@ -1,16 +1,30 @@
-"""``python -m marginclip.reporting RUNS_DIR [--output FILE] [--figures] [--gallery FILE]``: the summary of all runs below a folder."""
+"""``python -m marginclip.reporting RUNS_DIR``: the summary of all runs below a folder, and figures across them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
+from marginclip.reporting.comparisons import draw_lambdas, draw_over_training
 from marginclip.reporting.figures import draw_figures
 from marginclip.reporting.gallery import draw_gallery
+from marginclip.reporting.rows import Record
 from marginclip.reporting.summary import load_records, summarise
+
+Drawing = Callable[[list[Record], Path], Path]
+# Option -> what draws its PNG from all records, and what that shows.
+ACROSS: dict[str, tuple[Drawing, str]] = {
+    "gallery": (draw_gallery, "draw the triggers of all attacks side by side, as a PNG"),
+    "over-training": (
+        draw_over_training,
+        "draw per-class accuracy after short and long training, before and after repair, as a PNG",
+    ),
+    "lambdas": (draw_lambdas, "draw per-class accuracy for each lambda of a sweep, as a PNG"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,19 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder that holds the run folders, at any depth")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the summary, as Markdown, to this file")
     parser.add_argument("--figures", action="store_true", help="redraw the figures of every run folder")
-    parser.add_argument("--gallery", type=Path, metavar="FILE", help="draw the triggers of all attacks side by side, as a PNG")
+    for option, (_, help_text) in ACROSS.items():
+        parser.add_argument(f"--{option}", dest=option, type=Path, metavar="FILE", help=help_text)
     options = parser.parse_args(arguments)
+    wanted = {option: path for option in ACROSS if (path := vars(options)[option]) is not None}
     try:
-        return report(options.runs_dir, output=options.output, figures=options.figures, gallery=options.gallery)
+        return report(options.runs_dir, output=options.output, figures=options.figures, across=wanted)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def report(runs_dir: Path, *, output: Path | None, figures: bool, gallery: Path | None = None) -> int:
-    """Print, and on request write, the summary, draw the gallery and redraw the figures; 1 if the figures of a run could not be drawn.
+def report(runs_dir: Path, *, output: Path | None, figures: bool, across: dict[str, Path]) -> int:
+    """Print, and on request write, the summary, draw figures ``across`` runs (option of ``ACROSS`` -> PNG) and redraw those of every
+    run; 1 if the figures of a run could not be drawn.
 
-    Raises :class:`UserError` when there is no such folder, no readable record in it, or nothing to make a gallery of.
+    Raises :class:`UserError` when there is no such folder, no readable record in it, or none that serves a figure across runs.
     """
     require(runs_dir.is_dir(), f"there is no folder '{runs_dir}'")
     records = load_records(runs_dir)
@@ -41,8 +58,9 @@ def report(runs_dir: Path, *, output: Path | None, figures: bool, gallery: Path 
     if output is not None:
         require(not output.is_dir(), f"--output must be a file, but '{output}' is a folder")
         write_whole(output, lambda partial: _write_text(partial, text))
-    if gallery is not None:
-        print(f"{draw_gallery(records, gallery)}", file=sys.stderr)
+    for option, path in across.items():
+        draw, _ = ACROSS[option]
+        print(f"{draw(records, path)}", file=sys.stderr)
     return max([redraw(Path(record["path"])) for record in records], default=0) if figures else 0
 
 

@@ -13,23 +13,37 @@ from safetensors.torch import load_file
 from marginclip.errors import UserError
 from marginclip.files import write_whole
 from marginclip.reporting.activations import activation_figures
+from marginclip.reporting.classes import class_figures
+from marginclip.reporting.confusion import confusion_figures
 from marginclip.reporting.detection import detection_figures
 from marginclip.reporting.examples import example_figures
 from marginclip.reporting.inverted import inverted_figures
 from marginclip.reporting.learning import learning_figures
 from marginclip.reporting.margins import margin_figures
+from marginclip.reporting.reliability import reliability_figures
 from marginclip.reporting.rows import Record
 from marginclip.reporting.style import Arrays
 
 # Each makes the figures, by file stem, for which the record and the arrays hold what they need.
-DRAWERS = (example_figures, activation_figures, detection_figures, learning_figures, margin_figures, inverted_figures)
+DRAWERS = (
+    example_figures,
+    activation_figures,
+    detection_figures,
+    learning_figures,
+    margin_figures,
+    inverted_figures,
+    class_figures,
+    confusion_figures,
+    reliability_figures,
+)
 
 
 def draw_figures(folder: Path) -> list[Path]:
     """Draw what ``run.json`` and ``arrays.safetensors`` in ``folder`` allow; returns the paths of the PNGs.
 
     They are in ``folder/figures/``: ``examples.png``, ``activations.png``, ``detection_<detector>.png`` for each detector,
-    ``learning.png``, ``maximum_margins.png`` and ``inverted_trigger.png``. A figure whose data the files do not hold is left out.
+    ``learning.png``, ``maximum_margins.png``, ``inverted_trigger.png``, ``class_accuracy.png``, ``confusion.png`` and
+    ``reliability.png``. A figure whose data the files do not hold is left out.
     Raises :class:`UserError` when there is no run.json or a file is not readable.
     """
     folder = Path(folder)

@@ -10,6 +10,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 Arrays = dict[str, np.ndarray]
 
 CLEAN, TRIGGERED, BOUND, NEUTRAL = "#0072B2", "#D55E00", "#000000", "#666666"
+# A model as it was given, and its repair: light and dark also without colour.
+BEFORE, AFTER = "#E69F00", "#0072B2"
 DPI = 100
 
 

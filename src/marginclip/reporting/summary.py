@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from marginclip.reporting.rows import METRICS, Record, label, metric, seconds
+from marginclip.reporting.groups import LEFT_OUT, Group, cell, section, section_title, split_swept
+from marginclip.reporting.rows import METRICS, NATS, Record, columns, label, metric, seconds
 
 log = logging.getLogger(__name__)
 
-Group = tuple[str, ...]
-LEFT_OUT = {"attack_failed": "attack failed", "failed": "run failed"}
-COLUMNS = ("attack", "x2x", "defense", "row", "seeds", *(f"{heading} %" for heading in METRICS), "seconds")
+NAMES = ("attack", "x2x", "defense", "row")
 # Settings in which the runs of one row may differ without measuring different things.
 MAY_DIFFER = ("seed", "runs_dir", "logger", "trainer", "hydra", "figures")
 MAX_SETTINGS = 6
@@ -41,44 +40,34 @@ def load_records(runs_dir: Path) -> list[Record]:
 
 
 def summarise(records: Iterable[Record]) -> str:
-    """The records as Markdown: a section for each data set, model and clean-set size, in it a table row for each entry of
-    ``metrics`` of each attack, X2X setting and defense.
+    """The records as Markdown: a section for each data set, model, imbalance, loss and clean-set size, in it a table row for each
+    entry of ``metrics`` of each attack, X2X setting and defense, and of each lambda and number of epochs where these vary.
 
-    Values are means ± sample standard deviations over seeds, in percent (seconds in seconds); one seed has no deviation.
+    Models with an attack and balanced classes have one table, others another, with the metrics of
+    :func:`marginclip.reporting.rows.columns` that any of them has. Values are means ± sample standard deviations over seeds, in
+    percent (NLL in nats, seconds in seconds); one seed has no deviation.
     Records with status ``attack_failed`` or ``failed`` are listed below the table and are in no mean. Runs in one row that
     differ in another setting than the seed are pointed out.
     """
     sections: dict[Group, dict[Group, list[Record]]] = {}
     for record in records:
-        sections.setdefault(_section(record), {}).setdefault(_cell(record), []).append(record)
+        sections.setdefault(section(record), {}).setdefault(cell(record), []).append(record)
     parts = ["# Summary of runs", "Mean ± sample standard deviation over seeds; shares in percent."]
-    for section in sorted(sections, key=_natural):
-        parts += _section_text(section, sections[section])
+    for group in sorted(sections, key=_natural):
+        parts += _section_text(group, _divided(sections[group]))
     return "\n\n".join(parts) + "\n"
 
 
 # -- groups -------------------------------------------------------------------------------------------------------------------
 
 
-def _section(record: Record) -> Group:
-    """Data set, model (with width and, where it is not ReLU, activation), clean-set size and what was evaluated on."""
-    model = record["config"].get("model") or {}
-    details = [f"width {model['width']}"] if model.get("width") is not None else []
-    if model.get("activation") not in (None, "relu"):
-        details.append(str(model["activation"]))
-    described = _name(record, "model") + (f" ({', '.join(details)})" if details else "")
-    evaluated = ", evaluated on the clean set itself" if record.get("evaluated_on") == "clean_set" else ""
-    return _name(record, "dataset"), described, str(record.get("clean_set_size", "-")), evaluated
-
-
-def _cell(record: Record) -> Group:
-    """Attack, X2X setting (none without an attack) and defense."""
-    attack = _name(record, "attack")
-    return attack, "-" if attack == "none" else _name(record, "x2x"), _name(record, "defense")
-
-
-def _name(record: Record, group: str) -> str:
-    return str((record["config"].get(group) or {}).get("name", "-"))
+def _divided(cells: dict[Group, list[Record]]) -> dict[Group, list[Record]]:
+    """The cells in order, those in which a sweep varied lambda or the epochs divided by these."""
+    return {
+        (*names, f"{defense} ({varied})" if varied else defense): records
+        for *names, defense in sorted(cells)
+        for varied, records in split_swept(cells[*names, defense]).items()
+    }
 
 
 def _natural(group: Group) -> list[tuple[int, str]]:
@@ -89,44 +78,65 @@ def _natural(group: Group) -> list[tuple[int, str]]:
 # -- text ---------------------------------------------------------------------------------------------------------------------
 
 
-def _section_text(section: Group, cells: dict[Group, list[Record]]) -> Iterator[str]:
-    dataset, model, clean, evaluated = section
-    yield f"## {dataset}, {model}, clean set of {clean}{evaluated}"
-    counted = {cell: [record for record in cells[cell] if record.get("status") not in LEFT_OUT] for cell in sorted(cells)}
-    rows = [row for cell, records in counted.items() for row in _rows(cell, records)]
-    if rows:
-        yield "\n".join(_line(row) for row in (COLUMNS, ["---"] * 4 + ["---:"] * (len(COLUMNS) - 4), *rows))
-    left_out = [record for cell in sorted(cells) for record in cells[cell] if record.get("status") in LEFT_OUT]
+def _section_text(group: Group, cells: dict[Group, list[Record]]) -> Iterator[str]:
+    yield f"## {section_title(group)}"
+    counted = {key: [record for record in records if record.get("status") not in LEFT_OUT] for key, records in cells.items()}
+    backdoored = {key: records for key, records in counted.items() if all(columns(record) is METRICS for record in records)}
+    others = {key: records for key, records in counted.items() if key not in backdoored}
+    yield from _table(backdoored, METRICS)
+    headings = [heading for records in others.values() for record in records for heading in columns(record)]
+    yield from _table(others, [heading for heading in dict.fromkeys(headings) if _measured(others, heading)])
+    left_out = [record for records in cells.values() for record in records if record.get("status") in LEFT_OUT]
     if left_out:
         entries = [f"- {_run_name(record)}: {_reason(record)}" for record in left_out]
         yield f"Left out of the means ({len(left_out)}):\n\n" + "\n".join(entries)
-    mixed = [note for cell, records in counted.items() if (note := _mixed(cell, records))]
+    mixed = [note for key, records in counted.items() if (note := _mixed(key, records))]
     if mixed:
         yield "Mixed settings:\n\n" + "\n".join(f"- {note}" for note in mixed)
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _table(cells: dict[Group, list[Record]], headings: Iterable[str]) -> Iterator[str]:
+    """The table of some cells; nothing where they have no rows."""
+    headings = list(headings)
+    rows = [row for key, records in cells.items() for row in _rows(key, records, headings)]
+    if rows:
+        shown = [heading if heading == NATS else f"{heading} %" for heading in headings]
+        numbers = ["seeds", *shown, "seconds"]
+        yield "\n".join(_line(row) for row in ((*NAMES, *numbers), ["---"] * len(NAMES) + ["---:"] * len(numbers), *rows))
 
 
-def _rows(cell: Group, records: list[Record]) -> Iterator[list[str]]:
+def _measured(cells: dict[Group, list[Record]], heading: str) -> bool:
+    """Whether any row of any record has the metric."""
+    records = [record for records in cells.values() for record in records]
+    return any(metric(record, row, heading) is not None for record in records for row in record.get("metrics") or {})
+
+
+def _line(entries: Iterable[str]) -> str:
+    return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |"
+
+
+def _rows(key: Group, records: list[Record], headings: list[str]) -> Iterator[list[str]]:
     """A table row for each metrics entry that any of the records has."""
     for row in dict.fromkeys(row for record in records for row in record.get("metrics") or {}):
         having = [record for record in records if row in (record.get("metrics") or {})]
         num_seeds = len({record["config"].get("seed") for record in having})
-        metrics = [_spread([metric(record, row, heading) for record in having], scale=100) for heading in METRICS]
+        metrics = [_metric_spread([metric(record, row, heading) for record in having], heading) for heading in headings]
         took = _spread([seconds(record, row) for record in having])
-        yield [*cell, label(row), str(num_seeds), *metrics, took]
+        yield [*key, label(row), str(num_seeds), *metrics, took]
 
 
-def _spread(values: list[float | None], *, scale: float = 1) -> str:
-    """Mean ± sample deviation with one decimal; fewer values than runs are counted in brackets, none at all are "-"."""
+def _metric_spread(values: list[float | None], heading: str) -> str:
+    return _spread(values, digits=3) if heading == NATS else _spread(values, scale=100)
+
+
+def _spread(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:
+    """Mean ± sample deviation with so many decimals; fewer values than runs are counted in brackets, none at all are "-"."""
     found = [scale * value for value in values if value is not None]
     if not found:
         return "-"
-    text = f"{statistics.fmean(found):.1f}"
+    text = f"{statistics.fmean(found):.{digits}f}"
     if len(found) > 1:
-        text += f" ± {statistics.stdev(found):.1f}"
+        text += f" ± {statistics.stdev(found):.{digits}f}"
     return text if len(found) == len(values) else f"{text} (n={len(found)})"
 
 
@@ -140,10 +150,10 @@ def _reason(record: Record) -> str:
     success = ((record.get("metrics") or {}).get("none") or {}).get("asr")
     if record["status"] == "attack_failed" and success is not None:
         reason += f" (ASR without defense {100 * success:.1f} %)"
-    return f"{' '.join(_cell(record))}, seed {record['config'].get('seed')}: {reason}"
+    return f"{' '.join(cell(record))}, seed {record['config'].get('seed')}: {reason}"
 
 
-def _mixed(cell: Group, records: list[Record]) -> str | None:
+def _mixed(key: Group, records: list[Record]) -> str | None:
     """A note when runs of one cell differ in other settings than the seed, or repeat a seed; None when all is well."""
     settings = [dict(_flat(record["config"])) for record in records]
     missing = object()
@@ -152,9 +162,9 @@ def _mixed(cell: Group, records: list[Record]) -> str | None:
     num_seeds = len({record["config"].get("seed") for record in records})
     if differing:
         more = f" and {len(differing) - MAX_SETTINGS} more" if len(differing) > MAX_SETTINGS else ""
-        return f"{' '.join(cell)}: the means are over runs that differ in {', '.join(differing[:MAX_SETTINGS])}{more}"
+        return f"{' '.join(key)}: the means are over runs that differ in {', '.join(differing[:MAX_SETTINGS])}{more}"
     if num_seeds < len(records):
-        return f"{' '.join(cell)}: {len(records)} runs, but only {num_seeds} different seed{'s' if num_seeds > 1 else ''}"
+        return f"{' '.join(key)}: {len(records)} runs, but only {num_seeds} different seed{'s' if num_seeds > 1 else ''}"
     return None
 
 

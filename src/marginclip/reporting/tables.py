@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from marginclip.reporting.rows import METRICS, Record, describe, label, metric, seconds
+from marginclip.reporting.rows import NATS, Record, columns, describe, label, metric, seconds
 
 SECONDS = "seconds"
 
@@ -17,22 +17,22 @@ SECONDS = "seconds"
 def result_table(record: Record) -> Table:
     """A row for each entry of ``record["metrics"]``, in order.
 
-    ACC, ASR, PACC, TPR and FPR are in percent, AUC is a share in [0, 1], seconds are those spent to obtain the row (see
-    :func:`marginclip.reporting.rows.seconds`). A missing value is "-"; a column without any value, as ASR without an attack, is
-    left out.
+    The columns are those of :func:`marginclip.reporting.rows.columns`. Shares are in percent but AUC, which is in [0, 1]; NLL is in
+    nats, and seconds are those spent to obtain the row (see :func:`marginclip.reporting.rows.seconds`). A missing value is "-"; a
+    column without any value, as ASR without an attack, is left out.
     """
     rows = list(record.get("metrics") or {})
-    columns = {heading: [_cell(heading, metric(record, row, heading)) for row in rows] for heading in METRICS}
-    columns[SECONDS] = [_cell(SECONDS, seconds(record, row)) for row in rows]
-    columns = {heading: cells for heading, cells in columns.items() if any(cell != "-" for cell in cells)}
+    shown = {heading: [_cell(heading, metric(record, row, heading)) for row in rows] for heading in columns(record)}
+    shown[SECONDS] = [_cell(SECONDS, seconds(record, row)) for row in rows]
+    shown = {heading: cells for heading, cells in shown.items() if any(cell != "-" for cell in cells)}
     table = Table(
         title=_title(record), caption=_caption(record), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
     table.add_column("defense", no_wrap=True)
-    for heading in columns:
+    for heading in shown:
         table.add_column(_heading(heading), justify="right", no_wrap=True)
     for position, row in enumerate(rows):
-        table.add_row(escape(label(row)), *(cells[position] for cells in columns.values()))
+        table.add_row(escape(label(row)), *(cells[position] for cells in shown.values()))
     return table
 
 
@@ -42,13 +42,13 @@ def print_table(record: Record, file: IO[str] | None = None) -> None:
 
 
 def _heading(heading: str) -> str:
-    return heading if heading in ("AUC", SECONDS) else f"{heading} %"
+    return heading if heading in ("AUC", NATS, SECONDS) else f"{heading} %"
 
 
 def _cell(heading: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if heading == "AUC":
+    if heading in ("AUC", NATS):
         return f"{value:.3f}"
     return f"{value:.1f}" if heading == SECONDS else f"{100 * value:.1f}"
 

@@ -113,6 +113,14 @@ def build_scene(config: DictConfig) -> Scene:
     return Scene(splits, attack, data, model)
 
 
+def training_counts(config: DictConfig, scene: Scene) -> Tensor | None:
+    """Training images of every class (K,) under the ``imbalance`` group; None for ``imbalance=none``, or where none are kept."""
+    if config.imbalance["_target_"] is None:
+        return None
+    counts = scene.splits.train.labels.bincount(minlength=len(scene.classes))
+    return counts if int(counts.sum()) else None
+
+
 def clean_sizes(config: DictConfig, labels: Tensor) -> tuple[int | None, int]:
     """Images a class of the clean set (None: all) and of the reserve, from ``clean_per_class`` and ``reserve_per_class``.
 

@@ -23,7 +23,7 @@ from marginclip.files import write_tensors
 from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarginTest, activation_extremes
 from marginclip.maxmargin.detector import check_detector_settings
 from marginclip.precision import precision_for
-from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain
+from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain, training_counts
 from marginclip.running.checkpoint import load_checkpoint
 from marginclip.running.loggers import build_logger, finish_logger, publish
 from marginclip.running.quiet import quiet_lightning
@@ -235,10 +235,13 @@ def _evaluate(config: DictConfig, scene: Scene, outcome: Repair, record: Record)
     if outcome.detector is not None:
         detectors[config.defense.detector_row] = (config.defense.repaired_row, outcome.detector)
         record.content["detector"] = {"threshold": _finite(outcome.detector.threshold), **plain(config.defense.detector)}
-    evaluation = Evaluation(networks, detectors)
+    counts = training_counts(config, scene)
+    evaluation = Evaluation(networks, detectors, num_classes=len(scene.classes), training_counts=counts)
     trainer = build_trainer(config, record.folder, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.test(evaluation, scene.data, verbose=False)
-    record.content["metrics"] = evaluation.results()
+    record.content |= {"metrics": evaluation.results(), "per_class": evaluation.per_class()}
+    if counts is not None:
+        record.content["training_counts"] = counts.tolist()
     if outcome.detector is not None:
         scores = evaluation.scores()[f"{config.defense.detector_row}_clean"]
         flagged = round(record.content["metrics"][config.defense.detector_row]["fpr"] * len(scores))
@@ -270,10 +273,11 @@ def _gate(scene: Scene, record: Record) -> str:
 
 
 def _write_arrays(scene: Scene, outcome: Repair, evaluation: Evaluation, record: Record) -> None:
-    """What the figures are drawn from: example images, activation extremes, bounds and detection statistics."""
+    """What the figures are drawn from: images, activation extremes, bounds, detection statistics, confusion, reliability."""
     data, held_out = scene.data, scene.splits.held_out
     index = data.eval_index if len(data.eval_index) else data.clean_index
     arrays = outcome.arrays | {f"scores/{name}": scores for name, scores in evaluation.scores().items()}
+    arrays |= evaluation.class_arrays()
     chosen = index[torch.linspace(0, len(index) - 1, min(ACTIVATION_SAMPLES, len(index))).long()]
     if scene.attack is not None:
         eligible = index[scene.attack.x2x.eligible(held_out.labels[index])]
