@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from marginclip.defenses.affine_logits import fit_affine
 from marginclip.defenses.base import Defense, check_clean_set, clean_logits
 from marginclip.defenses.settings import AscentPlan, BoundStart
 from marginclip.errors import require
@@ -18,15 +19,18 @@ from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
 from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, Objective
 from marginclip.maxmargin.penalty import PenaltyController
 
+OFFSET_L2 = 1e-6
+
 
 class BoundLearning(Defense):
-    """MMAC, or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from a small clean set.
+    """MMAC, or MMOM or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from a small clean set.
 
     Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
     ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
     Algorithm 1) on ``batch_size`` clean images that the model classifies correctly. ``sites`` says which activations are bounded
     (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the learning rate at each activation by
-    the mean of its initial bounds, so that it means the same for models of any scale. Learning ends before that when two
+    the mean of its initial bounds, so that it means the same for models of any scale. With an ``offset_rate`` (a learning rate, in
+    logits) one offset a class is learned with the bounds, from where it fits the clean set best at their start. Learning ends before that when two
     losses in a row differ by less than ``tolerance``. Every ``check_every`` steps the
     accuracy on all of those images is measured; it moves lambda (``penalty``), and among the bounds that kept it at
     ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned (``keep="best"``) or the last
@@ -52,6 +56,7 @@ class BoundLearning(Defense):
         batch_size: int = 100,
         learning_rate: float = 0.02,
         lr_scale: str = "absolute",
+        offset_rate: float | None = None,
         keep: str = "best",
         project: bool = True,
         check_every: int = 10,
@@ -63,6 +68,9 @@ class BoundLearning(Defense):
         require(tolerance is None or tolerance > 0, f"defense.tolerance must be positive or null, got {tolerance}")
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
         require(0 < learning_rate <= 1e30, f"defense.learning_rate must be in (0, 1e30], got {learning_rate:g}")
+        require(
+            offset_rate is None or offset_rate > 0, f"defense.offset_rate must be positive or null, got {offset_rate}"
+        )
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
         require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
@@ -74,6 +82,7 @@ class BoundLearning(Defense):
         self.sites = sites
         self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
+        self.offset_rate = offset_rate
         self.tolerance, self.last_loss, self.stopped_at = tolerance, float("nan"), 0
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
@@ -90,13 +99,16 @@ class BoundLearning(Defense):
         require(
             bool(correct.any()), f"the model classifies none of the {len(images)} clean images correctly; are the labels right?"
         )
-        self.bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis, sites=self.sites)
+        self.bounded = BoundedNetwork(
+            model, images[:1], channel_axis=self.channel_axis, sites=self.sites, offsets=self.offset_rate is not None
+        )
         self.bounded.to(memory_format=torch.channels_last)
         self.start.apply(self.bounded, images)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
         self.register_buffer("labels", labels[kept.to(labels.device)].to(images.device), persistent=False)
+        self._start_offsets(images[kept], labels[kept.to(labels.device)])
         self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
         wanted = self.ascent.classes(logits.shape[1]) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
         self.register_buffer("wanted", wanted, persistent=False)
@@ -127,6 +139,8 @@ class BoundLearning(Defense):
             values = list(bound.values())
             scale = float(torch.cat([value.detach().abs() for value in values]).mean()) if self.lr_scale == "relative" else 1.0
             groups.append({"params": values, "lr": self.learning_rate * max(scale, 1e-6)})
+        if self.bounded.offsets is not None:
+            groups.append({"params": [self.bounded.offsets.value], "lr": self.offset_rate})
         return torch.optim.Adam(groups)
 
     def on_fit_start(self) -> None:
@@ -165,6 +179,14 @@ class BoundLearning(Defense):
         """How long bounds were learned and what ended it: ``tolerance`` or ``steps``."""
         taken = self.stopped_at or self.steps
         return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
+
+    def _start_offsets(self, images: Tensor, labels: Tensor) -> None:
+        """Offsets start where they fit the clean set best under the bounds that learning starts from."""
+        if self.bounded.offsets is None:
+            return
+        _, shift = fit_affine(clean_logits(self.bounded, images), labels, scale="none", shift=True, l2=OFFSET_L2)
+        with torch.no_grad():
+            self.bounded.offsets.value.copy_(shift)
 
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""

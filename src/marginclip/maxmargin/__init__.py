@@ -5,7 +5,16 @@ from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection
 from marginclip.maxmargin.null import p_values
-from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, MMBMObjective, Objective, mmac, mmbm
+from marginclip.maxmargin.objectives import (
+    BoundObjective,
+    MMACObjective,
+    MMBMObjective,
+    MMOMObjective,
+    Objective,
+    mmac,
+    mmbm,
+    mmom,
+)
 from marginclip.maxmargin.penalty import PenaltyController
 
 __all__ = [
@@ -15,6 +24,7 @@ __all__ = [
     "Detection",
     "MMACObjective",
     "MMBMObjective",
+    "MMOMObjective",
     "MarginAscent",
     "MarginDropDetector",
     "MaximumMarginTest",
@@ -28,6 +38,7 @@ __all__ = [
     "maximum_margin_detection",
     "mmac",
     "mmbm",
+    "mmom",
     "p_values",
     "random_starts",
 ]

@@ -61,6 +61,18 @@ class Bound(nn.Module):
             torch.minimum(self.lower, self.upper, out=self.lower)
 
 
+class LogitOffsets(nn.Module):
+    """Adds one learnable number a class to logits (N, K); at 0, as at first, they are the same bit for bit."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(num_classes))
+        self.enabled = True
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.value.to(logits.dtype) if self.enabled else logits
+
+
 class BoundedNetwork(nn.Module):
     """A copy of ``model`` with bounds behind every activation call; its own weights are frozen, its bounds are to be learned.
 
@@ -72,17 +84,27 @@ class BoundedNetwork(nn.Module):
 
     ``example`` is one image (C, H, W) or a batch (N, C, H, W). ``channel_axis`` overrides where the channels of activations with
     more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`). ``sites`` limits the bounds to some of the
-    activations (see :func:`marginclip.maxmargin.sites.choose_sites`).
+    activations (see :func:`marginclip.maxmargin.sites.choose_sites`). With ``offsets`` one learnable number is added to the logit of
+    each class (``offsets.value``), 0 at first; None otherwise.
 
     Raises :class:`UserError` for a model that cannot be traced or has no activations.
     """
 
     def __init__(
-        self, model: nn.Module, example: Tensor, *, channel_axis: int | None = None, sites: str | Sequence[str] = "all"
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        channel_axis: int | None = None,
+        sites: str | Sequence[str] = "all",
+        offsets: bool = False,
     ) -> None:
         super().__init__()
         with torch.inference_mode(False), torch.no_grad():  # made in a validation loop, it can be learned all the same
-            self.network, self.bounds = _with_bounds(trace(model), example, channel_axis, sites)
+            traced = trace(model)
+            self.network, self.bounds, num_classes = _with_bounds(traced, example, channel_axis, sites)
+            device = next(self.bounds.parameters()).device
+            self.offsets = LogitOffsets(num_classes).to(device) if offsets else None
         self.channel_axis = channel_axis
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
@@ -92,7 +114,8 @@ class BoundedNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
+        logits: Tensor = self.network(images)
+        return logits if self.offsets is None else self.offsets(logits)
 
     def train(self, mode: bool = True) -> BoundedNetwork:
         """The repaired network stays in evaluation mode: its dropout and batch norm were fixed when it was traced."""
@@ -115,16 +138,19 @@ class BoundedNetwork(nn.Module):
         return sum(value.numel() for value in self.bound_parameters())
 
     def bounds_state(self) -> dict[str, Tensor]:
-        """The bounds alone, ``<call>.upper`` and ``<call>.lower``, detached copies."""
-        return {name: value.detach().clone() for name, value in self.bounds.state_dict().items()}
+        """What was learned, ``<call>.upper``, ``<call>.lower`` and, with offsets, ``offsets``: detached copies."""
+        bounds = {name: value.detach().clone() for name, value in self.bounds.state_dict().items()}
+        return bounds if self.offsets is None else bounds | {"offsets": self.offsets.value.detach().clone()}
 
     @torch.no_grad()
     def load_bounds(self, state: dict[str, Tensor]) -> None:
         """Set the bounds from :meth:`bounds_state`; raises :class:`UserError` when they belong to another architecture."""
-        own = self.bounds.state_dict()
+        own = self.bounds_state()
         odd = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
         require(not odd, f"these bounds are of another architecture: '{odd[0] if odd else ''}' does not fit")
-        self.bounds.load_state_dict(state)
+        self.bounds.load_state_dict({name: value for name, value in state.items() if name != "offsets"})
+        if self.offsets is not None:
+            self.offsets.value.copy_(state["offsets"])
 
     @torch.no_grad()
     def set_constant(self, value: float) -> None:
@@ -160,7 +186,9 @@ class BoundedNetwork(nn.Module):
     @contextmanager
     def unbounded(self) -> Iterator[None]:
         """Inside, the network is the model as it was given."""
-        before = [(bound, bound.enabled) for _, bound in self.each()]
+        switches: list[Bound | LogitOffsets] = [bound for _, bound in self.each()]
+        switches += [] if self.offsets is None else [self.offsets]
+        before = [(switch, switch.enabled) for switch in switches]
         for bound, _ in before:
             bound.enabled = False
         try:
@@ -185,7 +213,7 @@ class BoundedNetwork(nn.Module):
         twin._modules["network"] = folded
         for parameter in folded.parameters():
             parameter.requires_grad_(any(parameter is value for value in self.bound_parameters()))
-        return twin
+        return twin  # the offsets are its own, too: they come with the dictionary of modules
 
     @torch.no_grad()
     def active_share(self, extremes: dict[str, tuple[Tensor, Tensor]]) -> float:
@@ -206,6 +234,7 @@ class BoundedNetwork(nn.Module):
         nn.Module.__init__(twin)
         twin.channel_axis = self.channel_axis
         twin.network = copy.deepcopy(self.network, memo)
+        twin.offsets = copy.deepcopy(self.offsets, memo)
         twin.bounds = nn.ModuleDict({name: twin.network.get_submodule(f"bound_{name}") for name in self.bounds})
         return twin.eval()
 
@@ -246,8 +275,8 @@ def activation_extremes(bounded: BoundedNetwork, images: Tensor, *, batch_size: 
 
 def _with_bounds(
     traced: fx.GraphModule, example: Tensor, channel_axis: int | None, wanted: str | Sequence[str]
-) -> tuple[fx.GraphModule, nn.ModuleDict]:
-    """Insert a :class:`Bound` behind every activation call of a traced model."""
+) -> tuple[fx.GraphModule, nn.ModuleDict, int]:
+    """Insert a :class:`Bound` behind every activation call of a traced model; also returns its number of classes."""
     example = example[:1] if example.dim() > 3 else example.unsqueeze(0)
     parameter = next(iter(traced.parameters()), None)
     example = example if parameter is None else example.to(parameter.device)
@@ -272,7 +301,7 @@ def _with_bounds(
         "the model overwrites an activation's input in place and reads it under another name (a view, nn.Identity, "
         "nn.Dropout); write that activation out of place so that it can be bounded",
     )
-    return traced, bounds
+    return traced, bounds, logits.shape[1]
 
 
 @torch.no_grad()

@@ -98,14 +98,17 @@ def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | N
 
 
 def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Site]:
-    """The activation calls to bound: ``all``, ``first_half``, or those of the given names, in the order of execution.
+    """The activation calls to bound: ``all``, ``last``, ``first_half``, or those of the given names, in the order of execution.
 
+    ``last`` is the last call, in a residual network the features in front of the classifier.
     ``first_half`` is the first activation and the last one at each of the first half (rounded up) of the resolutions, so in a
     ResNet-18 those behind the stem and the stages 1 and 2; in a network without feature maps the first half of the activations.
     A name is that of its bounds (``004_layer1_1_act2``), with or without the number. Raises :class:`UserError` for others.
     """
     if wanted == "all" or not sites:
         return list(sites)
+    if wanted == "last":
+        return [sites[-1]]
     if wanted == "first_half":
         last = {site.size: site.name for site in sites if site.size}
         half = list(last.values())[: (len(last) + 1) // 2] or [site.name for site in sites[: (len(sites) + 1) // 2]]
@@ -115,7 +118,7 @@ def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Sit
     odd = [name for name in names if name not in known]
     if odd or not names:
         raise UserError(
-            f"defense.sites must be all, first_half or names of activations, got '{odd[0] if odd else names}'; "
+            f"defense.sites must be all, last, first_half or names of activations, got '{odd[0] if odd else names}'; "
             f"this model has {', '.join(site.name for site in sites)}"
         )
     return [site for site in sites if site.name in names or site.name[4:] in names]
