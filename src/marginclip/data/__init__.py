@@ -8,4 +8,15 @@ from marginclip.data.imbalance import Imbalance
 from marginclip.data.module import ImageData
 from marginclip.data.sources import Cifar10, Digits, MnistSubset
 
-__all__ = ["Augment", "Cifar10", "Digits", "ImageData", "ImageFolder", "ImageSet", "Imbalance", "MnistSubset", "Splits", "split_clean"]
+__all__ = [
+    "Augment",
+    "Cifar10",
+    "Digits",
+    "ImageData",
+    "ImageFolder",
+    "ImageSet",
+    "Imbalance",
+    "MnistSubset",
+    "Splits",
+    "split_clean",
+]

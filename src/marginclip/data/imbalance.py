@@ -47,7 +47,7 @@ class Imbalance:
         """Indices (M,) of the images kept, of those with ``labels`` (N,), class after class."""
         sizes = labels.bincount(minlength=num_classes)
         counts = class_counts(self.profile, num_classes, int(sizes.min()), self.ratio)
-        random = np.random.RandomState(self.subset_seed)  # noqa: NPY002 - the legacy stream is the published choice of images
+        random = np.random.RandomState(self.subset_seed)  # the legacy stream is the published choice of images
         kept = []
         for label, count in enumerate(counts):
             members = (labels == label).nonzero().flatten().numpy()
