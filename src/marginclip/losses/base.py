@@ -49,7 +49,7 @@ class SecondStage:
 
     def __init__(self, *, loss: Loss, epochs: float = 0.15, learning_rate: float = 0.002) -> None:
         require(
-            0 < epochs < 1 or (epochs >= 1 and epochs == int(epochs)),
+            0 < epochs < 1 or (epochs >= 1 and float(epochs).is_integer()),
             f"loss.second_stage.epochs must be a whole number from 1 up, or a share of training.epochs in (0, 1), got {epochs:g}",
         )
         require(learning_rate > 0, f"loss.second_stage.learning_rate must be positive, got {learning_rate:g}")

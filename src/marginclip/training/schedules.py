@@ -36,7 +36,7 @@ class WarmUpAndDrops:
         require(
             rising and min(milestones, default=1) > 0, f"{key}.milestones must be positive and rise, got {list(milestones)}"
         )
-        whole = all(value < 1 or value == int(value) for value in milestones)
+        whole = all(value < 1 or float(value).is_integer() for value in milestones)
         require(whole, f"{key}.milestones must be shares under 1 or whole epochs, got {list(milestones)}")
         require(
             len(factors) == len(milestones) and min(factors, default=1) > 0,
