@@ -165,7 +165,7 @@ def test_a_poisoned_victim_of_two_stages_keeps_its_trigger(configure):
 # -- entry points --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["mixup", "gcl"])
+@pytest.mark.parametrize("loss", ["mixup", "gcl", "ldam"])
 def test_train_runs_for_one_epoch(job, tmp_path, loss):
     overrides = ("imbalance=exponential", f"loss={loss}", "training=long_tail", "training.epochs=1", "model.width=4")
     code, out, err = job(*overrides, script="train")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from marginclip.errors import UserError
-from marginclip.losses import GCL, Mixup, with_cosine_head
+from marginclip.losses import GCL, LDAM, Mixup, with_cosine_head
 from marginclip.training import ClassifierTraining, HeadTraining, LongTailTraining, cosine_to_zero
 from marginclip.training.classifier import LOSS_STREAM
 from marginclip.training.long_tail import class_groups
@@ -70,6 +70,19 @@ def test_seeds_draw_differently():
         states.append(network.state_dict())
     assert not moved(states[0], states[2])
     assert moved(states[0], states[1])
+
+
+def test_the_loss_is_told_every_epoch_before_it():
+    loss, seen = LDAM(reweight_from=0.5), []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(loss.reweighted)
+
+    for module in (ClassifierTraining, partial(HeadTraining, class_counts=COUNTS)):
+        trained = module(loss.adapt(model(), COUNTS), optimizer=SGD, loss=loss)
+        trainer(4, callbacks=[Note()]).fit(trained, loader(batch(), batch()))
+    assert seen == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
 
 
 def test_smoothing_would_have_no_effect():

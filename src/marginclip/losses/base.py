@@ -33,6 +33,9 @@ class Loss:
         twin.second_stage = None
         return twin
 
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before every epoch, from 0, of ``epochs``; for a loss that changes in the course of a training."""
+
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch, images (B, C, H, W) and labels (B,); random are only draws from ``generator``, on the CPU."""
         raise TypeError(f"{type(self).__name__} does not say what it is")

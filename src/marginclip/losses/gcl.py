@@ -57,7 +57,7 @@ class GCL(Loss):
 
     ``scale`` is that of the cosine classifier, which :meth:`adapt` puts in the place of the model's last layer; ``noise_mul``
     and ``margin`` are in cosines; ``focal`` is the exponent of :func:`focal_cross_entropy`; ``mixup_alpha`` 0 mixes nothing.
-    With mixup each of the two labels has its own noise, as published. Without training nothing is clouded.
+    With mixup each of the two labels has its own noise, as published. Outside of training nothing is clouded.
 
     Raises :class:`UserError` for a scale that is not positive and for other settings under 0.
     """

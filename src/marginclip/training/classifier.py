@@ -49,6 +49,10 @@ class ClassifierTraining(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def on_train_epoch_start(self) -> None:
+        if self.loss is not None:
+            self.loss.begin_epoch(self.current_epoch, int(self.trainer.max_epochs or 1))
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.batch_loss(batch["images"], batch["labels"])
         if batch_idx % 50 == 0:

@@ -27,4 +27,5 @@ class HeadTraining(LongTailTraining):
         return self.model.get_submodule(self.head).parameters()
 
     def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
         self.model.eval()
