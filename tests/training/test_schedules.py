@@ -77,6 +77,7 @@ def test_the_cosine_falls_from_the_optimizers_rate_to_zero():
         ({"milestones": [0.9, 0.8]}, "training.scheduler.milestones must be positive and rise, got [0.9, 0.8]"),
         ({"milestones": [0, 5]}, "training.scheduler.milestones must be positive and rise, got [0, 5]"),
         ({"milestones": [0.5, 2.5]}, "training.scheduler.milestones must be shares under 1 or whole epochs, got [0.5, 2.5]"),
+        ({"milestones": [5, 10]}, "training.scheduler.milestones must be under the 10 epochs (or shares under 1), got [5, 10]"),
         ({"factors": [0.1]}, "training.scheduler.factors must be 2 positive numbers, one a milestone, got [0.1]"),
         ({"factors": [0.1, 0]}, "training.scheduler.factors must be 2 positive numbers, one a milestone, got [0.1, 0]"),
     ],

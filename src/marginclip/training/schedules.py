@@ -18,7 +18,7 @@ class WarmUpAndDrops:
     ``milestones`` (epochs done) it is its one of ``factors``, of the optimizer's own rate too. Milestones under 1 are shares of
     ``epochs``, rounded to whole ones, others epochs (LDAM-DRW: 160 and 180 of 200, to 0.01 and 0.0001; Cao et al. 2019).
 
-    Raises :class:`UserError` for milestones that do not rise, and another number of factors.
+    Raises :class:`UserError` for milestones that do not rise or are never reached, and for another number of factors.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class WarmUpAndDrops:
         )
         whole = all(value < 1 or float(value).is_integer() for value in milestones)
         require(whole, f"{key}.milestones must be shares under 1 or whole epochs, got {list(milestones)}")
+        late = [value for value in milestones if value >= max(1, epochs)]
+        require(not late, f"{key}.milestones must be under the {epochs} epochs (or shares under 1), got {list(milestones)}")
         require(
             len(factors) == len(milestones) and min(factors, default=1) > 0,
             f"{key}.factors must be {len(milestones)} positive numbers, one a milestone, got {list(factors)}",
