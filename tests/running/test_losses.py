@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from marginclip.losses import CosineLinear
@@ -65,6 +66,16 @@ def test_the_cross_entropy_finds_the_victims_and_runs_from_before_there_were_los
         config = compose("defend", overrides=list(overrides))
     assert find_victim(config).folder.name == victim
     assert run_folder(config).name == run
+
+
+def test_the_configuration_of_a_record_from_before_there_were_losses_is_understood(configure):
+    config = configure("attack=none", "training.epochs=1")
+    whole = find_victim(config), run_folder(config).name
+    with open_dict(config):
+        del config["loss"]
+    assert (find_victim(config), run_folder(config).name) == whole
+    scene, _ = obtain(config)
+    assert scene.loss is None
 
 
 def test_another_loss_is_another_victim_and_its_name_says_so(configure):

@@ -49,7 +49,7 @@ def named_parts(config: DictConfig) -> list[str]:
     parts = [config.dataset.name, config.model.get("name", "model")]
     if config.imbalance.name != "none":
         parts.append(f"{config.imbalance.name}{config.imbalance.ratio:g}")
-    if config.loss.name != "cross_entropy":
+    if config.get("loss") and config.loss.name != "cross_entropy":
         parts.append(config.loss.name)
     parts.append(config.attack.name)
     return parts if config.attack.name == "none" else [*parts, config.x2x.name]

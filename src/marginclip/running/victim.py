@@ -31,7 +31,7 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
     groups = plain(config)
     recipe = {key: groups[key] for key in ("dataset", "attack", "x2x", "model", "training", "seed")}
     for group in ("imbalance", "loss"):
-        if groups[group]["_target_"] is not None:
+        if (groups.get(group) or {}).get("_target_") is not None:
             recipe[group] = groups[group]
     if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
         recipe["x2x"] = None
@@ -101,7 +101,7 @@ def obtain_first_stage(config: DictConfig, scene: Scene) -> Victim:
 def make_training(config: DictConfig, scene: Scene) -> PoisonedTraining:
     """The module that trains the victim: the attack's own where it has one; of imbalanced data, one that watches rare classes."""
     target, objects = Attack.trained_by if scene.attack is None else scene.attack.trained_by, {}
-    if config.imbalance["_target_"] is not None and target == Attack.trained_by:
+    if (config.get("imbalance") or {}).get("_target_") is not None and target == Attack.trained_by:
         target, objects = "marginclip.training.LongTailTraining", {"class_counts": scene.data.class_counts}
     settings = {key: config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
     training: PoisonedTraining = instantiate(
