@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from scipy import stats
 
-from marginclip.data.batches import BatchDataset, BatchSampler, Overlay, Subset, batch_loader, load_all
+from marginclip.data.batches import BalancedBatchSampler, BatchDataset, BatchSampler, Overlay, Subset, batch_loader, load_all
 
 
 def epoch_of(epoch, **settings):
@@ -50,6 +51,40 @@ def test_ranks_share_the_data_in_equally_many_batches(world_size):
 def test_evaluation_repeats_no_image_on_any_rank(world_size):
     samplers = [BatchSampler(23, 5, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(i for sampler in samplers for _, index in sampler for i in index.tolist()) == list(range(23))
+
+
+def long_tailed():
+    return torch.arange(4).repeat_interleave(torch.tensor([400, 90, 9, 1]))
+
+
+def balanced_epoch(epoch, **settings):
+    sampler = BalancedBatchSampler(long_tailed(), 32, **settings)
+    sampler.set_epoch(epoch)
+    assert len(sampler) == len(list(sampler))
+    return [(draw, index.tolist()) for draw, index in sampler]
+
+
+def test_balanced_batches_have_every_class_and_every_image_of_it_equally_often():
+    drawn = torch.tensor([i for epoch in range(20) for _, index in balanced_epoch(epoch) for i in index])
+    assert len(drawn) == 20 * 500
+    labels = long_tailed()
+    classes = labels[drawn].bincount()
+    assert stats.chisquare(classes).pvalue > 0.01
+    for label in range(3):
+        images = drawn[labels[drawn] == label].bincount(minlength=500)[labels == label]
+        assert stats.chisquare(images).pvalue > 0.01
+
+
+def test_balanced_epochs_are_a_function_of_seed_and_epoch_only():
+    torch.manual_seed(1)
+    assert balanced_epoch(3, seed=2) == balanced_epoch(3, seed=2)
+    assert len({str(balanced_epoch(epoch, seed=seed)) for epoch in (0, 1) for seed in (0, 1)}) == 4
+
+
+def test_ranks_share_a_balanced_epoch():
+    whole = [i for _, index in balanced_epoch(1) for i in index]
+    for rank in (0, 1):
+        assert [i for _, index in balanced_epoch(1, rank=rank, world_size=2) for i in index] == whole[rank::2]
 
 
 def test_the_loader_gives_whole_batches_with_their_columns():

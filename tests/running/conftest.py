@@ -47,15 +47,25 @@ def load_script(name):
     return module
 
 
-@pytest.fixture
-def configure(tmp_path):
-    """Makes a tiny configuration whose runs live in this test's own folder: ``configure("attack=blend")``."""
+@pytest.fixture(scope="session")
+def configure_at():
+    """Makes a tiny configuration whose runs live in a folder of the test's choice: ``configure_at(folder, "attack=blend")``."""
 
-    def configure(*overrides, runs_dir=None, name="defend"):
-        config = make_config(runs_dir or tmp_path / "runs", *overrides, name=name)
+    def configure_at(runs_dir, *overrides, name="defend"):
+        config = make_config(runs_dir, *overrides, name=name)
         with open_dict(config):
             del config["hydra"]
         return config
+
+    return configure_at
+
+
+@pytest.fixture
+def configure(tmp_path, configure_at):
+    """Makes a tiny configuration whose runs live in this test's own folder: ``configure("attack=blend")``."""
+
+    def configure(*overrides, runs_dir=None, name="defend"):
+        return configure_at(runs_dir or tmp_path / "runs", *overrides, name=name)
 
     return configure
 
@@ -81,12 +91,9 @@ def job(tmp_path, monkeypatch, capsys, caplog):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, configure_at):
     """One complete tiny run, done once: (its runs_dir, its record). Tests must not write there."""
     from marginclip.running.cell import defend
 
     runs_dir = tmp_path_factory.mktemp("finished") / "runs"
-    config = make_config(runs_dir)
-    with open_dict(config):
-        del config["hydra"]
-    return runs_dir, defend(config)
+    return runs_dir, defend(configure_at(runs_dir))

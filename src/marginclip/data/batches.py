@@ -39,16 +39,35 @@ class BatchSampler(Sampler[BatchKey]):
         own = len(range(self.rank, self.count + self._padding(), self.world_size))
         return (own + self.batch_size - 1) // self.batch_size
 
+    def order(self) -> Tensor:
+        """The images of this epoch by index (count,), in the order of all ranks together."""
+        if not self.shuffle:
+            return torch.arange(self.count)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.count, generator=generator)
+
     def __iter__(self) -> Iterator[BatchKey]:
-        order = torch.arange(self.count)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.count, generator=generator)
+        order = self.order()
         order = torch.cat([order, order[: self._padding()]])
         own = order[self.rank :: self.world_size]
         for number, index in enumerate(own.split(self.batch_size)):
             draw = ((self.seed * 1_000_003 + self.epoch) * 1_000_003 + number) * self.world_size + self.rank
             yield draw % 2**62, index
+
+
+class BalancedBatchSampler(BatchSampler):
+    """A :class:`BatchSampler` that draws images with replacement so that every class of ``labels`` (N,) comes equally often.
+
+    An image's weight is 1 / (the images of its class); an epoch is as long as the data set.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(len(labels), batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
+        self.weights = 1 / labels.bincount()[labels].double()
+
+    def order(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
 
 
 class BatchDataset(Dataset[dict[str, Any]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from marginclip.attacks import Attack
 from marginclip.data.augment import Augment
-from marginclip.data.batches import BatchDataset, BatchSampler, Overlay, Subset, batch_loader, load_all
+from marginclip.data.batches import BalancedBatchSampler, BatchDataset, BatchSampler, Overlay, Subset, batch_loader, load_all
 from marginclip.data.clean import split_clean
 from marginclip.data.images import ImageStore, Splits
 
@@ -55,6 +56,7 @@ class ImageData(L.LightningDataModule):
         )
         train_labels = splits.train.labels
         self.train_images: ImageStore = splits.train.images
+        self.class_balanced = False
         self.poisoned = (
             torch.zeros(len(train_labels), dtype=torch.bool) if attack is None else attack.poisoned_mask(train_labels)
         )
@@ -63,6 +65,17 @@ class ImageData(L.LightningDataModule):
     def classes(self) -> tuple[str, ...]:
         """The names of the classes."""
         return self.splits.held_out.classes
+
+    @property
+    def class_counts(self) -> Tensor:
+        """The training images of every class (K,), by their true labels."""
+        return self.splits.train.labels.bincount(minlength=len(self.classes))
+
+    def balanced(self) -> ImageData:
+        """The same data, whose training batches have every class equally often, rare ones with repeated images."""
+        twin = copy.copy(self)
+        twin.class_balanced = True
+        return twin
 
     def clean_set(self) -> tuple[Tensor, Tensor]:
         """The defender's clean images (M, C, H, W) float in [0, 1] and their labels (M,)."""
@@ -76,7 +89,12 @@ class ImageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         train = self.splits.train
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = BatchSampler(len(train), self.batch_size, shuffle=True, seed=self.seed, rank=rank, world_size=world_size)
+        place = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        sampler = (
+            BalancedBatchSampler(train.labels, self.batch_size, **place)
+            if self.class_balanced
+            else BatchSampler(len(train), self.batch_size, shuffle=True, **place)
+        )
         dataset = BatchDataset(self.train_images, labels=train.labels, poisoned=self.poisoned)
         return batch_loader(dataset, sampler, pin_memory=torch.cuda.is_available())
 

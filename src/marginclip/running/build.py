@@ -18,6 +18,7 @@ from marginclip.attacks import Attack
 from marginclip.data import Augment, ImageData, Splits
 from marginclip.data.clean import automatic_sizes
 from marginclip.errors import UserError, require
+from marginclip.losses import Loss
 from marginclip.precision import precision_for
 from marginclip.running.types import check_types
 
@@ -66,12 +67,13 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scene:
-    """The data under its attack, and a fresh model of the right shape."""
+    """The data under its attack, and a fresh model of the right shape, with the head that ``loss`` needs (None: cross entropy)."""
 
     splits: Splits
     attack: Attack | None
     data: ImageData
     model: nn.Module
+    loss: Loss | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -109,8 +111,22 @@ def build_scene(config: DictConfig) -> Scene:
         reserve_per_class=reserve_per_class,
         seed=config.seed,
     )
+    loss = build_loss(config, attack)
     model = build_model(config, len(classes), splits.image_shape)
-    return Scene(splits, attack, data, model)
+    return Scene(splits, attack, data, model if loss is None else loss.adapt(model, data.class_counts), loss)
+
+
+def build_loss(config: DictConfig, attack: Attack | None = None) -> Loss | None:
+    """The loss of the ``loss`` group, None for the cross entropy; refuses an ``attack`` that trains the victim in its own way."""
+    if (config.get("loss") or {}).get("_target_") is None:  # records of before that group existed have none
+        return None
+    require(
+        attack is None or attack.trained_by == Attack.trained_by,
+        f"loss={config.loss.name} does not go with attack={config.attack.name}, which trains the victim in its own way; "
+        "use loss=cross_entropy",
+    )
+    loss: Loss = instantiate(config.loss, key="loss")
+    return loss
 
 
 def training_counts(config: DictConfig, scene: Scene) -> Tensor | None:

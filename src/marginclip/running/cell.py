@@ -165,7 +165,7 @@ def known_target(scene: Scene) -> int | None:
     return getattr(scene.attack.x2x, "target", None) if scene.attack is not None else None
 
 
-def training_counts(config: DictConfig, scene: Scene) -> list[int] | None:
+def known_counts(config: DictConfig, scene: Scene) -> list[int] | None:
     """Training images of every class, before any poisoning; None for a model that somebody else trained."""
     if config.victim.kind == "checkpoint":
         return None
@@ -174,7 +174,7 @@ def training_counts(config: DictConfig, scene: Scene) -> list[int] | None:
 
 
 def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Repair:
-    defense = make_defense(config, known_target(scene), class_counts=training_counts(config, scene))
+    defense = make_defense(config, known_target(scene), class_counts=known_counts(config, scene))
     if defense is None:
         return Repair()
     images, labels = scene.data.clean_set()

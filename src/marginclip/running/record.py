@@ -35,7 +35,7 @@ def run_folder(config: DictConfig) -> Path:
     content["dataset"] = {
         key: value for key, value in content["dataset"].items() if key not in ("cache", "memory_gib", "download")
     }
-    for group in ("detect", "imbalance"):
+    for group in ("detect", "imbalance", "loss"):
         if not (content.get(group) or {}).get("_target_"):
             content.pop(group, None)
     content["checkpoint"] = file_digest(config.victim.get("path"))
@@ -49,6 +49,8 @@ def named_parts(config: DictConfig) -> list[str]:
     parts = [config.dataset.name, config.model.get("name", "model")]
     if config.get("imbalance") and config.imbalance.name != "none":
         parts.append(f"{config.imbalance.name}{config.imbalance.ratio:g}")
+    if config.get("loss") and config.loss.name != "cross_entropy":
+        parts.append(config.loss.name)
     parts.append(config.attack.name)
     return parts if config.attack.name == "none" else [*parts, config.x2x.name]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from marginclip.attacks import Attack
 from marginclip.evaluation import Evaluation
+from marginclip.losses import SecondStage
 from marginclip.running.build import Scene, build_trainer, instantiate, plain
 from marginclip.running.fitting import fit_resumably, victim_store
 from marginclip.running.quiet import quiet_lightning
@@ -27,8 +30,9 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
     """What a trained victim depends on, as plain containers."""
     groups = plain(config)
     recipe = {key: groups[key] for key in ("dataset", "attack", "x2x", "model", "training", "seed")}
-    if (groups.get("imbalance") or {}).get("_target_") is not None:
-        recipe["imbalance"] = groups["imbalance"]
+    for group in ("imbalance", "loss"):
+        if (groups.get(group) or {}).get("_target_") is not None:
+            recipe[group] = groups[group]
     if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
         recipe["x2x"] = None
     if "defender" in recipe["attack"]:
@@ -59,6 +63,8 @@ def obtain_victim(config: DictConfig, scene: Scene) -> tuple[Victim, bool]:
 
 def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     """Train, test and store the victim; an interrupted training goes on from its last epoch."""
+    stage = None if scene.loss is None else scene.loss.second_stage
+    first = None if stage is None else obtain_first_stage(config, scene)
     started = time.perf_counter()
     log.info("training the victim %s", victim.folder.name)
     quiet_lightning()
@@ -66,21 +72,63 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     if scene.attack is not None:
         scene.attack.prepare(VictimWorkshop(config, scene, obtain_victim))
         plan = scene.attack.training_plan(config.training.epochs)
-    training: PoisonedTraining = instantiate(
-        {key: config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
-        | {"_target_": "marginclip.training.PoisonedTraining" if scene.attack is None else scene.attack.trained_by},
-        scene.model,
-        attack=scene.attack,
-        key="training",
-    )
-    fit_resumably(config, victim, training, scene.data, plan)
+    if stage is None:
+        fit_resumably(config, victim, make_training(config, scene), scene.data, plan)
+    else:
+        training = make_second_training(config, scene, stage)
+        plan = {"max_epochs": stage.num_epochs(config.training.epochs)}
+        fit_resumably(config, victim, training, scene.data.balanced(), plan)
+        scene.model.load_state_dict(training.model.state_dict())
     if scene.attack is not None:
         scene.attack.eval()
     metrics, seconds = test_victim(config, scene, victim.folder), time.perf_counter() - started
     record = {"recipe": victim_recipe(config), "metrics": metrics, "seconds": seconds, "torch": torch.__version__}
+    if first is not None:
+        record["first_stage"] = first.folder.name  # with the seconds that it took
     victim.save(scene.model, scene.attack, record)
     victim.forget_checkpoint()
     log.info("victim %s: %s", victim.folder.name, ", ".join(f"{key} {100 * value:.1f} %" for key, value in metrics.items()))
+
+
+def obtain_first_stage(config: DictConfig, scene: Scene) -> Victim:
+    """The victim of the first stage alone, one of the store like any other; ``scene.model`` has its weights afterwards."""
+    first = config.copy()
+    first.loss.second_stage = None
+    assert scene.loss is not None
+    return obtain_victim(first, replace(scene, loss=scene.loss.alone()))[0]
+
+
+def make_training(config: DictConfig, scene: Scene) -> PoisonedTraining:
+    """The module that trains the victim: the attack's own where it has one; of imbalanced data, one that watches rare classes."""
+    target, objects = Attack.trained_by if scene.attack is None else scene.attack.trained_by, {}
+    if (config.get("imbalance") or {}).get("_target_") is not None and target == Attack.trained_by:
+        target, objects = "marginclip.training.LongTailTraining", {"class_counts": scene.data.class_counts}
+    settings = {key: config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
+    training: PoisonedTraining = instantiate(
+        settings | {"_target_": target},
+        scene.model,
+        attack=scene.attack,
+        loss=scene.loss,
+        seed=config.seed,
+        key="training",
+        **objects,
+    )
+    return training
+
+
+def make_second_training(config: DictConfig, scene: Scene, stage: SecondStage) -> PoisonedTraining:
+    """The module that trains the last layer of a copy of ``scene.model``, with the optimizer of the first stage at its own rate."""
+    counts = scene.data.class_counts
+    settings = {
+        "_target_": "marginclip.training.HeadTraining",
+        "optimizer": {**config.training.optimizer, "lr": stage.learning_rate},
+        "scheduler": {"_target_": "marginclip.training.cosine_to_zero", "_partial_": True},
+    }
+    training: PoisonedTraining = instantiate(
+        settings, stage.loss.adapt(scene.model, counts), attack=scene.attack, loss=stage.loss, class_counts=counts,
+        seed=config.seed, key="loss.second_stage",
+    )  # fmt: skip
+    return training
 
 
 def test_victim(config: DictConfig, scene: Scene, folder: Path) -> dict[str, float]:

@@ -17,9 +17,9 @@ class AdversarialTraining(PoisonedTraining):
     Fast adversarial training (Wong, Rice and Kolter, ICLR 2020). The random starts follow from ``seed`` and the step alone.
     """
 
-    def __init__(self, model: nn.Module, *, eps: float, seed: int = 0, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, eps: float, **settings: Any) -> None:
         super().__init__(model, **settings)
-        self.eps, self.seed = eps, seed
+        self.eps = eps
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return super().training_step(batch | {"images": self.moved(batch["images"], batch["labels"])}, batch_idx)

@@ -1,4 +1,4 @@
-"""Training a classifier: cross entropy, any torch optimizer, a schedule over the run's own length."""
+"""Training a classifier: cross entropy or another loss, any torch optimizer, a schedule over the run's own length."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginclip.errors import UserError
+from marginclip.errors import UserError, require
+from marginclip.losses import Loss
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+LOSS_STREAM = 15485863
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -20,7 +22,9 @@ class ClassifierTraining(L.LightningModule):
     """Minimises the cross entropy of batches ``{"images": (B, C, H, W), "labels": (B,)}``.
 
     ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
-    stepped after every batch. Raises :class:`UserError` when the loss is not finite.
+    stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
+    follows from ``seed`` and the step alone, so that an interrupted training goes on as it would have. Raises :class:`UserError`
+    when the loss is not finite, and for a ``label_smoothing`` that would have no effect.
     """
 
     def __init__(
@@ -30,26 +34,54 @@ class ClassifierTraining(L.LightningModule):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         label_smoothing: float = 0.0,
+        loss: Loss | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        require(
+            loss is None or label_smoothing == 0,
+            f"training.label_smoothing acts on loss=cross_entropy alone and must be 0 with another loss, got {label_smoothing:g}",
+        )
+        self.loss, self.seed = loss, seed
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def on_train_epoch_start(self) -> None:
+        if self.loss is not None:
+            self.loss.begin_epoch(self.current_epoch, int(self.trainer.max_epochs or 1))
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self.model(batch["images"]), batch["labels"], label_smoothing=self.label_smoothing)
+        loss = self.batch_loss(batch["images"], batch["labels"])
         if batch_idx % 50 == 0:
             if not torch.isfinite(loss):
                 raise UserError(f"training diverged: the loss is {loss.item()}; try a lower training.optimizer.lr")
             self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W) with labels (B,) at this step."""
+        if self.loss is None:
+            return F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
+        step = self.global_step * self.trainer.world_size + self.global_rank
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + LOSS_STREAM)
+        return self.loss(self.model, images, labels, generator)
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """What the optimizer is given: all of the model."""
+        return self.model.parameters()
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.model.parameters())
+        optimizer = self.make_optimizer(self.trained_parameters())
         if self.make_scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
-        schedule = self.make_scheduler(optimizer, total_steps=total)
+        try:
+            schedule = self.make_scheduler(optimizer, total_steps=total)
+        except ZeroDivisionError as error:  # torch's one-cycle schedule of 4 steps
+            raise UserError(
+                f"training.scheduler cannot be spread over {total} steps; raise training.epochs or lower training.batch_size"
+            ) from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -26,7 +26,10 @@ class PoisonedTraining(ClassifierTraining):
         self.cross_accuracy = PoisonedAccuracy()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        decisions = self.model(batch["images"]).argmax(1)
+        self.score(self.model(batch["images"]).argmax(1), batch, dataloader_idx)
+
+    def score(self, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        """Count the decisions (B,) on a validation batch."""
         if dataloader_idx == 0:
             self.accuracy.update(decisions, batch["labels"])
             self.log("val/acc", self.accuracy, prog_bar=True, add_dataloader_idx=False, on_epoch=True)

@@ -1,0 +1,48 @@
+"""Training a classifier on classes of very different size: common and rare ones are watched apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from marginclip.training.poisoned import PoisonedTraining
+
+MANY, FEW = 100, 20
+
+
+def class_groups(class_counts: Tensor) -> dict[str, Tensor]:
+    """Masks (K,) of the classes with many (> 100), medium (20 to 100) and few (< 20) training images, (K,); no empty groups."""
+    many, few = class_counts > MANY, class_counts < FEW
+    groups = {"many": many, "medium": ~many & ~few, "few": few}
+    return {name: mask for name, mask in groups.items() if bool(mask.any())}
+
+
+class LongTailTraining(PoisonedTraining):
+    """:class:`PoisonedTraining` whose validation also logs the mean accuracy over classes, ``val/class_acc``, and that over
+    the groups of :func:`class_groups`, ``val/many``, ``val/medium`` and ``val/few``, those that there are.
+
+    ``class_counts`` (K,) are the training images of every class. A class without validation images counts in no mean.
+    """
+
+    def __init__(self, model: nn.Module, *, class_counts: Tensor, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.groups = {"class_acc": torch.ones_like(class_counts, dtype=torch.bool)} | class_groups(class_counts)
+        self.confusion = MulticlassConfusionMatrix(len(class_counts))
+
+    def score(self, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        super().score(decisions, batch, dataloader_idx)
+        if dataloader_idx == 0:
+            self.confusion.update(decisions, batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        confusion = self.confusion.compute()  # rows: the true classes
+        images = confusion.sum(1)
+        accuracies = confusion.diag() / images
+        for name, mask in self.groups.items():
+            chosen = mask.to(images.device) & (images > 0)
+            if bool(chosen.any()):
+                self.log(f"val/{name}", accuracies[chosen].mean())
+        self.confusion.reset()

@@ -1,0 +1,64 @@
+"""Learning rates over a training: warm-up and drops by epoch, and a cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+from marginclip.errors import require
+
+
+class WarmUpAndDrops:
+    """Makes schedules of ``epochs`` epochs whose rate rises linearly, epoch by epoch, and later drops to parts of itself.
+
+    In epoch e, from 1, of the first ``warm_up_epochs`` the rate is ``e / warm_up_epochs`` of the optimizer's own. Behind each of
+    ``milestones`` (epochs done) it is its one of ``factors``, of the optimizer's own rate too. Milestones under 1 are shares of
+    ``epochs``, rounded to whole ones, others epochs (LDAM-DRW: 160 and 180 of 200, to 0.01 and 0.0001; Cao et al. 2019).
+
+    Raises :class:`UserError` for milestones that do not rise or are never reached, and for another number of factors.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        warm_up_epochs: int = 5,
+        milestones: Sequence[float] = (0.8, 0.9),
+        factors: Sequence[float] = (0.01, 0.0001),
+    ) -> None:
+        key = "training.scheduler"
+        require(epochs >= 1, f"{key}.epochs must be at least 1, got {epochs}")
+        require(warm_up_epochs >= 0, f"{key}.warm_up_epochs must not be negative, got {warm_up_epochs}")
+        rising = all(one < other for one, other in pairwise(milestones))
+        require(
+            rising and min(milestones, default=1) > 0, f"{key}.milestones must be positive and rise, got {list(milestones)}"
+        )
+        whole = all(value < 1 or float(value).is_integer() for value in milestones)
+        require(whole, f"{key}.milestones must be shares under 1 or whole epochs, got {list(milestones)}")
+        late = [value for value in milestones if value >= max(1, epochs)]
+        require(not late, f"{key}.milestones must be under the {epochs} epochs (or shares under 1), got {list(milestones)}")
+        require(
+            len(factors) == len(milestones) and min(factors, default=1) > 0,
+            f"{key}.factors must be {len(milestones)} positive numbers, one a milestone, got {list(factors)}",
+        )
+        self.epochs, self.warm_up_epochs, self.factors = epochs, warm_up_epochs, tuple(factors)
+        self.milestones = tuple(round(value * epochs) if value < 1 else int(value) for value in milestones)
+
+    def factor(self, epoch: int) -> float:
+        """The part of the optimizer's rate in an epoch, from 0."""
+        if epoch < self.warm_up_epochs:
+            return (epoch + 1) / self.warm_up_epochs
+        passed = sum(epoch >= milestone for milestone in self.milestones)
+        return self.factors[passed - 1] if passed else 1.0
+
+    def __call__(self, optimizer: Optimizer, *, total_steps: int) -> LambdaLR:
+        """The schedule of ``total_steps`` steps, stepped after every batch."""
+        return LambdaLR(optimizer, lambda step: self.factor(step * self.epochs // total_steps))
+
+
+def cosine_to_zero(optimizer: Optimizer, *, total_steps: int) -> CosineAnnealingLR:
+    """From the optimizer's rate to zero along half a cosine, stepped after every batch."""
+    return CosineAnnealingLR(optimizer, T_max=total_steps)
