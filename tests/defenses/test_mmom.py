@@ -34,7 +34,9 @@ def shipped(*overrides):
 
 
 def frozen_state(network):
-    return {name: value.clone() for name, value in network.state_dict().items() if "bound" not in name and "offsets" not in name}
+    return {
+        name: value.clone() for name, value in network.state_dict().items() if "bound" not in name and "offsets" not in name
+    }
 
 
 # -- the objective -------------------------------------------------------------------------------------------------------------
@@ -90,7 +92,9 @@ def test_images_that_the_model_gets_wrong_are_learned_from(victim, clean, fit):
 def test_one_step_is_adams_first_on_the_closed_gradient(plain_victim, clean, fit):
     images, labels = clean
     start = BoundStart(share=0.5, quantile=1.0)
-    repaired = fit(learning(start=start, steps=1, check_every=1, learning_rate=0.1, penalty={"initial": 0.0}), plain_victim, clean)
+    repaired = fit(
+        learning(start=start, steps=1, check_every=1, learning_rate=0.1, penalty={"initial": 0.0}), plain_victim, clean
+    )
     network = BoundedNetwork(plain_victim, images[:1])
     start.apply(network, images)
     F.cross_entropy(network(images), labels).backward()

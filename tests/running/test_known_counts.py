@@ -8,7 +8,7 @@ import torch
 
 from marginclip.errors import UserError
 from marginclip.running.build import build_scene
-from marginclip.running.cell import check_settings, defend, make_defense, training_counts
+from marginclip.running.cell import check_settings, defend, known_counts, make_defense
 
 IMBALANCED = ["imbalance=exponential", "imbalance.ratio=8", "defense=logit_adjustment", "training.epochs=1"]
 
@@ -47,7 +47,7 @@ def test_someone_elses_model_has_no_known_training_set(configure, tmp_path):
         check_settings(config)
     check_settings(configure(*overrides, "defense.class_counts=[5,4,3]"))
     scene = build_scene(configure("victim=checkpoint"))
-    assert training_counts(config, scene) is None
+    assert known_counts(config, scene) is None
     torch.save(scene.model.state_dict(), tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"one number for each of the 10 classes, got 3"):
         defend(configure(*overrides, "defense.class_counts=[5,4,3]"))

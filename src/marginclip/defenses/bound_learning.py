@@ -68,9 +68,7 @@ class BoundLearning(Defense):
         require(tolerance is None or tolerance > 0, f"defense.tolerance must be positive or null, got {tolerance}")
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
         require(0 < learning_rate <= 1e30, f"defense.learning_rate must be in (0, 1e30], got {learning_rate:g}")
-        require(
-            offset_rate is None or offset_rate > 0, f"defense.offset_rate must be positive or null, got {offset_rate}"
-        )
+        require(offset_rate is None or offset_rate > 0, f"defense.offset_rate must be positive or null, got {offset_rate}")
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
         require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
