@@ -23,18 +23,20 @@ OFFSET_L2 = 1e-6
 
 
 class BoundLearning(Defense):
-    """MMAC, or MMOM or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from a small clean set.
+    """MMAC, or MMOM or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from clean images.
 
     Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
     ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
-    Algorithm 1) on ``batch_size`` clean images that the model classifies correctly. ``sites`` says which activations are bounded
-    (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the learning rate at each activation by
-    the mean of its initial bounds, so that it means the same for models of any scale. With an ``offset_rate`` (a learning rate, in
-    logits) one offset a class is learned with the bounds, from where it fits the clean set best at their start. Learning ends before that when two
-    losses in a row differ by less than ``tolerance``. Every ``check_every`` steps the
-    accuracy on all of those images is measured; it moves lambda (``penalty``), and among the bounds that kept it at
-    ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned (``keep="best"``) or the last
-    (``"last"``, as the published script). If none kept it, the bounds are relaxed towards the clean maxima until they do.
+    Algorithm 1) on ``batch_size`` clean images (for MMAC and MMBM, of those that the model classifies correctly). ``sites`` says
+    which activations are bounded (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the
+    learning rate at each activation by the mean of its initial bounds, so that it means the same for models of any scale. With
+    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, from where it fits the clean
+    set best at their start. Learning ends before ``steps`` when two losses in a row differ by less than ``tolerance``.
+
+    Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``penalty``), and among the
+    bounds that kept it at ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned
+    (``keep="best"``) or the last (``"last"``, as the published scripts). If none kept it, the bounds are relaxed towards the clean
+    maxima until they do.
     """
 
     images: Tensor
