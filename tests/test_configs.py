@@ -219,6 +219,56 @@ def test_there_is_such_an_experiment():
     assert folder_experiments()
 
 
+SMALL = sorted(name for name in options("experiment") if name.startswith("longtail_") and name.endswith("_small"))
+MAY_DIFFER = {"training.epochs", "training.scheduler.epochs", "model.width"}
+
+
+def flat(node, path=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_small_variants_differ_in_epochs_width_and_seeds_alone(small):
+    one, other = (dict(flat(OmegaConf.to_container(composed("defend", f"experiment={name}"), resolve=True)))
+                  for name in (small, small.removesuffix("_small")))  # fmt: skip
+    assert {key for key in one | other if one.get(key) != other.get(key)} <= MAY_DIFFER
+    sweeps = []
+    for name in (small, small.removesuffix("_small")):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            whole = compose("defend", overrides=[f"experiment={name}"], return_hydra_config=True)
+        sweeps.append(OmegaConf.to_container(whole.hydra.sweeper.params))
+        assert whole.hydra.mode.name == "MULTIRUN"
+    assert {key for key in sweeps[1] if sweeps[0][key] != sweeps[1][key]} <= {"seed", "training.epochs"}
+
+
+def test_every_table_has_a_small_variant():
+    tables = {name for name in options("experiment") if name.startswith("longtail_")} - set(SMALL)
+    assert {f"{name}_small" for name in tables} == set(SMALL)
+    assert {f"longtail_table{number}" for number in (2, 3, 4, 5)} <= tables
+
+
+@pytest.mark.parametrize("experiment", SMALL)
+def test_long_tail_experiments_run_shrunk(experiment, image_root, tmp_path):
+    """The first cell of each, on generated images."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        params = compose("defend", overrides=[f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.params
+    cell = [f"{key}={str(values).split(',')[0]}" for key, values in params.items() if key != "training.epochs"]
+    config = composed(
+        "defend", f"experiment={experiment}", *cell, "dataset=image_folder", f"dataset.root={image_root}", f"runs_dir={tmp_path}",
+        "logger=none", "trainer=exact", "trainer.enable_progress_bar=false", "training.epochs=6",
+        "training.scheduler.warm_up_epochs=0", "model.width=4", "model.blocks=[1,1,1]", "clean_per_class=4",
+        "reserve_per_class=4", "defense.steps=1",
+    )  # fmt: skip
+    content = json.loads(defend(config).path.read_text())
+    assert content["status"] == "done"
+    assert content["config"]["defense"]["repaired_row"] in content["metrics"]
+    assert content["metrics"]["none"].keys() >= {"acc", "ece", "nll", "worst_class"}
+
+
 def test_attack_of_a_record_is_the_drawn_one():
     """``x2x.target: null`` in the configuration is drawn by the seed, for every seed the same way."""
     drawn = [make(composed("defend", f"seed={seed}").x2x, num_classes=10, seed=seed, key="x2x").target for seed in range(8)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision.datasets.cifar as torchvision_cifar
 
-from marginclip.data import Cifar10, Digits, MnistSubset
+from marginclip.data import Cifar10, Cifar100, Digits, MnistSubset
 from marginclip.data.sources import held_out_mask, seeded_split
 from marginclip.errors import UserError
 
@@ -80,6 +80,25 @@ def test_cifar10_keeps_the_order_and_the_planes_of_its_files(fake_cifar):
     assert (len(splits.train), len(splits.held_out)) == (10, 2)
     assert splits.train.classes == splits.held_out.classes == tuple(NAMES)
     assert (splits.train.images.dtype, splits.train.labels.dtype) == (torch.uint8, torch.int64)
+
+
+def test_cifar100_has_the_fine_classes(tmp_path, monkeypatch):
+    folder, generator = tmp_path / "cifar-100-python", np.random.default_rng(0)
+    folder.mkdir()
+    fine = [f"class {number}" for number in range(100)]
+    for name in ("train", "test"):
+        content = {
+            "data": generator.integers(0, 256, (2, 3072), dtype=np.uint8),
+            "fine_labels": [99, 0],
+            "coarse_labels": [1, 2],
+        }
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": fine, "coarse_label_names": ["a"]}))
+    monkeypatch.setattr(torchvision_cifar, "check_integrity", lambda *_: True)
+    splits = Cifar100(root=str(tmp_path), download=False).load()
+    assert splits.train.classes == tuple(fine)
+    assert splits.train.labels.tolist() == splits.held_out.labels.tolist() == [99, 0]
+    assert splits.image_shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("download", [True, False])

@@ -6,11 +6,12 @@ from marginclip.data.folder import ImageFolder
 from marginclip.data.images import ImageSet, Splits
 from marginclip.data.imbalance import Imbalance
 from marginclip.data.module import ImageData
-from marginclip.data.sources import Cifar10, Digits, MnistSubset
+from marginclip.data.sources import Cifar10, Cifar100, Digits, MnistSubset
 
 __all__ = [
     "Augment",
     "Cifar10",
+    "Cifar100",
     "Digits",
     "ImageData",
     "ImageFolder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,19 +73,22 @@ class Digits:
 class Cifar10:
     """CIFAR-10 (Krizhevsky 2009) through torchvision; downloaded into ``root`` when it is not there."""
 
+    title, folder = "CIFAR-10", "cifar-10-batches-py"
+
     def __init__(self, *, root: str = "data", download: bool = True) -> None:
         self.root, self.download = root, download
 
     def load(self) -> Splits:
-        """50,000 training and 10,000 held-out images, uint8 (N, 3, 32, 32), in the data set's order."""
-        from torchvision.datasets import CIFAR10
+        """50,000 training and 10,000 held-out images, uint8 (N, 3, 32, 32), in the data set's order.
 
+        Raises :class:`UserError` when the data is neither there nor can be downloaded.
+        """
         try:
-            parts = [CIFAR10(self.root, train=train, download=self.download) for train in (True, False)]
+            parts = [self._part(train) for train in (True, False)]
         except (RuntimeError, OSError, HTTPException) as error:
             raise UserError(
-                f"CIFAR-10 is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
-                "put cifar-10-batches-py there, or use dataset=image_folder"
+                f"{self.title} is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
+                f"put {self.folder} there, or use dataset=image_folder"
             ) from error
         train, held_out = (
             ImageSet(
@@ -93,3 +97,19 @@ class Cifar10:
             for part in parts
         )
         return Splits(train, held_out)
+
+    def _part(self, train: bool) -> Any:
+        from torchvision.datasets import CIFAR10
+
+        return CIFAR10(self.root, train=train, download=self.download)
+
+
+class Cifar100(Cifar10):
+    """CIFAR-100 with its 100 fine classes through torchvision; downloaded into ``root`` when it is not there."""
+
+    title, folder = "CIFAR-100", "cifar-100-python"
+
+    def _part(self, train: bool) -> Any:
+        from torchvision.datasets import CIFAR100
+
+        return CIFAR100(self.root, train=train, download=self.download)

@@ -97,7 +97,8 @@ class BoundLearning(Defense):
         check_clean_set(images, labels, logits.shape[1])
         correct = logits.argmax(1).cpu() == labels.cpu()
         require(
-            bool(correct.any()), f"the model classifies none of the {len(images)} clean images correctly; are the labels right?"
+            bool(correct.any()) or not self.objective.correct_only,
+            f"the model classifies none of the {len(images)} clean images correctly; are the labels right?",
         )
         self.bounded = BoundedNetwork(
             model, images[:1], channel_axis=self.channel_axis, sites=self.sites, offsets=self.offset_rate is not None
