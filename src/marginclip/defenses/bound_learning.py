@@ -18,6 +18,7 @@ from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
 from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
 from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, Objective
 from marginclip.maxmargin.penalty import PenaltyController
+from marginclip.maxmargin.prefix import PrefixCache, prefix_pays
 
 OFFSET_L2 = 1e-6
 
@@ -88,6 +89,7 @@ class BoundLearning(Defense):
         self.channel_axis, self.seed = channel_axis, seed
         self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
         self.history: list[dict[str, float]] = []
+        self.prefix: PrefixCache | None = None
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 
@@ -147,6 +149,9 @@ class BoundLearning(Defense):
     def on_fit_start(self) -> None:
         if self.working[0] is not self.bounded:
             self.working[0].network.to(self.device)
+        with self.trainer.precision_plugin.forward_context():
+            pays = prefix_pays(self.working[0], self.images[:1])
+            self.prefix = PrefixCache(self.working[0], self.images) if pays else None
         if not self.history:
             self._check()
 
@@ -160,7 +165,7 @@ class BoundLearning(Defense):
             self._ascend(step)
         rows = self._minibatch(step)
         margins = self._margins()
-        terms = self._terms(self.working[0](self.images[rows]), rows, margins, self.penalty.value)
+        terms = self._terms(self._bounded_logits(rows), rows, margins, self.penalty.value)
         self._log_step(terms, margins)
         return terms.loss
 
@@ -194,6 +199,10 @@ class BoundLearning(Defense):
         if not self.objective.ascends:
             return torch.zeros(0, device=self.device)
         return margin(self.working[0](self.margin_inputs).float(), self.wanted)
+
+    def _bounded_logits(self, rows: Tensor) -> Tensor:
+        """The logits (B, K) of the clean images of these rows under the present bounds."""
+        return self.prefix(rows) if self.prefix is not None else self.working[0](self.images[rows])
 
     def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, penalty: float) -> Objective:
         return self.objective(
@@ -249,7 +258,8 @@ class BoundLearning(Defense):
     def _check(self) -> None:
         """Measure accuracy and objective on the whole clean set, move lambda, and keep the best bounds so far."""
         with self.trainer.precision_plugin.forward_context():
-            logits = torch.cat([self.working[0](images).float() for images in self.images.split(250)])
+            everything = torch.arange(len(self.images), device=self.device)
+            logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(250)])
             margins = self._margins()
         agreement = float((logits.argmax(1) == self.labels).float().mean())
         terms = self._terms(logits, slice(None), margins, self.penalty.initial)
