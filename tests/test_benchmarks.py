@@ -76,7 +76,7 @@ def test_one_side_of_the_repair_benchmark(load, tmp_path):
 
 @pytest.mark.parametrize("side", ["run_lightning", "run_bare"])
 def test_sides_of_the_training_benchmark(load, side):
-    assert getattr(load("training"), side)(130, 2) > 0
+    assert min(getattr(load("training"), side)(130, 2)) > 0
 
 
 def test_sides_train_on_the_same_batches(load):
