@@ -118,7 +118,8 @@ class Rule:
     def _without_backdoor(self, evidence: Evidence) -> Decision:
         gain, suspicion = f"out of fold MMOM {_moves(evidence.mmom)}", _suspicion(evidence)
         if not self.imbalanced(evidence):
-            return Decision("none", f"no fault shows: {gain}, less than a sure {_points(self.min_gain)}, and {suspicion}")
+            asked = f"{100 * self.min_gain:g} and p <= {self.alpha:g} are asked for"
+            return Decision("none", f"no fault shows: {gain}, where {asked}, and {suspicion}")
         if not evidence.margins.detected:
             return Decision("mmom", f"imbalance or over-training shows: {gain}, and {suspicion}")
         return Decision(
@@ -137,10 +138,6 @@ class Rule:
         if imbalanced:
             return Decision("mmom", f"{refused}; {gain}, which does not rule a backdoor out")
         return Decision("none", f"{refused}; {gain}; the model is left as it is and may have a backdoor")
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.3g} point{'' if share == 0.01 else 's'}"
 
 
 def _moves(accuracy: Paired) -> str:
