@@ -352,9 +352,8 @@ def test_it_can_be_done_again_from_its_checkpoint(victim, clean, tmp_path):
         return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver])
 
     short = partial(BoundLearning, steps=2, check_every=1)
-    resume, found = None, []
-    for _ in range(2):
-        auto = Auto(detection=stub_margins(True, 1), mmac=short, mmom=short, max_cost=1.0)
-        found.append(state(fit_defense(auto, victim, *clean, make_trainer=saving, resume=resume)))
-        resume = tmp_path / "last.ckpt" if (tmp_path / "last.ckpt").exists() else None
-    assert same(*found)
+    auto = [Auto(detection=stub_margins(True, 1), mmac=short, mmom=short, max_cost=1.0) for _ in range(2)]
+    first = fit_defense(auto[0], victim, *clean, make_trainer=saving)
+    again = fit_defense(auto[1], victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
+    assert same(state(first), state(again))
+    assert auto[0].decision == auto[1].decision
