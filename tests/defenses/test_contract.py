@@ -18,6 +18,7 @@ OPTIONS = [f"defense={path.stem}" for path in sorted((CONF / "defense").glob("*.
 SCHEDULES = [f"defense/schedule={path.stem}" for path in sorted((CONF / "defense" / "schedule").glob("*.yaml"))]
 CASES = [[option] for option in OPTIONS] + [["defense=mmac", schedule] for schedule in SCHEDULES]
 CASES += [["defense=neural_cleanse", "defense.suspect_class=1"]]  # auto may leave so small a network as it is
+CASES += [["defense=auto", "defense.detection.alpha=0.999", "defense.max_cost=1"]]  # auto keeps MMAC
 FEW = {
     "epochs": 1,
     "teacher_epochs": 1,
@@ -29,7 +30,11 @@ FEW = {
     "rounds": 2,
     "inversion.passes": 2,
     "inversion.batches_per_pass": 2,
+    "detection.starts": 2,
+    "detection.steps": 2,
+    "detection.simulations": 100,
 }
+FEW |= {f"{repair}.{key}": value for repair in ("mmac", "mmom") for key, value in FEW.items()}  # the nested ones of auto
 
 
 def make(overrides):

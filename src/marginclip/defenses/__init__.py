@@ -1,5 +1,6 @@
 """Post-training defenses behind one contract: model and clean set in, repaired module out."""
 
+from marginclip.defenses.auto import Auto
 from marginclip.defenses.base import Defense
 from marginclip.defenses.bound_learning import BoundLearning
 from marginclip.defenses.fine_pruning import FinePruning
@@ -19,6 +20,7 @@ from marginclip.defenses.tau_search import TauSearch
 
 __all__ = [
     "AscentPlan",
+    "Auto",
     "BoundLearning",
     "BoundStart",
     "Defense",

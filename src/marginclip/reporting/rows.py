@@ -30,6 +30,7 @@ LABELS = {
     "vector_scaling": "vector scaling",
     "lws": "LWS",
     "last_layer": "last layer",
+    "auto": "automatic choice",
 }
 # Column heading -> key in the record; all are shares in [0, 1], but NLL, which is in nats.
 METRICS = {"ACC": "acc", "ASR": "asr", "PACC": "pacc", "TPR": "tpr", "FPR": "fpr", "AUC": "auroc"}
