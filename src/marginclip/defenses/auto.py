@@ -201,7 +201,7 @@ def mmom_repair(*, seed: int = 0) -> BoundLearning:
     """MMOM with the settings of ``conf/defense/mmom.yaml``."""
     return BoundLearning(
         objective=MMOMObjective(), sites="last", start=BoundStart(share=0.3, quantile=1.0), ascent=AscentPlan(refresh_every=10),
-        penalty=PenaltyController(initial=1e-5, min_agreement=0.0), steps=300, tolerance=1e-4, batch_size=5000, learning_rate=0.05,
+        penalty=PenaltyController(initial=1e-5, min_agreement=0.0), steps=300, tolerance=1e-5, batch_size=5000, learning_rate=0.05,
         offset_rate=0.05, keep="last", seed=seed,
     )  # fmt: skip
 
