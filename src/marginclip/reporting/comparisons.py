@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib import colormaps
@@ -128,9 +129,9 @@ def _draw(axes: Axes, series: list[Series], runs: Sweep, title: str) -> None:
 
 
 def _title(setting: Setting, varied: str) -> str:
-    """The setting in words but for what is varied in it; without an attack, none is named."""
+    """The setting in words, in lines of some 45 letters, but for what is varied in it; without an attack, none is named."""
     group, (attack, x2x, _), values = setting
     parts = [section_title(group), "" if attack == "none" else f"{attack} {x2x}"]
     others = [name for name in SWEPT if name != varied]
     parts += [swept_text(name, value) for name, value in zip(others, values, strict=True) if value is not None]
-    return ", ".join(part for part in parts if part)
+    return "\n".join(wrap(", ".join(part for part in parts if part), 45))
