@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from marginclip.attacks import AllToOne
+from marginclip.defenses import fit_defense
 from marginclip.errors import UserError
+from marginclip.losses import with_cosine_head
 from marginclip.running.build import instantiate as make
 from marginclip.running.cell import NOT_ARGUMENTS, defend, make_defense
 
@@ -243,6 +245,27 @@ def test_small_variants_differ_in_epochs_width_and_seeds_alone(small):
         sweeps.append(OmegaConf.to_container(whole.hydra.sweeper.params))
         assert whole.hydra.mode.name == "MULTIRUN"
     assert {key for key in sweeps[1] if sweeps[0][key] != sweeps[1][key]} <= {"seed", "training.epochs"}
+
+
+def test_every_defense_of_table_2_takes_the_cosine_classifier_of_gcl():
+    """A sweep crosses losses and defenses: a pair that is refused would fail it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        params = compose("defend", overrides=["experiment=longtail_table2"], return_hydra_config=True).hydra.sweeper.params
+    torch.manual_seed(0)
+    model = make(composed("defend", "model=resnet20", "model.width=4").model, num_classes=4, in_channels=3, key="model")
+    model = with_cosine_head(model, 4, scale=20.0).eval()
+    images, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 4
+    features = []
+    model.linear.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
+    model(images)
+    model.linear._forward_pre_hooks.clear()
+    means = torch.stack([features[0][labels == label].mean(0) for label in range(4)])
+    with torch.no_grad():
+        model.linear.weight.copy_(means - means.mean(0))  # logits that say something about the labels
+    for defense in params.defense.split(","):
+        steps = ["defense.steps=2"] if defense == "mmom" else []
+        repaired = fit_defense(make_defense(composed("defend", f"defense={defense}", *steps)), model, images, labels)
+        assert repaired(images).shape == (16, 4)
 
 
 def test_every_table_has_a_small_variant():

@@ -72,6 +72,12 @@ def clean():
 
 
 @pytest.fixture
+def draw_quarters():
+    """Makes other such images: ``draw_quarters(count, seed)``."""
+    return quarters
+
+
+@pytest.fixture
 def fit():
     """Runs a defense on the CPU in full precision; further settings are the Trainer's."""
 

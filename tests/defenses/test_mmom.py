@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from marginclip.defenses import AscentPlan, BoundLearning, BoundStart
+from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, fit_defense
+from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
 from marginclip.maxmargin import BoundedNetwork, MMOMObjective, ascend_margins, margin, mmom
 from marginclip.maxmargin.penalty import PenaltyController
@@ -163,12 +165,13 @@ def test_rare_classes_gain_and_the_mean_rises(imbalanced, fit):
     assert kept.mean() < after.mean() - 0.01
 
 
-def test_a_balanced_model_is_not_harmed(victim, clean, fit):
-    images, labels = clean
+def test_a_balanced_model_is_hardly_harmed(victim, fit, draw_quarters):
+    """On images that nothing was learned from (paper 2, Table 5: 93.2 and 93.1 %)."""
+    clean, (images, labels) = draw_quarters(200, seed=2), draw_quarters(2000, seed=3)
     with torch.no_grad():
         before = (victim(images).argmax(1) == labels).float().mean()
         after = (fit(shipped(), victim, clean)(images).argmax(1) == labels).float().mean()
-    assert after >= before - 0.005
+    assert after >= before - 0.01
 
 
 # -- where ---------------------------------------------------------------------------------------------------------------------
@@ -188,6 +191,33 @@ def test_bounds_of_a_resnet_32():
 def test_the_last_activation_of_a_dense_network():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
     assert BoundedNetwork(model, torch.rand(3, 4, 4), sites="last").num_bounds == 7
+
+
+def test_an_activation_of_the_logits_is_not_the_last():
+    """As in SqueezeNet: the classifier is a convolution with a ReLU behind it."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    assert BoundedNetwork(model, torch.rand(3, 8, 8), sites="last").num_bounds == 5
+
+
+@pytest.mark.parametrize("sites", [5, None, [1, 2]])
+def test_sites_of_another_type_are_refused_at_once(sites):
+    with pytest.raises(UserError, match=r"^defense.sites must be all, last, first_half or a list of names"):
+        learning(sites=sites)
+
+
+def test_offsets_need_an_image_of_every_class(victim, clean, fit):
+    images, labels = clean
+    kept = labels != 2
+    with pytest.raises(UserError, match=r"^class 2 has no clean image: its offset cannot be learned$"):
+        fit(shipped(), victim, (images[kept], labels[kept]))
+
+
+def test_minibatches_of_other_images_do_not_end_learning(victim, clean, fit):
+    defense = learning(start=BoundStart(constant=1000.0), penalty={"initial": 0.0}, tolerance=1e9, batch_size=7, steps=6)
+    fit(defense, victim, clean)
+    assert defense.findings() == {"bound_steps": 6, "stopped_by": "steps"}
 
 
 def test_bounds_of_zero_make_all_images_alike(victim, clean):
@@ -226,3 +256,18 @@ def test_it_goes_on_from_an_interruption(interrupted_and_resumed, victim, clean,
     resumed, again = interrupted_and_resumed(make, victim, clean, at=5)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
     assert again.findings() == {"bound_steps": 8, "stopped_by": "steps"}
+
+
+def test_resuming_after_the_loss_came_to_rest_learns_nothing_more(victim, clean, fit, tmp_path):
+    def make():
+        return learning(start=BoundStart(constant=1000.0), penalty={"initial": 0.0}, tolerance=1e-4, steps=300, check_every=10)
+
+    def saving(epochs):
+        saver = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver])
+
+    through, again = make(), make()
+    fit_defense(through, victim, *clean, make_trainer=saving)
+    fit_defense(again, victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
+    assert again.history == through.history
+    assert again.findings() == through.findings() == {"bound_steps": 2, "stopped_by": "tolerance"}

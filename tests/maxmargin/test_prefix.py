@@ -83,8 +83,16 @@ def test_the_layers_in_front_run_once(resnet, images):
 
 def test_it_pays_late_in_the_network(settle, images):
     model = settle(ResNet(4, blocks=(1, 1, 1), width=8))
-    assert prefix_pays(BoundedNetwork(model, images[:1], sites="last"), images[:1])
-    assert not prefix_pays(BoundedNetwork(model, images[:1]), images[:1])
+    last = BoundedNetwork(model, images[:1], sites="last")
+    assert prefix_pays(last, images[:1], 500)
+    assert not prefix_pays(last, images[:1], 10**8)  # it would not fit into memory
+    assert not prefix_pays(BoundedNetwork(model, images[:1]), images[:1], 500)
+
+
+@pytest.mark.parametrize("settings", [{}, {"blocks": (3, 3, 3), "width": 16, "shortcut": "pad"}])
+def test_it_pays_for_mmom_on_the_shipped_networks(settings):
+    image = torch.rand(1, 3, 32, 32)
+    assert prefix_pays(BoundedNetwork(ResNet(10, **settings).eval(), image, sites="last"), image, 500)
 
 
 def test_it_does_not_pay_where_the_network_carries_the_size_of_the_batch(images):
@@ -98,4 +106,4 @@ def test_it_does_not_pay_where_the_network_carries_the_size_of_the_batch(images)
             return self.head(F.relu(self.hidden(x.flatten(1))).view(size, 5))
 
     model = Carries().eval()
-    assert not prefix_pays(BoundedNetwork(model, images[:1]), images[:1])
+    assert not prefix_pays(BoundedNetwork(model, images[:1]), images[:1], 500)

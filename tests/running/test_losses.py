@@ -9,7 +9,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from marginclip.losses import CosineLinear
+from marginclip import losses
+from marginclip.errors import UserError
+from marginclip.losses import CosineLinear, Mixup, SecondStage
 from marginclip.running.build import build_scene
 from marginclip.running.cell import defend
 from marginclip.running.record import run_folder
@@ -213,3 +215,31 @@ def test_a_mistake_is_one_sentence(job, overrides, message):
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
+
+
+# -- models that somebody else trained, and settings that do not fit ----------------------------------------------------------
+
+
+def test_a_checkpoint_with_a_cosine_classifier_is_repaired(through, configure):
+    """No training images are known then, and none are needed."""
+    _, victim, _ = through
+    config = configure("loss=gcl", "attack=none", "victim=checkpoint", f"victim.path={victim.weights}", "defense=bias_only")
+    scene = build_scene(config)
+    scene.model.load_state_dict(load_file(victim.weights))
+    assert isinstance(scene.model.linear, CosineLinear)
+    content = json.loads(defend(config).path.read_text())
+    assert content["status"] == "done"
+    assert "training_counts" not in content
+    assert set(content["metrics"]) == {"none", "bias_only"}
+
+
+def test_a_second_stage_keeps_the_first_ones_classifier():
+    with pytest.raises(UserError, match=r"^loss.second_stage.loss must go on with the classifier of the first stage"):
+        Mixup(second_stage=SecondStage(loss=losses.GCL()))
+    assert Mixup(second_stage=SecondStage(loss=Mixup())).second_stage is not None
+
+
+@pytest.mark.parametrize("ratio", ["abc", "null", "true"])
+def test_a_ratio_of_another_type_is_one_sentence(configure, ratio):
+    with pytest.raises(UserError, match=r"^imbalance.ratio must be"):
+        defend(configure("imbalance=exponential", f"imbalance.ratio={ratio}"))

@@ -13,7 +13,6 @@ from marginclip.errors import UserError
 from marginclip.losses import GCL, LDAM, Mixup, with_cosine_head
 from marginclip.training import ClassifierTraining, HeadTraining, LongTailTraining, cosine_to_zero
 from marginclip.training.classifier import LOSS_STREAM
-from marginclip.training.long_tail import class_groups
 
 COUNTS = torch.tensor([400, 40, 4])
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -92,15 +91,6 @@ def test_smoothing_would_have_no_effect():
 
 
 # -- validation class by class -------------------------------------------------------------------------------------------------
-
-
-def test_groups_by_training_images():
-    groups = class_groups(torch.tensor([5000, 101, 100, 20, 19, 1]))
-    assert {name: mask.nonzero().flatten().tolist() for name, mask in groups.items()} == {
-        "many": [0, 1], "medium": [2, 3], "few": [4, 5],
-    }  # fmt: skip
-    assert list(class_groups(torch.tensor([500, 50]))) == ["many", "medium"]
-    assert list(class_groups(torch.tensor([500] * 5 + [5] * 5))) == ["many", "few"]
 
 
 class Fixed(nn.Module):

@@ -19,11 +19,15 @@ def class_counts(profile: str, num_classes: int, largest: int, ratio: float) -> 
     ``exponential`` (LT): largest * ratio^(-i / (K - 1)) for class i of K; ``step``: the first half of the classes keep
     ``largest`` (of an odd number of classes, the smaller half), the others have ``largest / ratio``. Never less than one image.
     """
-    small = 1 / ratio
     if profile == "step":
-        return [largest if label < num_classes // 2 else max(1, int(largest * small)) for label in range(num_classes)]
+        return [largest if label < num_classes // 2 else _whole(largest / ratio) for label in range(num_classes)]
     # A power of the whole exponent: a power of the class-to-class factor loses an image to rounding (CIFAR-100, ratio 10).
-    return [max(1, int(largest * small ** (label / (num_classes - 1)))) for label in range(num_classes)]
+    return [_whole(largest * ratio ** (-label / (num_classes - 1))) for label in range(num_classes)]
+
+
+def _whole(count: float) -> int:
+    """``count`` truncated, with room for rounding errors, and at least one."""
+    return max(1, int(count + 1e-9))
 
 
 class Imbalance:

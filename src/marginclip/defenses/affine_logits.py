@@ -44,10 +44,13 @@ def fit_affine(logits: Tensor, labels: Tensor, *, scale: str, shift: bool, l2: f
     stays 0. ``l2 / 2`` times the squared distance from scale 1 and shift 0 is added. The problem is convex, as the scale multiplies
     the logits (a temperature would divide them), and is solved from the identity by L-BFGS in float64 until no component
     of the gradient exceeds 1e-6. Nothing is random. With ``l2`` 0 there is no minimum where a class has no images or larger
-    scales fit ever better. Raises :class:`UserError` where it does not converge.
+    scales fit ever better. Raises :class:`UserError` where it does not converge, and
+    for a shift where a class has no image: it would be switched off.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()
     num_classes = logits.shape[1]
+    absent = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    require(not shift or not absent, f"class {absent[0] if absent else ''} has no clean image: its offset cannot be learned")
     identity = torch.cat([logits.new_ones(_num_scales(scale, num_classes)), logits.new_zeros(num_classes if shift else 0)])
     learned = identity.clone().requires_grad_(True)
 

@@ -76,7 +76,7 @@ class Auto(Defense):
             f"defense=auto compares each class's margin with the others' and needs at least 3 classes, got {logits.shape[1]}; "
             "choose defense=mmac or defense=mmom",
         )
-        smallest = int(labels.unique(return_counts=True)[1].min())
+        smallest = int(labels.bincount(minlength=clean_logits(model, images[:1]).shape[1]).min())
         require(
             smallest >= self.folds,
             f"defense.folds={self.folds} needs at least {self.folds} clean images of every class, got {smallest}: raise clean_per_class",

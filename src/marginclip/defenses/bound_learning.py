@@ -32,7 +32,8 @@ class BoundLearning(Defense):
     which activations are bounded (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the
     learning rate at each activation by the mean of its initial bounds, so that it means the same for models of any scale. With
     an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, from where it fits the clean
-    set best at their start. Learning ends before ``steps`` when two losses in a row differ by less than ``tolerance``.
+    set best at their start. Learning ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every
+    step takes the whole clean set.
 
     Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``penalty``), and among the
     bounds that kept it at ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned
@@ -75,6 +76,11 @@ class BoundLearning(Defense):
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
         require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
+        named = sites if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else None
+        require(
+            named is not None and all(isinstance(name, str) for name in named),
+            f"defense.sites must be all, last, first_half or a list of names of activations, got '{sites}'",
+        )
         self.objective: BoundObjective = objective or MMACObjective()
         require(
             self.objective.ascends or ascent is None,
@@ -83,7 +89,7 @@ class BoundLearning(Defense):
         self.sites = sites
         self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
-        self.offset_rate = offset_rate
+        self.offset_rate, self.checked_at = offset_rate, -1
         self.tolerance, self.last_loss, self.stopped_at = tolerance, float("nan"), 0
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
@@ -150,7 +156,7 @@ class BoundLearning(Defense):
         if self.working[0] is not self.bounded:
             self.working[0].network.to(self.device)
         with self.trainer.precision_plugin.forward_context():
-            pays = prefix_pays(self.working[0], self.images[:1])
+            pays = prefix_pays(self.working[0], self.images[:1], len(self.images))
             self.prefix = PrefixCache(self.working[0], self.images) if pays else None
         if not self.history:
             self._check()
@@ -172,14 +178,15 @@ class BoundLearning(Defense):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.project:
             self.bounded.project_()
-        if self.tolerance is not None:
+        if self.tolerance is not None and self.batch_size >= len(self.images):  # losses of other images do not compare
             loss = float(outputs["loss"])
-            if abs(loss - self.last_loss) < self.tolerance:
+            if self.trainer.strategy.reduce_boolean_decision(abs(loss - self.last_loss) < self.tolerance):
                 self.stopped_at, self.trainer.should_stop = self.global_step, True
             self.last_loss = loss
 
     def on_train_epoch_end(self) -> None:
-        self._check()
+        if self.checked_at != self.global_step:  # else nothing was learned: a run that had ended was resumed
+            self._check()
 
     def findings(self) -> dict[str, Any]:
         """How long bounds were learned and what ended it: ``tolerance`` or ``steps``."""
@@ -257,6 +264,7 @@ class BoundLearning(Defense):
     @torch.no_grad()
     def _check(self) -> None:
         """Measure accuracy and objective on the whole clean set, move lambda, and keep the best bounds so far."""
+        self.checked_at = self.global_step
         with self.trainer.precision_plugin.forward_context():
             everything = torch.arange(len(self.images), device=self.device)
             logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(250)])
@@ -304,11 +312,11 @@ class BoundLearning(Defense):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bound_learning"] = {
             "penalty": self.penalty.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
-            "last_loss": self.last_loss, "stopped_at": self.stopped_at,
+            "last_loss": self.last_loss, "stopped_at": self.stopped_at, "checked_at": self.checked_at,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["bound_learning"]
         self.penalty.load_state_dict(state["penalty"])
         self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]
-        self.last_loss, self.stopped_at = state["last_loss"], state["stopped_at"]
+        self.last_loss, self.stopped_at, self.checked_at = state["last_loss"], state["stopped_at"], state["checked_at"]

@@ -101,6 +101,10 @@ def check_counts(class_counts: str | Sequence[float]) -> None:
             + nearest(class_counts, SOURCES),
         )
         return
+    require(
+        isinstance(class_counts, Sequence),
+        f"defense.class_counts must be estimated, known or one number a class, got {class_counts!r}",
+    )
     positive = all(isinstance(count, (int, float)) and 0 < count < float("inf") for count in class_counts)
     require(
         positive and len(class_counts) > 0, f"defense.class_counts must be positive numbers, got {list(class_counts)}; a class without "

@@ -13,11 +13,23 @@ from marginclip.errors import require
 class Loss:
     """What a training step minimises. A subclass writes :meth:`__call__`, and :meth:`adapt` where it needs another model.
 
-    ``second_stage`` is what follows when the training with this loss is done, or None.
+    ``second_stage`` is what follows when the training with this loss is done, or None. ``cosine`` says whether the loss wants a
+    cosine classifier; both stages must want the same.
     """
 
+    cosine = False
+
     def __init__(self, *, second_stage: SecondStage | None = None) -> None:
+        require(
+            second_stage is None or second_stage.loss.cosine == self.cosine,
+            "loss.second_stage.loss must go on with the classifier of the first stage: gcl and ldam train a cosine one, mixup a linear one",
+        )
         self.second_stage = second_stage
+
+    def head(self, model: nn.Module, num_classes: int) -> nn.Module:
+        """``model`` with the classifier that the loss wants, for a checkpoint to be loaded into: here ``model`` itself."""
+        del num_classes
+        return model
 
     def adapt(self, model: nn.Module, class_counts: Tensor) -> nn.Module:
         """The model to train, given the training images of every class, ``class_counts`` (K,): here ``model`` itself.
@@ -57,7 +69,8 @@ class SecondStage:
         )
         require(learning_rate > 0, f"loss.second_stage.learning_rate must be positive, got {learning_rate:g}")
         require(loss.second_stage is None, "loss.second_stage.loss.second_stage must be null: there are two stages at most")
-        self.loss, self.epochs, self.learning_rate = loss, epochs, learning_rate
+        self.loss: Loss = loss
+        self.epochs, self.learning_rate = epochs, learning_rate
 
     def num_epochs(self, first_epochs: int) -> int:
         """The epochs of this stage after ``first_epochs`` of the first one: at least one."""

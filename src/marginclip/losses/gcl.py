@@ -62,6 +62,8 @@ class GCL(Loss):
     Raises :class:`UserError` for a scale that is not positive and for other settings under 0.
     """
 
+    cosine = True
+
     def __init__(
         self,
         *,
@@ -85,7 +87,11 @@ class GCL(Loss):
         """A copy of ``model`` with a cosine classifier of this loss's scale."""
         require(int(class_counts.min()) >= 1, "loss=gcl needs a training image of every class")
         self.ranks = tail_ranks(class_counts)
-        return with_cosine_head(model, len(class_counts), scale=self.scale)
+        return self.head(model, len(class_counts))
+
+    def head(self, model: nn.Module, num_classes: int) -> nn.Module:
+        """A copy of ``model`` with a cosine classifier of this loss's scale."""
+        return with_cosine_head(model, num_classes, scale=self.scale)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         if self.mixup_alpha == 0:

@@ -32,6 +32,8 @@ class LDAM(Loss):
     Raises :class:`UserError` for numbers out of range.
     """
 
+    cosine = True
+
     def __init__(
         self,
         *,
@@ -56,7 +58,11 @@ class LDAM(Loss):
         require(int(class_counts.min()) >= 1, "loss=ldam needs a training image of every class")
         self.margins = ldam_margins(class_counts, largest=self.largest_margin)
         self.weights = effective_weights(class_counts, beta=self.beta)
-        return with_cosine_head(model, len(class_counts), scale=self.scale)
+        return self.head(model, len(class_counts))
+
+    def head(self, model: nn.Module, num_classes: int) -> nn.Module:
+        """A copy of ``model`` with a cosine classifier of this loss's scale."""
+        return with_cosine_head(model, num_classes, scale=self.scale)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         self.reweighted = epoch >= round(self.reweight_from * epochs)

@@ -70,7 +70,7 @@ class LogitOffsets(nn.Module):
         self.enabled = True
 
     def forward(self, logits: Tensor) -> Tensor:
-        return logits + self.value.to(logits.dtype) if self.enabled else logits
+        return logits.float() + self.value if self.enabled else logits  # in full precision: ties would go to the first class
 
 
 class BoundedNetwork(nn.Module):

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 
 from marginclip.maxmargin.bounds import Bound, BoundedNetwork
 
+MAX_BYTES = 512 * 2**20
+
 
 class PrefixCache:
     """Logits of a fixed set of images under the bounds of the moment, without the layers in front of the first bound.
@@ -37,18 +39,21 @@ class PrefixCache:
 
 
 @torch.no_grad()
-def prefix_pays(bounded: BoundedNetwork, image: Tensor) -> bool:
-    """Whether a :class:`PrefixCache` needs at most twice the memory of the images; ``image`` (1, C, H, W) is one of them.
+def prefix_pays(bounded: BoundedNetwork, image: Tensor, count: int) -> bool:
+    """Whether a :class:`PrefixCache` of ``count`` images saves at least half of the network and needs at most 512 MiB.
 
-    False where the network in front of the bounds gives something else than tensors of the images, such as their number.
+    ``image`` (1, C, H, W) is one of the images. False where the network in front of the bounds gives something else than tensors of
+    the images, such as their number.
     """
     if not isinstance(bounded.network, fx.GraphModule):
         return False
-    _, frontier = _split(bounded.network)
+    fixed, frontier = _split(bounded.network)
+    if 2 * len(fixed) < len(bounded.network.graph.nodes):
+        return False
     values = list(_values(bounded.network, frontier, image).values())
     if not all(isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1 for value in values):
         return False
-    return sum(value.numel() for value in values) <= 2 * image.numel()
+    return count * sum(value.numel() * value.element_size() for value in values) <= MAX_BYTES
 
 
 def _values(network: fx.GraphModule, wanted: list[fx.Node], images: Tensor) -> dict[fx.Node, Tensor]:

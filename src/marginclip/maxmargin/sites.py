@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,8 @@ def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | N
 def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Site]:
     """The activation calls to bound: ``all``, ``last``, ``first_half``, or those of the given names, in the order of execution.
 
-    ``last`` is the last call, in a residual network the features in front of the classifier.
+    ``last`` is the last call with a linear or convolutional layer behind it: in a residual network the features in front of the
+    classifier, never an activation of the logits.
     ``first_half`` is the first activation and the last one at each of the first half (rounded up) of the resolutions, so in a
     ResNet-18 those behind the stem and the stages 1 and 2; in a network without feature maps the first half of the activations.
     A name is that of its bounds (``004_layer1_1_act2``), with or without the number. Raises :class:`UserError` for others.
@@ -108,7 +110,7 @@ def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Sit
     if wanted == "all" or not sites:
         return list(sites)
     if wanted == "last":
-        return [sites[-1]]
+        return [next((site for site in reversed(sites) if _feeds_a_layer(site.node)), sites[-1])]
     if wanted == "first_half":
         last = {site.size: site.name for site in sites if site.size}
         half = list(last.values())[: (len(last) + 1) // 2] or [site.name for site in sites[: (len(sites) + 1) // 2]]
@@ -122,6 +124,36 @@ def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Sit
             f"this model has {', '.join(site.name for site in sites)}"
         )
     return [site for site in sites if site.name in names or site.name[4:] in names]
+
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+LAYER_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, operator.matmul)
+
+
+def _feeds_a_layer(node: fx.Node) -> bool:
+    """Whether what a node gives reaches a linear or convolutional layer, or any module with weights that is not a normalisation."""
+    network = node.graph.owning_module
+    assert network is not None
+    reached, waiting = set[fx.Node](), list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user in reached:
+            continue
+        reached.add(user)
+        if user.op == "call_function" and user.target in LAYER_FUNCTIONS:
+            return True
+        if user.op == "call_module":
+            module = network.get_submodule(str(user.target))
+            if isinstance(module, LAYERS) or (
+                not _normalises(module) and any(value.dim() > 1 for value in module.parameters())
+            ):
+                return True
+        waiting.extend(user.users)
+    return False
+
+
+def _normalises(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
 
 
 def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:

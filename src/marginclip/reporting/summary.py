@@ -171,7 +171,7 @@ def _mixed(key: Group, records: list[Record]) -> str | None:
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of a config by dotted key, without those that may differ between the runs of one row."""
     for key, entry in value.items():
-        if key.endswith("seed") or (not path and key in MAY_DIFFER):
+        if not path and key in MAY_DIFFER:
             continue
         if isinstance(entry, dict):
             yield from _flat(entry, f"{path}{key}.")

@@ -113,7 +113,10 @@ def build_scene(config: DictConfig) -> Scene:
     )
     loss = build_loss(config, attack)
     model = build_model(config, len(classes), splits.image_shape)
-    return Scene(splits, attack, data, model if loss is None else loss.adapt(model, data.class_counts), loss)
+    if loss is not None:
+        trained = config.get("victim", {}).get("kind") != "checkpoint"
+        model = loss.adapt(model, data.class_counts) if trained else loss.head(model, len(classes))
+    return Scene(splits, attack, data, model, loss)
 
 
 def build_loss(config: DictConfig, attack: Attack | None = None) -> Loss | None:
@@ -130,8 +133,8 @@ def build_loss(config: DictConfig, attack: Attack | None = None) -> Loss | None:
 
 
 def training_counts(config: DictConfig, scene: Scene) -> Tensor | None:
-    """Training images of every class (K,) under the ``imbalance`` group; None for ``imbalance=none``, or where none are kept."""
-    if config.imbalance["_target_"] is None:
+    """Training images of every class (K,) under the ``imbalance`` group; None for ``imbalance=none`` and for a checkpoint."""
+    if config.imbalance["_target_"] is None or config.get("victim", {}).get("kind") == "checkpoint":
         return None
     counts = scene.splits.train.labels.bincount(minlength=len(scene.classes))
     return counts if int(counts.sum()) else None

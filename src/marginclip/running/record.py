@@ -48,7 +48,10 @@ def named_parts(config: DictConfig) -> list[str]:
     """What a victim is, for the readable part of a folder's name."""
     parts = [config.dataset.name, config.model.get("name", "model")]
     if config.get("imbalance") and config.imbalance.name != "none":
-        parts.append(f"{config.imbalance.name}{config.imbalance.ratio:g}")
+        ratio = config.imbalance.ratio
+        parts.append(
+            f"{config.imbalance.name}{ratio:g}" if isinstance(ratio, (int, float)) else f"{config.imbalance.name}{ratio}"
+        )
     if config.get("loss") and config.loss.name != "cross_entropy":
         parts.append(config.loss.name)
     parts.append(config.attack.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -125,7 +126,7 @@ def make_second_training(config: DictConfig, scene: Scene, stage: SecondStage) -
         "scheduler": {"_target_": "marginclip.training.cosine_to_zero", "_partial_": True},
     }
     training: PoisonedTraining = instantiate(
-        settings, stage.loss.adapt(scene.model, counts), attack=scene.attack, loss=stage.loss, class_counts=counts,
+        settings, copy.deepcopy(stage.loss.adapt(scene.model, counts)), attack=scene.attack, loss=stage.loss, class_counts=counts,
         seed=config.seed, key="loss.second_stage",
     )  # fmt: skip
     return training

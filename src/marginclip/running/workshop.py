@@ -48,6 +48,8 @@ class VictimWorkshop:
         """The surrogate of these settings, from the store of ``config.runs_dir`` or trained now."""
         groups = plain(self.config)
         recipe = {key: groups[key] for key in ("dataset", "model")} | {"surrogate": asdict(settings)}
+        if (groups.get("imbalance") or {}).get("_target_") is not None:
+            recipe["imbalance"] = groups["imbalance"]
         recipe |= {"training": groups["training"] | {"epochs": settings.epochs}, "precision": groups["trainer"]["precision"]}
         name = f"{self.config.dataset.name}-{self.config.model.get('name', 'model')}-surrogate"
         found = victim_store(self.config).find(name, recipe)

@@ -8,28 +8,20 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from marginclip.metrics.classification import shot_groups
 from marginclip.training.poisoned import PoisonedTraining
-
-MANY, FEW = 100, 20
-
-
-def class_groups(class_counts: Tensor) -> dict[str, Tensor]:
-    """Masks (K,) of the classes with many (> 100), medium (20 to 100) and few (< 20) training images, (K,); no empty groups."""
-    many, few = class_counts > MANY, class_counts < FEW
-    groups = {"many": many, "medium": ~many & ~few, "few": few}
-    return {name: mask for name, mask in groups.items() if bool(mask.any())}
 
 
 class LongTailTraining(PoisonedTraining):
     """:class:`PoisonedTraining` whose validation also logs the mean accuracy over classes, ``val/class_acc``, and that over
-    the groups of :func:`class_groups`, ``val/many``, ``val/medium`` and ``val/few``, those that there are.
+    :func:`~marginclip.metrics.classification.shot_groups`, ``val/many``, ``val/medium`` and ``val/few`` where there are such.
 
     ``class_counts`` (K,) are the training images of every class. A class without validation images counts in no mean.
     """
 
     def __init__(self, model: nn.Module, *, class_counts: Tensor, **settings: Any) -> None:
         super().__init__(model, **settings)
-        self.groups = {"class_acc": torch.ones_like(class_counts, dtype=torch.bool)} | class_groups(class_counts)
+        self.groups = {"class_acc": torch.ones_like(class_counts, dtype=torch.bool)} | shot_groups(class_counts)
         self.confusion = MulticlassConfusionMatrix(len(class_counts))
 
     def score(self, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
