@@ -111,7 +111,7 @@ def test_without_iterations_it_is_adam_on_the_perturbed_batches(victim, clean, f
     victim, images, labels = victim.double(), clean[0].double(), clean[1]  # Adam's first steps turn rounding into whole steps
     repaired = fit(defense, victim, (images, labels), precision="64-true")
     network = copy.deepcopy(victim).eval()
-    optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-4)
     for epoch in range(2):
         delta = slow_perturbation(network, images, defense)
         for index in range(2):

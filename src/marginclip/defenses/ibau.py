@@ -74,7 +74,7 @@ class IBAU(Defense):
         inner_rate: float = 10.0,
         penalty: float = 0.001,
         radius: float = 10.0,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 3e-4,
         share: float = 0.01,
         iterations: int = 5,
         inner_step: float = 0.1,
