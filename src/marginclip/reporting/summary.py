@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 NAMES = ("attack", "x2x", "defense", "row")
 # Settings in which the runs of one row may differ without measuring different things.
 MAY_DIFFER = ("seed", "runs_dir", "logger", "trainer", "hydra", "figures")
+DATA_SEEDS = ("subset_seed", "split_seed")  # another one is other data
 MAX_SETTINGS = 6
 
 
@@ -171,7 +172,7 @@ def _mixed(key: Group, records: list[Record]) -> str | None:
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of a config by dotted key, without those that may differ between the runs of one row."""
     for key, entry in value.items():
-        if not path and key in MAY_DIFFER:
+        if (key.endswith("seed") and key not in DATA_SEEDS) or (not path and key in MAY_DIFFER):
             continue
         if isinstance(entry, dict):
             yield from _flat(entry, f"{path}{key}.")
