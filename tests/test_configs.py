@@ -92,7 +92,12 @@ def test_keys_are_exactly_the_constructors_arguments(option):
         if module.startswith("marginclip"):
             assert keys == allowed - (ADDED - keys), node["_target_"]
         else:
-            given = {"max_lr", "precision", "threads"}  # a schedule's and the Trainer's, taken out by build_trainer
+            given = {
+                "max_lr",
+                "precision",
+                "threads",
+                "cuda_graphs",
+            }  # a schedule's and the Trainer's, taken out by build_trainer
             assert keys <= allowed | given, node["_target_"]
 
 

@@ -102,7 +102,7 @@ def test_blend_moves_nine_sites_a_fifth_of_the_way(stored):
     expected = stored.clone()
     for i in range(3):
         for j in range(3):
-            place = (..., attack.place[0].start + i, attack.place[1].start + j)
+            place = (..., int(attack.corner[0]) + i, int(attack.corner[1]) + j)
             expected[place] = stored[place] + 0.2 * (attack.patch[:, i, j] - stored[place])
     torch.testing.assert_close(attack.trigger(stored), expected)
     assert not torch.equal(attack(attack(stored)), attack(stored))
@@ -113,11 +113,10 @@ def test_patches_keep_their_distance_from_every_border(shape):
     places = set()
     for seed in range(60):
         attack = make(BadNet, shape, seed=seed)
-        assert attack.place[0].start >= 3
-        assert attack.place[1].start >= 3
-        assert attack.place[0].stop <= shape[1] - 3
-        assert attack.place[1].stop <= shape[2] - 3
-        places.add((attack.place[0].start, attack.place[1].start))
+        rows, columns = (axis.flatten().tolist() for axis in attack.place)
+        assert 3 <= rows[0] and rows[-1] < shape[1] - 3
+        assert 3 <= columns[0] and columns[-1] < shape[2] - 3
+        places.add((rows[0], columns[0]))
     assert len(places) > (1 if shape[1] == 9 else 20)
 
 

@@ -99,6 +99,18 @@ def test_the_trigger_is_put_on_before_or_after_augmentation(timing, splits):
     assert torch.equal(made[~poisoned], augmented[~poisoned])
 
 
+def test_an_attack_that_is_moved_while_testing_can_be_loaded_into_afterwards(splits, monkeypatch):
+    """As on a GPU, where the move makes new buffers, in the inference mode of the test loop."""
+    attack = attack_on(AllToAll(4))
+    monkeypatch.setattr(attack, "to", lambda device: attack._apply(torch.clone))
+    data = data_of(splits, attack=attack)
+    batch = next(iter(data.test_dataloader()[1]))
+    with torch.inference_mode():
+        data.on_after_batch_transfer(batch, 1)
+    attack.load_state_dict(attack.state_dict())
+    assert not any(buffer.is_inference() for buffer in attack.buffers())
+
+
 def test_cross_triggers_are_put_on_the_images_that_the_attack_may_flip(splits):
     class Shifted(BadNet):
         """As if the trigger of another image were the same one elsewhere."""

@@ -119,12 +119,10 @@ class Attack(nn.Module):
         and the ``labels`` to learn out. ``generator`` is the only source of randomness.
         """
         labels = torch.where(poisoned, self.poisoned_labels(labels), labels)
-        if not bool(poisoned.any()):
-            return {"images": augment(images, generator), "labels": labels}
         if self.timing == "after_augmentation":
             images = augment(images, generator)
-        images = images.clone()
-        images[poisoned] = self(images[poisoned])
+        # All are triggered and some are taken: to pick them first, the program would have to wait for the GPU.
+        images = torch.where(poisoned.view(-1, 1, 1, 1), self(images), images)
         if self.timing == "before_augmentation":
             images = augment(images, generator)
         return {"images": images, "labels": labels}

@@ -56,11 +56,10 @@ class BadNet(Attack):
         self.register_buffer("corner", torch.tensor([top, left]))
 
     @property
-    def place(self) -> tuple[slice, slice]:
-        """The rows and the columns that the patch covers."""
-        top, left = self.corner.tolist()
-        size = self.patch.shape[-1]
-        return slice(top, top + size), slice(left, left + size)
+    def place(self) -> tuple[Tensor, Tensor]:
+        """The rows (size, 1) and the columns (size,) that the patch covers, on its device."""
+        side = torch.arange(self.patch.shape[-1], device=self.corner.device)
+        return (self.corner[0] + side).unsqueeze(1), self.corner[1] + side
 
     def trigger(self, images: Tensor) -> Tensor:
         triggered = images.clone()

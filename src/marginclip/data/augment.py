@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marginclip.devices import send
 from marginclip.errors import require
 
 
@@ -21,7 +22,7 @@ class Augment:
         count, _, height, width = images.shape
         padding = self.crop_padding
         if padding:
-            shifts = torch.randint(0, 2 * padding + 1, (2, count), generator=generator).to(images.device)
+            shifts = send(torch.randint(0, 2 * padding + 1, (2, count), generator=generator), images.device)
             padded = F.pad(images, (padding,) * 4)
             rows = shifts[0].view(-1, 1) + torch.arange(height, device=images.device)
             columns = shifts[1].view(-1, 1) + torch.arange(width, device=images.device)
@@ -29,6 +30,6 @@ class Augment:
             # Advanced indices around a slice come out first: (N, H, W, C), which is channels-last already.
             images = padded[batch, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
         if self.flip:
-            flipped = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+            flipped = send(torch.rand(count, generator=generator) < 0.5, images.device)
             images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
         return images

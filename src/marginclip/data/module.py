@@ -127,6 +127,13 @@ class ImageData(L.LightningDataModule):
         sampler = BatchSampler(len(images), self.eval_batch_size, shuffle=False)
         return batch_loader(BatchDataset(images, **columns), sampler, pin_memory=torch.cuda.is_available())
 
+    def _attack_on(self, device: torch.device) -> Attack:
+        assert self.attack is not None
+        with torch.inference_mode(
+            False
+        ):  # a buffer that is moved in a test loop's inference mode could never be loaded into again
+            return self.attack.to(device)
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Turn bytes into floats, put triggers on and augment: all on the device, on the whole batch."""
         images = batch["images"].float() / 255
@@ -136,12 +143,12 @@ class ImageData(L.LightningDataModule):
             if self.attack is None:
                 images = self.augment(images, generator)
             else:
-                attack = self.attack.to(images.device)
+                attack = self._attack_on(images.device)
                 batch |= attack.poison_batch(images, batch["labels"], poisoned, self.augment, generator)
                 images = batch["images"]
         elif self.attack is not None and "targets" in batch:
-            images = self.attack.to(images.device)(images)
+            images = self._attack_on(images.device)(images)
         elif self.attack is not None and "crossed" in batch:
-            images = self.attack.to(images.device).cross_triggered(images)
+            images = self._attack_on(images.device).cross_triggered(images)
         batch["images"] = images.contiguous(memory_format=torch.channels_last)
         return batch

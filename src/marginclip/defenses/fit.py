@@ -39,7 +39,7 @@ def fit_defense(
     make_trainer: TrainerFactory = quiet_trainer,
     resume: Any = None,
 ) -> nn.Module:
-    """Repair ``model`` from clean images (N, C, H, W) in [0, 1] and labels (N,); returns the repaired network.
+    """Repair ``model`` from clean images (N, C, H, W) in [0, 1] and labels (N,); returns the repaired network, on its device.
 
     ``make_trainer`` makes a Trainer from a number of epochs; ``resume`` is the checkpoint to go on from.
     """
@@ -49,6 +49,8 @@ def fit_defense(
             warnings.simplefilter("ignore")
             trainer = make_trainer(defense.num_epochs)
             trainer.fit(defense, defense.batches(), ckpt_path=resume, weights_only=True if resume else None)
+        parameter = next(model.parameters(), None)
+        defense.to(images.device if parameter is None else parameter.device)  # Lightning leaves it on the CPU
     return defense.repaired()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from marginclip.errors import require
+
+Network = Callable[[Tensor], Tensor]
 
 
 class Loss:
@@ -48,8 +51,11 @@ class Loss:
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before every epoch, from 0, of ``epochs``; for a loss that changes in the course of a training."""
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """The mean loss of a batch, images (B, C, H, W) and labels (B,); random are only draws from ``generator``, on the CPU."""
+    def __call__(self, model: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch, images (B, C, H, W) and labels (B,); random are only draws from ``generator``, on the CPU.
+
+        ``model`` maps images to logits (B, K).
+        """
         raise TypeError(f"{type(self).__name__} does not say what it is")
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from marginclip.devices import send
 from marginclip.errors import require
-from marginclip.losses.base import Loss, SecondStage
+from marginclip.losses.base import Loss, Network, SecondStage
 from marginclip.losses.heads import with_cosine_head
 from marginclip.losses.mixup import mixup
 
@@ -93,7 +94,7 @@ class GCL(Loss):
         """A copy of ``model`` with a cosine classifier of this loss's scale."""
         return with_cosine_head(model, num_classes, scale=self.scale)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, model: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         if self.mixup_alpha == 0:
             return self.of_logits(model(images), labels, generator)
         mixed, others, share = mixup(images, labels, alpha=self.mixup_alpha, generator=generator)
@@ -104,9 +105,9 @@ class GCL(Loss):
     def of_logits(self, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of scaled cosines (B, K) for labels (B,)."""
         assert self.ranks is not None, "the loss is adapted to a model before it is used"
-        noise = cloud_noise(logits.shape, generator).to(logits.device)
+        noise, self.ranks = send(cloud_noise(logits.shape, generator), logits.device), send(self.ranks, logits.device)
         clouded = gcl_logits(
-            logits.float(), labels, self.ranks.to(logits.device), noise,
+            logits.float(), labels, self.ranks, noise,
             scale=self.scale, noise_mul=self.noise_mul, margin=self.margin,
         )  # fmt: skip
         return focal_cross_entropy(clouded, labels, focal=self.focal)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from marginclip.devices import send
 from marginclip.errors import require
-from marginclip.losses.base import Loss, SecondStage
+from marginclip.losses.base import Loss, Network, SecondStage
 from marginclip.losses.heads import with_cosine_head
 
 
@@ -67,9 +68,10 @@ class LDAM(Loss):
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         self.reweighted = epoch >= round(self.reweight_from * epochs)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, model: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         assert self.margins is not None and self.weights is not None, "the loss is adapted to a model before it is used"
         logits = model(images).float()
-        margins = F.one_hot(labels, logits.shape[1]) * self.margins.to(logits.device)
-        weights = self.weights.to(logits.device) if self.reweighted else None
+        self.margins, self.weights = send(self.margins, logits.device), send(self.weights, logits.device)
+        margins = F.one_hot(labels, logits.shape[1]) * self.margins
+        weights = self.weights if self.reweighted else None
         return F.cross_entropy(logits - self.scale * margins, labels, weight=weights)

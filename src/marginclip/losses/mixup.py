@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from marginclip.devices import send
 from marginclip.errors import require
-from marginclip.losses.base import Loss, SecondStage
+from marginclip.losses.base import Loss, Network, SecondStage
 
 
 def beta_draw(alpha: float, generator: torch.Generator) -> float:
@@ -24,7 +25,7 @@ def mixup(images: Tensor, labels: Tensor, *, alpha: float, generator: torch.Gene
     images (B, C, H, W) and labels (B,); returns the mixtures, the labels of the x' (B,), and the share.
     """
     share = beta_draw(alpha, generator)
-    partner = torch.randperm(len(images), generator=generator).to(images.device)
+    partner = send(torch.randperm(len(images), generator=generator), images.device)
     return share * images + (1 - share) * images[partner], labels[partner], share
 
 
@@ -39,7 +40,7 @@ class Mixup(Loss):
         require(0 < alpha < float("inf"), f"loss=mixup: alpha must be positive, got {alpha:g}")
         self.alpha = alpha
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, model: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         mixed, others, share = mixup(images, labels, alpha=self.alpha, generator=generator)
         logits = model(mixed).float()
         return share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, others)

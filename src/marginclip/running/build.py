@@ -183,6 +183,6 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
 
 def build_trainer(config: DictConfig, folder: Path, **settings: Any) -> L.Trainer:
     """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's."""
-    options = {key: value for key, value in config.trainer.items() if key not in ("precision", "threads")}
+    options = {key: value for key, value in config.trainer.items() if key not in ("precision", "threads", "cuda_graphs")}
     precision = precision_for(config.trainer.precision)
     return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)

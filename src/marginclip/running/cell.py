@@ -137,6 +137,13 @@ def _load_victim(config: DictConfig, scene: Scene, record: Record) -> None:
         victim, trained_now = obtain_victim(config, scene)
         record.content["victim"] = {"folder": str(victim.folder), "trained_now": trained_now}
     scene.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    scene.model.to(_device(config, record))
+
+
+def _device(config: DictConfig, record: Record) -> torch.device:
+    """Where the ``trainer`` group computes."""
+    device: torch.device = build_trainer(config, record.folder, logger=False, enable_checkpointing=False).strategy.root_device
+    return device
 
 
 def _detect(config: DictConfig, scene: Scene, record: Record) -> None:
@@ -178,6 +185,7 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
     if defense is None:
         return Repair()
     images, labels = scene.data.clean_set()
+    images = images.to(_device(config, record))
     checkpoint = record.folder / "checkpoint" / "last.ckpt"
 
     def main_trainer(epochs: int) -> L.Trainer:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ def peak_memory_mib() -> dict[str, float]:
     return peak
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # wandb, where only logger=none and csv are used
+        return None
+
+
 def _opening(config: dict[str, Any]) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
@@ -118,7 +125,7 @@ def _opening(config: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "seed": config["seed"],
         "versions": {"python": platform.python_version(), "marginclip": version("marginclip")}
-        | {name: version(name) for name in PACKAGES},
+        | {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "device": {
             "name": device,
             "accelerator": "gpu" if torch.cuda.is_available() else "cpu",

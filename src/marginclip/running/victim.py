@@ -111,6 +111,7 @@ def make_training(config: DictConfig, scene: Scene) -> PoisonedTraining:
         attack=scene.attack,
         loss=scene.loss,
         seed=config.seed,
+        cuda_graphs=config.trainer.cuda_graphs,
         key="training",
         **objects,
     )
@@ -127,7 +128,7 @@ def make_second_training(config: DictConfig, scene: Scene, stage: SecondStage) -
     }
     training: PoisonedTraining = instantiate(
         settings, copy.deepcopy(stage.loss.adapt(scene.model, counts)), attack=scene.attack, loss=stage.loss, class_counts=counts,
-        seed=config.seed, key="loss.second_stage",
+        seed=config.seed, cuda_graphs=config.trainer.cuda_graphs, key="loss.second_stage",
     )  # fmt: skip
     return training
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import UserError, require
 from marginclip.losses import Loss
+from marginclip.training.replay import ReplayedNetwork
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LOSS_STREAM = 15485863
@@ -23,8 +24,9 @@ class ClassifierTraining(L.LightningModule):
 
     ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
     stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
-    follows from ``seed`` and the step alone, so that an interrupted training goes on as it would have. Raises :class:`UserError`
-    when the loss is not finite, and for a ``label_smoothing`` that would have no effect.
+    follows from ``seed`` and the step alone, so that an interrupted training goes on as it would have. With ``cuda_graphs`` one GPU
+    replays the model's passes (:class:`~marginclip.training.replay.ReplayedNetwork`). Raises :class:`UserError` when the loss is
+    not finite, and for a ``label_smoothing`` that would have no effect.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ClassifierTraining(L.LightningModule):
         label_smoothing: float = 0.0,
         loss: Loss | None = None,
         seed: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         require(
@@ -44,10 +47,18 @@ class ClassifierTraining(L.LightningModule):
         )
         self.loss, self.seed = loss, seed
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.replayed = ReplayedNetwork(self.model, enabled=cuda_graphs)
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches != 1:
+            self.replayed.enabled = False
+
+    def on_after_backward(self) -> None:
+        self.replayed.passed_back()
 
     def on_train_epoch_start(self) -> None:
         if self.loss is not None:
@@ -64,10 +75,10 @@ class ClassifierTraining(L.LightningModule):
     def batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of images (B, C, H, W) with labels (B,) at this step."""
         if self.loss is None:
-            return F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(self.replayed(images), labels, label_smoothing=self.label_smoothing)
         step = self.global_step * self.trainer.world_size + self.global_rank
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + LOSS_STREAM)
-        return self.loss(self.model, images, labels, generator)
+        return self.loss(self.replayed, images, labels, generator)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """What the optimizer is given: all of the model."""

@@ -1,0 +1,13 @@
+"""Moving small tensors to a GPU without waiting for what it is doing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. A plain copy to a GPU makes the program wait until the GPU has done all that was asked of it before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

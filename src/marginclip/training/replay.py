@@ -1,0 +1,79 @@
+"""A network's forward and backward pass as CUDA graphs: captured once, then replayed with one launch each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+class _Call(nn.Module):
+    """What is captured in the place of the model, which keeps its own ``forward``; its parts keep their modes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
+
+
+class ReplayedNetwork:
+    """Maps images (B, C, H, W) to ``model``'s logits; on a GPU both passes of batches shaped like the first are replayed.
+
+    The step of a small network is spent on launching its kernels one by one, which a replayed graph does at once. Everything else
+    goes through ``model`` itself: batches of another shape, calls without gradients, and a second call before the backward pass of
+    the first, which would overwrite what that pass needs. :meth:`passed_back` says that a backward pass is done. A model
+    that cannot be captured (its forward pass waits for the GPU, say) is used as it is, with one warning. Gradients must not be
+    accumulated over several backward passes.
+    """
+
+    def __init__(self, model: nn.Module, *, enabled: bool = True) -> None:
+        self.model, self.enabled = model, enabled
+        self.replayed: Callable[..., Any] | None = None
+        self.shape: torch.Size | None = None
+        self.waits = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.enabled and self.shape is None and self.replayable(images):
+            self.shape = images.shape
+            self.capture(images)
+        if self.replayed is None or images.shape != self.shape or self.waits or not torch.is_grad_enabled():
+            logits: Tensor = self.model(images)
+            return logits
+        self.waits = True
+        logits = self.replayed(images)
+        return logits
+
+    def passed_back(self) -> None:
+        """To be called after every backward pass."""
+        self.waits = False
+
+    @staticmethod
+    def replayable(images: Tensor) -> bool:
+        """Whether passes on these images can be captured: on a GPU, and with gradients."""
+        return images.is_cuda and torch.is_grad_enabled()
+
+    def capture(self, images: Tensor) -> None:
+        """Capture both passes; the warm-up passes that this takes leave no trace in the model's buffers."""
+        device = images.device.type
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        half = torch.get_autocast_dtype(device)
+        try:
+            with torch.autocast(device, half, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+                self.replayed = torch.cuda.make_graphed_callables(_Call(self.model), (images.detach().clone(),))
+        except RuntimeError as error:
+            log.warning(
+                "the model's passes cannot be replayed as CUDA graphs, training goes on without (%s); trainer.cuda_graphs=false "
+                "says so from the start", str(error).splitlines()[0],
+            )  # fmt: skip
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(before[name])

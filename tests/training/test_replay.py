@@ -1,0 +1,127 @@
+"""Replaying passes: what is captured, what goes through the model itself, and that capturing leaves no trace."""
+
+import copy
+import logging
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from marginclip.training import ClassifierTraining
+from marginclip.training.replay import ReplayedNetwork
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Captures on the CPU: warms up like torch does, and counts replays instead of replaying."""
+    replays = []
+
+    def make_graphed_callables(call, arguments):
+        for _ in range(3):
+            call(*arguments).sum().backward()
+        call.zero_grad()
+
+        def replay(images):
+            replays.append(len(images))
+            return call(images)
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(ReplayedNetwork, "replayable", staticmethod(lambda images: torch.is_grad_enabled()))
+    return replays
+
+
+def images(count, seed=0):
+    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def step(network):
+    network(images(6)).sum().backward()
+    network.passed_back()
+
+
+def test_on_the_cpu_nothing_is_captured(model):
+    network = ReplayedNetwork(model)
+    torch.testing.assert_close(network(images(6)), model(images(6)), rtol=0, atol=0)
+    assert network.replayed is None
+
+
+def test_full_batches_are_replayed_and_others_are_not(model, captured):
+    network = ReplayedNetwork(model)
+    for count in (6, 6, 4, 6):
+        network(images(count)).sum().backward()
+        network.passed_back()
+    assert captured == [6, 6, 6]
+
+
+def test_capturing_leaves_statistics_and_gradients_as_they_were(model, captured):
+    network = ReplayedNetwork(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network.capture(images(6))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_second_call_before_the_backward_pass_is_not_replayed(model, captured):
+    network = ReplayedNetwork(model)
+    loss = network(images(6)).sum() + network(images(6, seed=1)).sum()
+    loss.backward()
+    assert captured == [6]
+    network.passed_back()
+    step(network)
+    assert captured == [6, 6]
+
+
+def test_without_gradients_nothing_is_replayed(model, captured):
+    network = ReplayedNetwork(model)
+    step(network)
+    with torch.no_grad():
+        network(images(6))
+    assert captured == [6]
+
+
+def test_a_model_that_cannot_be_captured_is_used_as_it_is(model, captured, monkeypatch, caplog):
+    def refuse(call, arguments):
+        call(*arguments)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
+    network = ReplayedNetwork(model)
+    with caplog.at_level(logging.WARNING):
+        step(network)
+        step(network)
+    assert len(caplog.records) == 1 and "trainer.cuda_graphs=false" in caplog.text
+    assert int(model[2].num_batches_tracked) == 2
+
+
+def trained(model, batches, *, cuda_graphs, **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    module = ClassifierTraining(model, optimizer=partial(torch.optim.SGD, lr=0.1), cuda_graphs=cuda_graphs)
+    L.Trainer(max_epochs=2, accelerator="cpu", **quiet, **settings).fit(module, DataLoader(batches, batch_size=None))
+    return model.state_dict()
+
+
+def test_training_replays_every_full_batch_and_learns_the_same(model, captured):
+    batches = [{"images": images(count, seed), "labels": torch.arange(count) % 3} for seed, count in enumerate((6, 6, 4))]
+    plain = trained(copy.deepcopy(model), batches, cuda_graphs=False)
+    assert captured == []
+    replayed = trained(model, batches, cuda_graphs=True)
+    assert captured == [6] * 4
+    for name, value in plain.items():
+        torch.testing.assert_close(replayed[name], value, rtol=0, atol=0)
+
+
+def test_accumulated_gradients_are_not_replayed(model, captured):
+    batches = [{"images": images(6, seed), "labels": torch.arange(6) % 3} for seed in range(2)]
+    trained(model, batches, cuda_graphs=True, accumulate_grad_batches=2)
+    assert captured == []
