@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, fit_defense
+from marginclip.defenses.affine_logits import fit_affine
 from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
 from marginclip.maxmargin import BoundedNetwork, MMOMObjective, ascend_margins, margin, mmom
@@ -212,6 +213,48 @@ def test_offsets_need_an_image_of_every_class(victim, clean, fit):
     kept = labels != 2
     with pytest.raises(UserError, match=r"^class 2 has no clean image: its offset cannot be learned$"):
         fit(shipped(), victim, (images[kept], labels[kept]))
+
+
+def test_offsets_and_scale_start_at_the_best_fit_and_are_learned(victim, clean, fit):
+    images, labels = clean
+    start = BoundStart(share=0.6, quantile=1.0)
+    network = BoundedNetwork(victim, images[:1], sites="last")
+    start.apply(network, images)
+    scale, shift = fit_affine(network(images), labels, scale="shared", shift=True, l2=1e-6)
+    settings = {"sites": "last", "start": start, "steps": 1, "check_every": 1, "penalty": {"initial": 0.0}}
+    repaired = fit(learning(offset_rate=1e-7, scale_rate=1e-7, learning_rate=1e-7, **settings), victim, clean)
+    torch.testing.assert_close(repaired.offsets.value.double(), shift, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(repaired.offsets.scale.double(), scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(repaired(images), (network(images) * scale + shift).float(), rtol=1e-3, atol=1e-3)
+    learned = fit(learning(offset_rate=0.05, scale_rate=0.1, learning_rate=0.5, **settings), victim, clean)
+    moved = (learned.offsets.scale - repaired.offsets.scale).detach().abs()
+    assert float(moved) == pytest.approx(0.1, rel=1e-2)  # Adam's first step
+
+
+def test_offsets_and_scale_survive_in_the_bounds_state(victim, clean):
+    network, twin = (BoundedNetwork(victim, clean[0][:1], offsets=True, scaled=True) for _ in range(2))
+    with torch.no_grad():
+        network.offsets.value.copy_(torch.arange(4.0))
+        network.offsets.scale.fill_(0.5)
+    twin.load_bounds(network.bounds_state())
+    assert torch.equal(twin(clean[0]), network(clean[0]))
+    torch.testing.assert_close(network(clean[0]), 0.5 * victim(clean[0]) + torch.arange(4.0))
+    with network.unbounded():
+        assert torch.equal(network(clean[0]), victim(clean[0]))
+    with pytest.raises(UserError, match="'scale' does not fit"):
+        BoundedNetwork(victim, clean[0][:1], offsets=True).load_bounds(network.bounds_state())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"scale_rate": 0.0, "offset_rate": 0.1}, r"^defense.scale_rate must be positive or null, got 0.0$"),
+        ({"scale_rate": 0.1}, r"^defense.scale_rate=0.1 needs defense.offset_rate, which is null"),
+    ],
+)
+def test_a_scale_rate_that_does_not_fit_is_refused(settings, told):
+    with pytest.raises(UserError, match=told):
+        learning(**settings)
 
 
 def test_minibatches_of_other_images_do_not_end_learning(victim, clean, fit):

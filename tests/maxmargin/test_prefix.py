@@ -25,14 +25,15 @@ def bounded_network(model, images, **settings):
 @pytest.mark.parametrize("sites", ["last", "all", ["layer2_0_act1"]])
 @pytest.mark.parametrize("offsets", [False, True])
 def test_logits_and_gradients_are_those_of_the_whole_network(resnet, images, fused, sites, offsets):
-    bounded = bounded_network(resnet, images, sites=sites, offsets=offsets)
+    bounded = bounded_network(resnet, images, sites=sites, offsets=offsets, scaled=offsets)
     network = bounded.fused() if fused else bounded
     if offsets:
         with torch.no_grad():
             bounded.offsets.value.copy_(torch.randn(4))
+            bounded.offsets.scale.fill_(0.7)
     cache = PrefixCache(network, images, batch_size=5)
     rows, labels = torch.tensor([7, 0, 3]), torch.tensor([0, 1, 2])
-    learned = [*bounded.bound_parameters(), *([bounded.offsets.value] if offsets else [])]
+    learned = [*bounded.bound_parameters(), *(bounded.offsets.parameters() if offsets else [])]
     gradients = []
     for logits in (network(images[rows]), cache(rows)):
         gradients.append(torch.autograd.grad(F.cross_entropy(logits, labels), learned))

@@ -31,9 +31,9 @@ class BoundLearning(Defense):
     Algorithm 1) on ``batch_size`` clean images (for MMAC and MMBM, of those that the model classifies correctly). ``sites`` says
     which activations are bounded (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the
     learning rate at each activation by the mean of its initial bounds, so that it means the same for models of any scale. With
-    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, from where it fits the clean
-    set best at their start. Learning ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every
-    step takes the whole clean set.
+    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, and with a ``scale_rate`` also
+    one factor of all logits, the inverse of a temperature, from where they fit the clean set best at the bounds' start. Learning
+    ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every step takes the whole clean set.
 
     Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``penalty``), and among the
     bounds that kept it at ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned
@@ -61,6 +61,7 @@ class BoundLearning(Defense):
         learning_rate: float = 0.02,
         lr_scale: str = "absolute",
         offset_rate: float | None = None,
+        scale_rate: float | None = None,
         keep: str = "best",
         project: bool = True,
         check_every: int = 10,
@@ -73,6 +74,11 @@ class BoundLearning(Defense):
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
         require(0 < learning_rate <= 1e30, f"defense.learning_rate must be in (0, 1e30], got {learning_rate:g}")
         require(offset_rate is None or offset_rate > 0, f"defense.offset_rate must be positive or null, got {offset_rate}")
+        require(scale_rate is None or scale_rate > 0, f"defense.scale_rate must be positive or null, got {scale_rate}")
+        require(
+            scale_rate is None or offset_rate is not None,
+            f"defense.scale_rate={scale_rate} needs defense.offset_rate, which is null: logits are scaled and shifted, or shifted alone",
+        )
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
         require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
@@ -89,7 +95,7 @@ class BoundLearning(Defense):
         self.sites = sites
         self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
-        self.offset_rate, self.checked_at = offset_rate, -1
+        self.offset_rate, self.scale_rate, self.checked_at = offset_rate, scale_rate, -1
         self.tolerance, self.last_loss, self.stopped_at = tolerance, float("nan"), 0
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
@@ -109,8 +115,9 @@ class BoundLearning(Defense):
             f"the model classifies none of the {len(images)} clean images correctly; are the labels right?",
         )
         self.bounded = BoundedNetwork(
-            model, images[:1], channel_axis=self.channel_axis, sites=self.sites, offsets=self.offset_rate is not None
-        )
+            model, images[:1], channel_axis=self.channel_axis, sites=self.sites,
+            offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
+        )  # fmt: skip
         self.bounded.to(memory_format=torch.channels_last)
         self.start.apply(self.bounded, images)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
@@ -150,6 +157,8 @@ class BoundLearning(Defense):
             groups.append({"params": values, "lr": self.learning_rate * max(scale, 1e-6)})
         if self.bounded.offsets is not None:
             groups.append({"params": [self.bounded.offsets.value], "lr": self.offset_rate})
+            if self.bounded.offsets.scale is not None:
+                groups.append({"params": [self.bounded.offsets.scale], "lr": self.scale_rate})
         return torch.optim.Adam(groups)
 
     def on_fit_start(self) -> None:
@@ -194,12 +203,13 @@ class BoundLearning(Defense):
         return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
 
     def _start_offsets(self, images: Tensor, labels: Tensor) -> None:
-        """Offsets start where they fit the clean set best under the bounds that learning starts from."""
+        """Offsets and scale start where they fit the clean set best under the bounds that learning starts from."""
         if self.bounded.offsets is None:
             return
-        _, shift = fit_affine(clean_logits(self.bounded, images), labels, scale="none", shift=True, l2=OFFSET_L2)
+        kind = "none" if self.scale_rate is None else "shared"
+        scale, shift = fit_affine(clean_logits(self.bounded, images), labels, scale=kind, shift=True, l2=OFFSET_L2)
         with torch.no_grad():
-            self.bounded.offsets.value.copy_(shift)
+            self.bounded.offsets.load({"offsets": shift, "scale": scale})
 
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""

@@ -62,15 +62,33 @@ class Bound(nn.Module):
 
 
 class LogitOffsets(nn.Module):
-    """Adds one learnable number a class to logits (N, K); at 0, as at first, they are the same bit for bit."""
+    """Adds one learnable number a class to logits (N, K), ``value``; ``scaled`` ones are multiplied by one number before, ``scale``.
 
-    def __init__(self, num_classes: int) -> None:
+    At 0 and 1, as at first, they are the same bit for bit.
+    """
+
+    def __init__(self, num_classes: int, *, scaled: bool = False) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.zeros(num_classes))
+        self.scale = nn.Parameter(torch.ones(1)) if scaled else None
         self.enabled = True
 
     def forward(self, logits: Tensor) -> Tensor:
-        return logits.float() + self.value if self.enabled else logits  # in full precision: ties would go to the first class
+        if not self.enabled:
+            return logits
+        logits = logits.float()  # in full precision: ties would go to the first class
+        return (logits if self.scale is None else logits * self.scale) + self.value
+
+    def state(self) -> dict[str, Tensor]:
+        """``offsets`` (K,) and, where there is one, ``scale`` (1,): detached copies."""
+        values = {"offsets": self.value} | ({} if self.scale is None else {"scale": self.scale})
+        return {name: value.detach().clone() for name, value in values.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Set them from :meth:`state`."""
+        self.value.copy_(state["offsets"])
+        if self.scale is not None:
+            self.scale.copy_(state["scale"])
 
 
 class BoundedNetwork(nn.Module):
@@ -85,7 +103,8 @@ class BoundedNetwork(nn.Module):
     ``example`` is one image (C, H, W) or a batch (N, C, H, W). ``channel_axis`` overrides where the channels of activations with
     more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`). ``sites`` limits the bounds to some of the
     activations (see :func:`marginclip.maxmargin.sites.choose_sites`). With ``offsets`` one learnable number is added to the logit of
-    each class (``offsets.value``), 0 at first; None otherwise.
+    each class (``offsets.value``), 0 at first, and if they are ``scaled``, all are multiplied by one number before
+    (``offsets.scale``), 1 at first; None otherwise.
 
     Raises :class:`UserError` for a model that cannot be traced or has no activations.
     """
@@ -98,13 +117,15 @@ class BoundedNetwork(nn.Module):
         channel_axis: int | None = None,
         sites: str | Sequence[str] = "all",
         offsets: bool = False,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
+        require(offsets or not scaled, "a scale of the logits is learned with offsets only")
         with torch.inference_mode(False), torch.no_grad():  # made in a validation loop, it can be learned all the same
             traced = trace(model)
             self.network, self.bounds, num_classes = _with_bounds(traced, example, channel_axis, sites)
             device = next(self.bounds.parameters()).device
-            self.offsets = LogitOffsets(num_classes).to(device) if offsets else None
+            self.offsets = LogitOffsets(num_classes, scaled=scaled).to(device) if offsets else None
         self.channel_axis = channel_axis
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
@@ -138,9 +159,9 @@ class BoundedNetwork(nn.Module):
         return sum(value.numel() for value in self.bound_parameters())
 
     def bounds_state(self) -> dict[str, Tensor]:
-        """What was learned, ``<call>.upper``, ``<call>.lower`` and, with offsets, ``offsets``: detached copies."""
+        """What was learned, ``<call>.upper``, ``<call>.lower`` and, where there are such, ``offsets`` and ``scale``: detached copies."""
         bounds = {name: value.detach().clone() for name, value in self.bounds.state_dict().items()}
-        return bounds if self.offsets is None else bounds | {"offsets": self.offsets.value.detach().clone()}
+        return bounds if self.offsets is None else bounds | self.offsets.state()
 
     @torch.no_grad()
     def load_bounds(self, state: dict[str, Tensor]) -> None:
@@ -148,9 +169,9 @@ class BoundedNetwork(nn.Module):
         own = self.bounds_state()
         odd = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
         require(not odd, f"these bounds are of another architecture: '{odd[0] if odd else ''}' does not fit")
-        self.bounds.load_state_dict({name: value for name, value in state.items() if name != "offsets"})
+        self.bounds.load_state_dict({name: value for name, value in state.items() if name not in ("offsets", "scale")})
         if self.offsets is not None:
-            self.offsets.value.copy_(state["offsets"])
+            self.offsets.load(state)
 
     @torch.no_grad()
     def set_constant(self, value: float) -> None:
