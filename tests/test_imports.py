@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 # Part -> the other parts of the package that it may import.
 ARROWS = {
     "errors": set(),
+    "devices": set(),
     "files": {"errors"},
     "precision": {"errors"},
     "maxmargin": {"errors"},
     "metrics": {"errors"},
     "models": {"errors"},
-    "losses": {"errors"},
+    "losses": {"devices", "errors"},
     "attacks": {"maxmargin", "errors"},
-    "data": {"attacks", "files", "errors"},
+    "data": {"attacks", "devices", "files", "errors"},
     "defenses": {"maxmargin", "metrics", "precision", "errors"},
     "training": {"attacks", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},

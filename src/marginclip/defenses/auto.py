@@ -200,9 +200,9 @@ class Auto(Defense):
 def mmom_repair(*, seed: int = 0) -> BoundLearning:
     """MMOM with the settings of ``conf/defense/mmom.yaml``."""
     return BoundLearning(
-        objective=MMOMObjective(), sites="last", start=BoundStart(share=0.3, quantile=1.0), ascent=AscentPlan(refresh_every=10),
+        objective=MMOMObjective(), sites="last", start=BoundStart(share=0.6, quantile=1.0), ascent=AscentPlan(refresh_every=10),
         penalty=PenaltyController(initial=1e-5, min_agreement=0.0), steps=300, tolerance=1e-5, batch_size=5000, learning_rate=0.05,
-        offset_rate=0.05, keep="last", seed=seed,
+        offset_rate=0.05, scale_rate=0.01, keep="last", seed=seed,
     )  # fmt: skip
 
 

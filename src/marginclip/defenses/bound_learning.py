@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from marginclip.defenses.base import Defense, check_clean_set, clean_logits
 from marginclip.defenses.settings import AscentPlan, BoundStart
 from marginclip.errors import require
 from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
-from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
+from marginclip.maxmargin.margin import ascend_margins, margin
 from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, Objective
 from marginclip.maxmargin.penalty import PenaltyController
 from marginclip.maxmargin.prefix import PrefixCache, prefix_pays
@@ -228,38 +229,13 @@ class BoundLearning(Defense):
         )  # fmt: skip
 
     def _ascend(self, step: int) -> None:
-        first = step == 0
-        plan = self.ascent
+        first, plan = step == 0, self.ascent
         if first or not plan.warm_start:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            self.margin_inputs = self._starts(generator)
-        settings: dict[str, Any] = {
-            "steps": plan.first_steps if first else plan.steps,
-            "step_size": plan.step_size,
-            "rule": plan.rule,
-            "momentum": plan.momentum,
-            "tolerance": plan.tolerance,
-        }
-        if plan.network == "original":
-            with self.bounded.unbounded():
-                found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **settings)
-        else:
-            found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **settings)
+            self.margin_inputs = plan.starts(self.images, self.labels, self.wanted, generator)
+        with self.bounded.unbounded() if plan.network == "original" else nullcontext():
+            found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **plan.search(first=first))
         self.margin_inputs = found.images
-
-    def _starts(self, generator: torch.Generator) -> Tensor:
-        """New margin inputs (N, C, H, W), one for each entry of ``wanted``."""
-        if self.ascent.start_from == "noise":
-            return random_starts(len(self.wanted), self.images.shape[1:], generator=generator, device=self.device)
-        order = torch.randperm(len(self.images), generator=generator).to(self.device)
-        labels = self.labels[order]
-        rows = [
-            order[(labels != label).nonzero().flatten()][number % max(1, int((labels != label).sum()))]
-            if bool((labels != label).any())
-            else order[0]
-            for number, label in enumerate(self.wanted)
-        ]
-        return self.images[torch.stack(rows)].clone()
 
     def _minibatch(self, step: int) -> Tensor:
         """The rows of the clean set of one step: whole passes in a seeded order that depends on the step alone."""

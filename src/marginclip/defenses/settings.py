@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marginclip.errors import require
 from marginclip.maxmargin.bounds import BoundedNetwork
-from marginclip.maxmargin.margin import RULES
+from marginclip.maxmargin.margin import RULES, random_starts
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,21 @@ class AscentPlan:
     def classes(self, num_classes: int) -> Tensor:
         """The class that each margin input climbs for, (starts_per_class * num_classes,)."""
         return torch.arange(num_classes).repeat_interleave(self.starts_per_class)
+
+    def search(self, *, first: bool) -> dict[str, Any]:
+        """The settings of :func:`~marginclip.maxmargin.margin.ascend_margins` at the first refresh, or at a later one."""
+        steps = self.first_steps if first else self.steps
+        shared = {key: getattr(self, key) for key in ("step_size", "rule", "momentum", "tolerance")}
+        return {"steps": steps, **shared}
+
+    def starts(self, images: Tensor, labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+        """New margin inputs (N, C, H, W), one for each class of ``wanted`` (N,), given the clean set (M, C, H, W) and its labels (M,)."""
+        if self.start_from == "noise":
+            return random_starts(len(wanted), images.shape[1:], generator=generator, device=images.device)
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        shuffled = labels[order]
+        rows = []
+        for number, label in enumerate(wanted):
+            others = (shuffled != label).nonzero().flatten()
+            rows.append(order[others[number % len(others)]] if len(others) else order[0])
+        return images[torch.stack(rows)].clone()

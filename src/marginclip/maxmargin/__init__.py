@@ -1,6 +1,7 @@
 """The idea: margins, the search for their maxima, bounds on activations, the objective, lambda, and the detector. Torch only."""
 
-from marginclip.maxmargin.bounds import Bound, BoundedNetwork, activation_extremes
+from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
+from marginclip.maxmargin.clipping import Bound
 from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_drop
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection

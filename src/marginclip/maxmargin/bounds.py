@@ -13,82 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from marginclip.errors import UserError, require
+from marginclip.maxmargin.clipping import Bound, LogitOffsets
 from marginclip.maxmargin.folding import fold_batch_norms
-from marginclip.maxmargin.sites import Site, choose_sites, find_sites, make_out_of_place, trace
-
-
-class Bound(nn.Module):
-    """Clips one activation call: ``min(x, upper)``, and ``max(., lower)`` where there is a lower bound, a value a channel.
-
-    ``upper`` and ``lower`` are parameters (num_channels,); infinite ones leave the input as it is, bit for bit. The gradient
-    reaches a bound only from the values that it cuts, and an input only from those that it does not.
-    """
-
-    upper: nn.Parameter
-    lower: nn.Parameter | None
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        shape = [1] * site.num_axes
-        shape[site.axis] = site.num_channels
-        self.view, self.axis = tuple(shape), site.axis
-        self.upper = nn.Parameter(torch.full((site.num_channels,), float("inf")))
-        self.lower = nn.Parameter(torch.full((site.num_channels,), float("-inf"))) if site.two_sided else None
-        self.enabled = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        upper = self.upper.to(x.dtype).view(self.view)
-        x = torch.where(x > upper, upper, x)
-        if self.lower is not None:
-            lower = self.lower.to(x.dtype).view(self.view)
-            x = torch.where(x < lower, lower, x)
-        return x
-
-    def values(self) -> Iterator[nn.Parameter]:
-        """The upper and, if there is one, the lower bound."""
-        yield self.upper
-        if self.lower is not None:
-            yield self.lower
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Bring the bounds back to where they make sense: not below zero for a non-negative activation, lower <= upper."""
-        if self.lower is None:
-            self.upper.clamp_(min=0)
-        else:
-            torch.minimum(self.lower, self.upper, out=self.lower)
-
-
-class LogitOffsets(nn.Module):
-    """Adds one learnable number a class to logits (N, K), ``value``; ``scaled`` ones are multiplied by one number before, ``scale``.
-
-    At 0 and 1, as at first, they are the same bit for bit.
-    """
-
-    def __init__(self, num_classes: int, *, scaled: bool = False) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.zeros(num_classes))
-        self.scale = nn.Parameter(torch.ones(1)) if scaled else None
-        self.enabled = True
-
-    def forward(self, logits: Tensor) -> Tensor:
-        if not self.enabled:
-            return logits
-        logits = logits.float()  # in full precision: ties would go to the first class
-        return (logits if self.scale is None else logits * self.scale) + self.value
-
-    def state(self) -> dict[str, Tensor]:
-        """``offsets`` (K,) and, where there is one, ``scale`` (1,): detached copies."""
-        values = {"offsets": self.value} | ({} if self.scale is None else {"scale": self.scale})
-        return {name: value.detach().clone() for name, value in values.items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Set them from :meth:`state`."""
-        self.value.copy_(state["offsets"])
-        if self.scale is not None:
-            self.scale.copy_(state["scale"])
+from marginclip.maxmargin.sites import choose_sites, find_sites, make_out_of_place, trace
 
 
 class BoundedNetwork(nn.Module):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from marginclip.maxmargin.bounds import Bound, BoundedNetwork
+from marginclip.maxmargin.bounds import BoundedNetwork
+from marginclip.maxmargin.clipping import Bound
 
 MAX_BYTES = 512 * 2**20
 

@@ -14,15 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from marginclip.data.batches import Subset, load_all
 from marginclip.defenses import Defense, cross_fitted_logits, fit_defense
 from marginclip.defenses.base import clean_logits
 from marginclip.errors import UserError
 from marginclip.evaluation import Evaluation
 from marginclip.files import write_tensors
-from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarginTest, activation_extremes
+from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarginTest
 from marginclip.maxmargin.detector import check_detector_settings
 from marginclip.precision import precision_for
+from marginclip.running.arrays import figure_arrays
 from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain, training_counts
 from marginclip.running.checkpoint import load_checkpoint
 from marginclip.running.loggers import build_logger, finish_logger, publish
@@ -31,8 +31,6 @@ from marginclip.running.record import Record, run_folder
 from marginclip.running.victim import obtain_victim
 
 log = logging.getLogger(__name__)
-NUM_EXAMPLES = 8
-ACTIVATION_SAMPLES = 500
 NOT_ARGUMENTS = ("detector", "repaired_row", "detector_row", "clean_per_class")
 
 
@@ -78,7 +76,10 @@ def _defend(config: DictConfig, record: Record) -> None:
         record.content |= {"history": outcome.history, "relaxed": outcome.relaxed, "findings": outcome.findings}
         record.content |= {"classes": list(scene.classes), "clean_set_size": len(scene.data.clean_index)}
         record.content["evaluated_on"] = "held_out" if len(scene.data.eval_index) else "clean_set"
-        _write_arrays(scene, outcome, evaluation, record)
+        arrays = outcome.arrays | {f"scores/{name}": scores for name, scores in evaluation.scores().items()}
+        arrays |= evaluation.class_arrays() | figure_arrays(scene, outcome.repaired)
+        if arrays:
+            write_tensors(record.folder / "arrays.safetensors", arrays)
         record.finish(_gate(scene, record))
         shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
         publish(logger, record, draw=config.figures)
@@ -278,41 +279,3 @@ def _gate(scene: Scene, record: Record) -> str:
         100 * metrics["asr"], 100 * needed, scene.attack.min_success,
     )  # fmt: skip
     return "attack_failed"
-
-
-def _write_arrays(scene: Scene, outcome: Repair, evaluation: Evaluation, record: Record) -> None:
-    """What the figures are drawn from: images, activation extremes, bounds, detection statistics, confusion, reliability."""
-    data, held_out = scene.data, scene.splits.held_out
-    index = data.eval_index if len(data.eval_index) else data.clean_index
-    arrays = outcome.arrays | {f"scores/{name}": scores for name, scores in evaluation.scores().items()}
-    arrays |= evaluation.class_arrays()
-    chosen = index[torch.linspace(0, len(index) - 1, min(ACTIVATION_SAMPLES, len(index))).long()]
-    if scene.attack is not None:
-        eligible = index[scene.attack.x2x.eligible(held_out.labels[index])]
-        sources = eligible[torch.linspace(0, len(eligible) - 1, min(ACTIVATION_SAMPLES, len(eligible))).long()]
-        clean = load_all(Subset(held_out.images, sources))
-        triggered = scene.attack.cpu()(clean)
-        picked = torch.linspace(0, len(clean) - 1, min(NUM_EXAMPLES, len(clean))).long()
-        labels = held_out.labels[sources][picked]
-        arrays |= {"examples/clean": clean[picked], "examples/triggered": triggered[picked]}
-        arrays |= {"examples/labels": labels, "examples/targets": scene.attack.x2x.flipped(labels)}
-    if isinstance(outcome.repaired, BoundedNetwork):
-        images = {"clean": load_all(Subset(held_out.images, chosen))}
-        if scene.attack is not None:
-            images["triggered"] = triggered
-        arrays |= _activation_arrays(outcome.repaired, images)
-    if arrays:
-        write_tensors(record.folder / "arrays.safetensors", arrays)
-
-
-def _activation_arrays(repaired: BoundedNetwork, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    arrays: dict[str, Tensor] = {}
-    for kind, batch in images.items():
-        for name, (lowest, highest) in activation_extremes(repaired, batch).items():
-            arrays[f"activations/{name}/{kind}_min"] = lowest.amin(0)
-            arrays[f"activations/{name}/{kind}_max"] = highest.amax(0)
-    for name, bound in repaired.each():
-        arrays[f"activations/{name}/upper"] = bound.upper.detach()
-        if bound.lower is not None:
-            arrays[f"activations/{name}/lower"] = bound.lower.detach()
-    return arrays

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from marginclip.attacks import Adaptive
 from marginclip.errors import UserError, require
 from marginclip.maxmargin import BoundedNetwork
-from marginclip.maxmargin.bounds import Bound
+from marginclip.maxmargin.clipping import Bound
 from marginclip.training.poisoned import PoisonedTraining
 
 
