@@ -32,6 +32,8 @@ class WarmUpAndDrops:
         key = "training.scheduler"
         require(epochs >= 1, f"{key}.epochs must be at least 1, got {epochs}")
         require(warm_up_epochs >= 0, f"{key}.warm_up_epochs must not be negative, got {warm_up_epochs}")
+        for name, values in {"milestones": milestones, "factors": factors}.items():
+            require(_are_numbers(values), f"{key}.{name} must be a list of numbers, got {values!r}")
         rising = all(one < other for one, other in pairwise(milestones))
         require(
             rising and min(milestones, default=1) > 0, f"{key}.milestones must be positive and rise, got {list(milestones)}"
@@ -57,6 +59,12 @@ class WarmUpAndDrops:
     def __call__(self, optimizer: Optimizer, *, total_steps: int) -> LambdaLR:
         """The schedule of ``total_steps`` steps, stepped after every batch."""
         return LambdaLR(optimizer, lambda step: self.factor(step * self.epochs // total_steps))
+
+
+def _are_numbers(values: object) -> bool:
+    """Whether this is a list of numbers, which a word or one number is not."""
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    return listed and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)  # type: ignore[attr-defined]
 
 
 def cosine_to_zero(optimizer: Optimizer, *, total_steps: int) -> CosineAnnealingLR:
