@@ -135,6 +135,7 @@ def test_the_shift_of_a_class_without_images_is_refused():
 
 def test_a_fit_that_ends_early_is_said(skewed, monkeypatch):
     monkeypatch.setattr(affine_logits, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr(affine_logits, "MAX_STARTS", 1)
     with pytest.raises(UserError, match=r"did not converge on the clean set \(gradient 0\..*\); raise defense\.l2, now 0\.01$"):
         fit_affine(*skewed, scale="per_class", shift=True, l2=0.01)
 
@@ -158,3 +159,12 @@ def test_network_is_scaled_and_shifted(victim, clean):
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(clean[0]), network(clean[0]))
     assert len(list(network.parameters())) == len(list(victim.parameters()))
+
+
+def test_a_search_that_rests_too_early_begins_anew(skewed, monkeypatch):
+    wanted = fit_affine(*skewed, scale="per_class", shift=True, l2=0.01)
+    monkeypatch.setattr(affine_logits, "MAX_ITERATIONS", 8)
+    monkeypatch.setattr(affine_logits, "MAX_STARTS", 50)
+    found = fit_affine(*skewed, scale="per_class", shift=True, l2=0.01)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

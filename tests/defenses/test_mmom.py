@@ -241,8 +241,38 @@ def test_offsets_and_scale_survive_in_the_bounds_state(victim, clean):
     torch.testing.assert_close(network(clean[0]), 0.5 * victim(clean[0]) + torch.arange(4.0))
     with network.unbounded():
         assert torch.equal(network(clean[0]), victim(clean[0]))
-    with pytest.raises(UserError, match="'scale' does not fit"):
-        BoundedNetwork(victim, clean[0][:1], offsets=True).load_bounds(network.bounds_state())
+    without = BoundedNetwork(victim, clean[0][:1], offsets=True)
+    with pytest.raises(UserError, match=r"^these bounds were learned with a scale of the logits: load them into .*scaled=True"):
+        without.load_bounds(network.bounds_state())
+    twin.load_bounds(without.bounds_state())  # of before there was a scale
+    assert torch.equal(twin.offsets.scale.detach(), torch.ones(1))
+
+
+def test_labels_that_contradict_the_model_give_no_scale(victim, clean, fit):
+    images, _ = clean
+    with torch.no_grad():
+        unlikely = victim(images).argmin(1)
+    unlikely[:4] = torch.arange(4)
+    with pytest.raises(
+        UserError, match=r"^the best temperature on the clean set is not positive .* set defense.scale_rate=null"
+    ):
+        fit(shipped(), victim, (images, unlikely))
+
+
+def test_the_scale_stays_positive(victim, clean):
+    network = BoundedNetwork(victim, clean[0][:1], offsets=True, scaled=True)
+    with torch.no_grad():
+        network.offsets.scale.fill_(-1.0)
+    network.project_()
+    assert bool((network.offsets.scale > 0).all())
+
+
+def test_offsets_and_scale_can_be_switched_off(victim, clean, fit):
+    repaired = fit(shipped("defense.offset_rate=null", "defense.scale_rate=null", "defense.steps=2"), victim, clean)
+    assert repaired.offsets is None
+    assert fit(shipped("defense.scale_rate=null", "defense.steps=2"), victim, clean).offsets.scale is None
+    with pytest.raises(UserError, match=r"set defense.scale_rate=null too$"):
+        shipped("defense.offset_rate=null")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def nan_logits(path):
         (["seed=-1"], "seed must be an integer from 0 up, got -1"),
         (["seed=abc"], "seed must be an integer from 0 up"),
         (["trainer.precision=fp8"], "trainer.precision must be one of"),
+        (["trainer.cuda_graphs=off"], "trainer.cuda_graphs must be true or false, got 'off'"),
         (["defense.steps=0"], "defense.steps must be at least 1"),
         (["defense.detector.theta=2"], "detector.theta must be in (0, 1), got 2"),
         (["defense.detector.folds=1"], "defense.detector.folds must be 0 (no cross-fitting) or at least 2"),

@@ -62,6 +62,7 @@ def test_finished_run_is_not_done_again(finished, configure, monkeypatch):
         ("logger=csv", True),
         ("figures=true", True),
         ("trainer.enable_progress_bar=true", True),
+        ("trainer.cuda_graphs=false", True),
         ("seed=1", False),
         ("training.epochs=3", False),
         ("defense.steps=6", False),

@@ -27,8 +27,7 @@ def captured(monkeypatch):
 
     def make_graphed_callables(call, arguments):
         for _ in range(3):
-            call(*arguments).sum().backward()
-        call.zero_grad()
+            torch.autograd.grad(call(*arguments).sum(), list(call.parameters()))
 
         def replay(images):
             replays.append(len(images))
@@ -67,9 +66,12 @@ def test_full_batches_are_replayed_and_others_are_not(model, captured):
 def test_capturing_leaves_statistics_and_gradients_as_they_were(model, captured):
     network = ReplayedNetwork(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    model[1].weight.grad = torch.ones_like(model[1].weight)
     network.capture(images(6))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert torch.equal(model[1].weight.grad, torch.ones_like(model[1].weight))
+    assert model[4].weight.grad is None
 
 
 def test_a_second_call_before_the_backward_pass_is_not_replayed(model, captured):
@@ -88,6 +90,26 @@ def test_without_gradients_nothing_is_replayed(model, captured):
     with torch.no_grad():
         network(images(6))
     assert captured == [6]
+
+
+def test_in_another_mode_nothing_is_replayed(model, captured):
+    network = ReplayedNetwork(model)
+    step(network)
+    model[2].eval()
+    step(network)
+    model[2].train()
+    step(network)
+    assert captured == [6, 6]
+
+
+def test_what_was_captured_is_forgotten(model, captured):
+    network = ReplayedNetwork(model)
+    step(network)
+    first = network.replayed
+    network.forget()
+    assert network.replayed is None
+    step(network)
+    assert network.replayed is not first
 
 
 def test_a_model_that_cannot_be_captured_is_used_as_it_is(model, captured, monkeypatch, caplog):
@@ -125,3 +147,48 @@ def test_accumulated_gradients_are_not_replayed(model, captured):
     batches = [{"images": images(6, seed), "labels": torch.arange(6) % 3} for seed in range(2)]
     trained(model, batches, cuda_graphs=True, accumulate_grad_batches=2)
     assert captured == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("half", [False, True])
+def test_on_a_gpu_replayed_training_is_the_launched_one(half):
+    """Weights, statistics and their counts after some steps, a batch of another size among them."""
+
+    def train(enabled):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)]
+        model = nn.Sequential(*layers).cuda()
+        network, optimizer = ReplayedNetwork(model, enabled=enabled), torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        for seed, count in enumerate((6, 6, 4, 6, 6)):
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                loss = nn.functional.cross_entropy(network(images(count, seed).cuda()), torch.arange(count).cuda() % 3)
+            optimizer.zero_grad()
+            loss.backward()
+            network.passed_back()
+            optimizer.step()
+        assert (network.replayed is not None) == enabled
+        return model.state_dict()
+
+    replayed, launched = train(True), train(False)
+    for name, value in launched.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_failed_capture_does_no_harm():
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 3)
+
+        def forward(self, x):
+            logits = self.linear(x.flatten(1))
+            return logits if logits.sum().item() < 1e9 else -logits
+
+    network, stream = ReplayedNetwork(Waits().cuda()), torch.cuda.current_stream()
+    for _ in range(2):
+        network(images(6).cuda()).sum().backward()
+        network.passed_back()
+    assert network.replayed is None
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(3, device="cuda").shape == (3,)

@@ -63,7 +63,8 @@ class BadNet(Attack):
 
     def trigger(self, images: Tensor) -> Tensor:
         triggered = images.clone()
-        triggered[:, :, *self.place] = self.patch.to(images)
+        rows, columns = (axis.to(images.device) for axis in self.place)
+        triggered[:, :, rows, columns] = self.patch.to(images)
         return triggered
 
 
@@ -77,6 +78,7 @@ class Blend(BadNet):
 
     def trigger(self, images: Tensor) -> Tensor:
         triggered = images.clone()
-        covered = images[:, :, *self.place]
-        triggered[:, :, *self.place] = (1 - self.ratio) * covered + self.ratio * self.patch.to(images)
+        rows, columns = (axis.to(images.device) for axis in self.place)
+        covered = images[:, :, rows, columns]
+        triggered[:, :, rows, columns] = (1 - self.ratio) * covered + self.ratio * self.patch.to(images)
         return triggered

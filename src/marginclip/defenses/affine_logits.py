@@ -13,6 +13,7 @@ from marginclip.errors import require
 
 SCALES = ("none", "shared", "per_class")
 MAX_ITERATIONS = 2000
+MAX_STARTS = 10
 CONVERGED = 1e-6
 
 
@@ -79,7 +80,19 @@ def _split(learned: Tensor, scale: str, num_classes: int) -> tuple[Tensor, Tenso
 
 
 def _minimise(learned: Tensor, objective: Callable[[], Tensor]) -> float:
-    """Move ``learned`` to the minimum of ``objective()``; returns the largest component of the gradient there."""
+    """Move ``learned`` to the minimum of ``objective()``; returns the largest component of the gradient there.
+
+    Where L-BFGS comes to rest too early, which its line search may do in a narrow valley, it begins anew from there.
+    """
+    largest = float("inf")
+    for _ in range(MAX_STARTS):
+        largest = _descend(learned, objective)
+        if largest <= CONVERGED:
+            break
+    return largest
+
+
+def _descend(learned: Tensor, objective: Callable[[], Tensor]) -> float:
     optimizer = torch.optim.LBFGS(
         [learned],
         max_iter=MAX_ITERATIONS,

@@ -32,7 +32,7 @@ class BoundLearning(Defense):
     Algorithm 1) on ``batch_size`` clean images (for MMAC and MMBM, of those that the model classifies correctly). ``sites`` says
     which activations are bounded (:func:`~marginclip.maxmargin.sites.choose_sites`). ``lr_scale="relative"`` multiplies the
     learning rate at each activation by the mean of its initial bounds, so that it means the same for models of any scale. With
-    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, and with a ``scale_rate`` also
+    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, and with a ``scale_rate``, too,
     one factor of all logits, the inverse of a temperature, from where they fit the clean set best at the bounds' start. Learning
     ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every step takes the whole clean set.
 
@@ -78,7 +78,7 @@ class BoundLearning(Defense):
         require(scale_rate is None or scale_rate > 0, f"defense.scale_rate must be positive or null, got {scale_rate}")
         require(
             scale_rate is None or offset_rate is not None,
-            f"defense.scale_rate={scale_rate} needs defense.offset_rate, which is null: logits are scaled and shifted, or shifted alone",
+            f"defense.scale_rate={scale_rate} needs defense.offset_rate, which is null; set defense.scale_rate=null too",
         )
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
         require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
@@ -209,8 +209,12 @@ class BoundLearning(Defense):
             return
         kind = "none" if self.scale_rate is None else "shared"
         scale, shift = fit_affine(clean_logits(self.bounded, images), labels, scale=kind, shift=True, l2=OFFSET_L2)
-        with torch.no_grad():
-            self.bounded.offsets.load({"offsets": shift, "scale": scale})
+        require(
+            float(scale.min()) > 0,
+            f"the best temperature on the clean set is not positive (1 / {float(scale.min()):.3g}): the model's logits say nothing about "
+            "the labels; set defense.scale_rate=null, or use defense=last_layer",
+        )
+        self.bounded.offsets.load({"offsets": shift, "scale": scale})
 
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""

@@ -31,7 +31,7 @@ class BoundedNetwork(nn.Module):
     more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`). ``sites`` limits the bounds to some of the
     activations (see :func:`marginclip.maxmargin.sites.choose_sites`). With ``offsets`` one learnable number is added to the logit of
     each class (``offsets.value``), 0 at first, and if they are ``scaled``, all are multiplied by one number before
-    (``offsets.scale``), 1 at first; None otherwise.
+    (``offsets.scale``), 1 at first; without, ``offsets`` is None.
 
     Raises :class:`UserError` for a model that cannot be traced or has no activations.
     """
@@ -94,7 +94,11 @@ class BoundedNetwork(nn.Module):
     def load_bounds(self, state: dict[str, Tensor]) -> None:
         """Set the bounds from :meth:`bounds_state`; raises :class:`UserError` when they belong to another architecture."""
         own = self.bounds_state()
-        odd = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+        scaled = "offsets" in own and "scale" not in own and "scale" in state
+        require(
+            not scaled, "these bounds were learned with a scale of the logits: load them into BoundedNetwork(..., scaled=True)"
+        )
+        odd = sorted((set(own) ^ set(state)) - {"scale"}) or [name for name in state if own[name].shape != state[name].shape]
         require(not odd, f"these bounds are of another architecture: '{odd[0] if odd else ''}' does not fit")
         self.bounds.load_state_dict({name: value for name, value in state.items() if name not in ("offsets", "scale")})
         if self.offsets is not None:
@@ -130,6 +134,8 @@ class BoundedNetwork(nn.Module):
         """Project all bounds to their feasible values (see :meth:`Bound.project_`)."""
         for _, bound in self.each():
             bound.project_()
+        if self.offsets is not None:
+            self.offsets.project_()
 
     @contextmanager
     def unbounded(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from marginclip.maxmargin.sites import Site
 
+SMALLEST_SCALE = 1e-3
+
 
 class Bound(nn.Module):
     """Clips one activation call: ``min(x, upper)``, and ``max(., lower)`` where there is a lower bound, a value a channel.
@@ -55,9 +57,9 @@ class Bound(nn.Module):
 
 
 class LogitOffsets(nn.Module):
-    """Adds one learnable number a class to logits (N, K), ``value``; ``scaled`` ones are multiplied by one number before, ``scale``.
+    """Adds a learnable number a class, ``value`` (K,), to logits (N, K); if ``scaled``, multiplies all by one, ``scale`` (1,), before.
 
-    At 0 and 1, as at first, they are the same bit for bit.
+    At value 0 and scale 1, as at first, no logit changes. What is given back is in full precision.
     """
 
     def __init__(self, num_classes: int, *, scaled: bool = False) -> None:
@@ -77,8 +79,15 @@ class LogitOffsets(nn.Module):
         values = {"offsets": self.value} | ({} if self.scale is None else {"scale": self.scale})
         return {name: value.detach().clone() for name, value in values.items()}
 
+    @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Set them from :meth:`state`."""
+        """Set them from :meth:`state`; one without a scale, of before there was one, has the scale 1."""
         self.value.copy_(state["offsets"])
         if self.scale is not None:
-            self.scale.copy_(state["scale"])
+            self.scale.copy_(state.get("scale", torch.ones(1)))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Keep the scale positive: a negative one would turn the order of the classes round."""
+        if self.scale is not None:
+            self.scale.clamp_(min=SMALLEST_SCALE)

@@ -183,6 +183,8 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
 
 def build_trainer(config: DictConfig, folder: Path, **settings: Any) -> L.Trainer:
     """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's."""
+    graphs = config.trainer.cuda_graphs
+    require(isinstance(graphs, bool), f"trainer.cuda_graphs must be true or false, got {graphs!r}")
     options = {key: value for key, value in config.trainer.items() if key not in ("precision", "threads", "cuda_graphs")}
     precision = precision_for(config.trainer.precision)
     return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)

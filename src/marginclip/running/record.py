@@ -31,7 +31,11 @@ FINISHED = ("done", "attack_failed")
 def run_folder(config: DictConfig) -> Path:
     """The folder of the run that ``config`` asks for: readable options and a hash of everything that changes its result."""
     content = {key: value for key, value in plain(config).items() if key not in NO_EFFECT}
-    content["trainer"] = {key: value for key, value in content["trainer"].items() if not key.startswith("enable_")}
+    content["trainer"] = {
+        key: value for key, value in content["trainer"].items() if not key.startswith("enable_") and key != "cuda_graphs"
+    }
+    if content["defense"].get("scale_rate") is None:  # records of before that option existed have none
+        content["defense"].pop("scale_rate", None)
     content["dataset"] = {
         key: value for key, value in content["dataset"].items() if key not in ("cache", "memory_gib", "download")
     }

@@ -66,6 +66,7 @@ class VictimWorkshop:
                     model,
                     eps=settings.eps,
                     seed=settings.seed,
+                    cuda_graphs=self.config.trainer.cuda_graphs,
                     key="training",
                 )
                 fit_resumably(self.config, found, training, data, {"max_epochs": settings.epochs})

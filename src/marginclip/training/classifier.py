@@ -25,8 +25,9 @@ class ClassifierTraining(L.LightningModule):
     ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
     stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
     follows from ``seed`` and the step alone, so that an interrupted training goes on as it would have. With ``cuda_graphs`` one GPU
-    replays the model's passes (:class:`~marginclip.training.replay.ReplayedNetwork`). Raises :class:`UserError` when the loss is
-    not finite, and for a ``label_smoothing`` that would have no effect.
+    replays the model's passes (:class:`~marginclip.training.replay.ReplayedNetwork`) where gradients are not accumulated; trainings
+    with a step of their own, such as :class:`JointTraining`, do not. Raises :class:`UserError` when the loss is not finite, and for a
+    ``label_smoothing`` that would have no effect.
     """
 
     def __init__(
@@ -47,15 +48,19 @@ class ClassifierTraining(L.LightningModule):
         )
         self.loss, self.seed = loss, seed
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.replayed = ReplayedNetwork(self.model, enabled=cuda_graphs)
+        self.cuda_graphs, self.replayed = cuda_graphs, ReplayedNetwork(self.model, enabled=cuda_graphs)
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
     def on_fit_start(self) -> None:
-        if self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches != 1:
-            self.replayed.enabled = False
+        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+        self.replayed.enabled = self.cuda_graphs and alone
+        self.replayed.forget()
+
+    def on_fit_end(self) -> None:
+        self.replayed.forget()  # the model moves to the CPU now
 
     def on_after_backward(self) -> None:
         self.replayed.passed_back()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,23 +29,30 @@ class ReplayedNetwork:
     """Maps images (B, C, H, W) to ``model``'s logits; on a GPU both passes of batches shaped like the first are replayed.
 
     The step of a small network is spent on launching its kernels one by one, which a replayed graph does at once. Everything else
-    goes through ``model`` itself: batches of another shape, calls without gradients, and a second call before the backward pass of
-    the first, which would overwrite what that pass needs. :meth:`passed_back` says that a backward pass is done. A model
-    that cannot be captured (its forward pass waits for the GPU, say) is used as it is, with one warning. Gradients must not be
-    accumulated over several backward passes.
+    goes through ``model`` itself: batches of another shape, calls without gradients or with modules in other modes (training,
+    evaluation), and a second call before the backward pass of the first, which would overwrite what that pass needs.
+    :meth:`passed_back` says that a backward pass is done. A model that cannot be captured (its forward pass waits for the GPU,
+    say) is used as it is, with one warning. Gradients must not be accumulated over several backward passes, and the model must
+    stay where it is on the device until :meth:`forget`.
     """
 
     def __init__(self, model: nn.Module, *, enabled: bool = True) -> None:
         self.model, self.enabled = model, enabled
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was captured, and its memory; the next full batch is captured anew."""
         self.replayed: Callable[..., Any] | None = None
         self.shape: torch.Size | None = None
+        self.modes: tuple[bool, ...] = ()
         self.waits = False
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.enabled and self.shape is None and self.replayable(images):
-            self.shape = images.shape
+            self.shape, self.modes = images.shape, self._modes()
             self.capture(images)
-        if self.replayed is None or images.shape != self.shape or self.waits or not torch.is_grad_enabled():
+        fits = images.shape == self.shape and torch.is_grad_enabled() and self._modes() == self.modes
+        if self.replayed is None or self.waits or not fits:
             logits: Tensor = self.model(images)
             return logits
         self.waits = True
@@ -66,14 +74,22 @@ class ReplayedNetwork:
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         half = torch.get_autocast_dtype(device)
         try:
-            with torch.autocast(device, half, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            with _same_stream(images), torch.autocast(device, half, torch.is_autocast_enabled(device), cache_enabled=False):
                 self.replayed = torch.cuda.make_graphed_callables(_Call(self.model), (images.detach().clone(),))
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             log.warning(
                 "the model's passes cannot be replayed as CUDA graphs, training goes on without (%s); trainer.cuda_graphs=false "
-                "says so from the start", str(error).splitlines()[0],
+                "says so from the start", str(error).partition("\n")[0],
             )  # fmt: skip
         finally:
             with torch.no_grad():
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(before[name])
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self.model.modules())
+
+
+def _same_stream(images: Tensor) -> AbstractContextManager[Any]:
+    """Go on with the present stream afterwards: a capture that fails leaves another one behind."""
+    return torch.cuda.stream(torch.cuda.current_stream(images.device)) if images.is_cuda else nullcontext()
