@@ -136,8 +136,8 @@ def test_the_shift_of_a_class_without_images_is_refused():
 def test_a_fit_that_ends_early_is_said(skewed, monkeypatch):
     monkeypatch.setattr(affine_logits, "MAX_ITERATIONS", 2)
     monkeypatch.setattr(affine_logits, "MAX_STARTS", 1)
-    with pytest.raises(UserError, match=r"did not converge on the clean set \(gradient 0\..*\); raise defense\.l2, now 0\.01$"):
-        fit_affine(*skewed, scale="per_class", shift=True, l2=0.01)
+    with pytest.raises(UserError, match=r"did not converge on the clean set \(gradient 0\..*\); be patient$"):
+        fit_affine(*skewed, scale="per_class", shift=True, l2=0.01, advice="be patient")
 
 
 def test_the_same_fit_again_and_no_random_number(skewed):

@@ -38,14 +38,16 @@ class AffineLogits(nn.Module):
         return self.network(images) * self.scale + self.shift
 
 
-def fit_affine(logits: Tensor, labels: Tensor, *, scale: str, shift: bool, l2: float) -> tuple[Tensor, Tensor]:
+def fit_affine(
+    logits: Tensor, labels: Tensor, *, scale: str, shift: bool, l2: float, advice: str = "raise l2"
+) -> tuple[Tensor, Tensor]:
     """The scale, (1,) or (K,), and shift (K,), both float64, that minimise the mean cross entropy of ``scale * logits + shift``.
 
     ``logits`` (N, K), ``labels`` (N,). ``scale`` is ``none`` (stays 1), ``shared`` or ``per_class``; without ``shift`` the shift
     stays 0. ``l2 / 2`` times the squared distance from scale 1 and shift 0 is added. The problem is convex, as the scale multiplies
     the logits (a temperature would divide them), and is solved from the identity by L-BFGS in float64 until no component
     of the gradient exceeds 1e-6. Nothing is random. With ``l2`` 0 there is no minimum where a class has no images or larger
-    scales fit ever better. Raises :class:`UserError` where it does not converge, and
+    scales fit ever better. Raises :class:`UserError` where it does not converge, with ``advice``, and
     for a shift where a class has no image: it would be switched off.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()
@@ -62,7 +64,7 @@ def fit_affine(logits: Tensor, labels: Tensor, *, scale: str, shift: bool, l2: f
     gradient = _minimise(learned, objective)
     require(
         gradient <= CONVERGED * max(1.0, l2),
-        f"the scales and shifts of the logits did not converge on the clean set (gradient {gradient:.2g}); raise defense.l2, now {l2:g}",
+        f"the scales and shifts of the logits did not converge on the clean set (gradient {gradient:.2g}); {advice}",
     )
     found_scale, found_shift = _split(learned.detach(), scale, num_classes)
     return found_scale, found_shift

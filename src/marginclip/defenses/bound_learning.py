@@ -208,7 +208,14 @@ class BoundLearning(Defense):
         if self.bounded.offsets is None:
             return
         kind = "none" if self.scale_rate is None else "shared"
-        scale, shift = fit_affine(clean_logits(self.bounded, images), labels, scale=kind, shift=True, l2=OFFSET_L2)
+        scale, shift = fit_affine(
+            clean_logits(self.bounded, images),
+            labels,
+            scale=kind,
+            shift=True,
+            l2=OFFSET_L2,
+            advice="set defense.scale_rate=null",
+        )
         require(
             float(scale.min()) > 0,
             f"the best temperature on the clean set is not positive (1 / {float(scale.min()):.3g}): the model's logits say nothing about "

@@ -41,7 +41,9 @@ class LogitCalibration(Defense):
         """Fit scale and shift, and put them behind a copy of the model."""
         logits = clean_logits(model, images).cpu().double()
         check_clean_set(images, labels, logits.shape[1])
-        self.fitted = fit_affine(logits, labels, scale=self.scale, shift=self.shift, l2=self.l2)
+        self.fitted = fit_affine(
+            logits, labels, scale=self.scale, shift=self.shift, l2=self.l2, advice=f"raise defense.l2, now {self.l2:g}"
+        )
         scale, shift = self.fitted
         require(
             self.scale != "shared" or float(scale.min()) > 0,
