@@ -129,9 +129,8 @@ class ImageData(L.LightningDataModule):
 
     def _attack_on(self, device: torch.device) -> Attack:
         assert self.attack is not None
-        with torch.inference_mode(
-            False
-        ):  # a buffer that is moved in a test loop's inference mode could never be loaded into again
+        # A buffer that is moved in a test loop's inference mode could never be loaded into again.
+        with torch.inference_mode(False):
             return self.attack.to(device)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def figure_arrays(scene: Scene, repaired: nn.Module | None) -> dict[str, Tensor]
     held_out = scene.splits.held_out
     index = scene.data.eval_index if len(scene.data.eval_index) else scene.data.clean_index
     arrays: dict[str, Tensor] = {}
-    images = {"clean": load_all(Subset(held_out.images, _spread(index, ACTIVATION_SAMPLES)))}
+    images: dict[str, Tensor] = {}
     if scene.attack is not None:
         eligible = index[scene.attack.x2x.eligible(held_out.labels[index])]
         sources = _spread(eligible, ACTIVATION_SAMPLES)
@@ -28,7 +28,10 @@ def figure_arrays(scene: Scene, repaired: nn.Module | None) -> dict[str, Tensor]
         labels = held_out.labels[sources][picked]
         arrays |= {"examples/clean": clean[picked], "examples/triggered": images["triggered"][picked]}
         arrays |= {"examples/labels": labels, "examples/targets": scene.attack.x2x.flipped(labels)}
-    return arrays | (_activations(repaired, images) if isinstance(repaired, BoundedNetwork) else {})
+    if isinstance(repaired, BoundedNetwork):
+        images["clean"] = load_all(Subset(held_out.images, _spread(index, ACTIVATION_SAMPLES)))
+        arrays |= _activations(repaired, images)
+    return arrays
 
 
 def _spread(index: Tensor, count: int) -> Tensor:

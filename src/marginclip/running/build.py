@@ -181,6 +181,12 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
     return model.train()
 
 
+def device_of(config: DictConfig, folder: Path) -> torch.device:
+    """Where the ``trainer`` group computes."""
+    device: torch.device = build_trainer(config, folder, logger=False, enable_checkpointing=False).strategy.root_device
+    return device
+
+
 def build_trainer(config: DictConfig, folder: Path, **settings: Any) -> L.Trainer:
     """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's."""
     graphs = config.trainer.cuda_graphs

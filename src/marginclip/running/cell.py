@@ -23,7 +23,7 @@ from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarg
 from marginclip.maxmargin.detector import check_detector_settings
 from marginclip.precision import precision_for
 from marginclip.running.arrays import figure_arrays
-from marginclip.running.build import Scene, build_scene, build_trainer, instantiate, plain, training_counts
+from marginclip.running.build import Scene, build_scene, build_trainer, device_of, instantiate, plain, training_counts
 from marginclip.running.checkpoint import load_checkpoint
 from marginclip.running.loggers import build_logger, finish_logger, publish
 from marginclip.running.quiet import quiet_lightning
@@ -138,13 +138,7 @@ def _load_victim(config: DictConfig, scene: Scene, record: Record) -> None:
         victim, trained_now = obtain_victim(config, scene)
         record.content["victim"] = {"folder": str(victim.folder), "trained_now": trained_now}
     scene.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scene.model.to(_device(config, record))
-
-
-def _device(config: DictConfig, record: Record) -> torch.device:
-    """Where the ``trainer`` group computes."""
-    device: torch.device = build_trainer(config, record.folder, logger=False, enable_checkpointing=False).strategy.root_device
-    return device
+    scene.model.to(device_of(config, record.folder))
 
 
 def _detect(config: DictConfig, scene: Scene, record: Record) -> None:
@@ -186,7 +180,7 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
     if defense is None:
         return Repair()
     images, labels = scene.data.clean_set()
-    images = images.to(_device(config, record))
+    images = images.to(device_of(config, record.folder))
     checkpoint = record.folder / "checkpoint" / "last.ckpt"
 
     def main_trainer(epochs: int) -> L.Trainer:

@@ -19,7 +19,7 @@ from marginclip.data.clean import automatic_sizes, split_clean
 from marginclip.defenses import fit_defense
 from marginclip.evaluation import Evaluation
 from marginclip.precision import precision_for
-from marginclip.running.build import Scene, build_model, build_scene, build_trainer, instantiate, plain
+from marginclip.running.build import Scene, build_model, build_scene, build_trainer, device_of, instantiate, plain
 from marginclip.running.fitting import fit_resumably, victim_store
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class VictimWorkshop:
                 found.save(model, None, {"recipe": recipe, "metrics": evaluation.results()["none"]})
                 found.forget_checkpoint()
         found.restore(model, None)
-        model.to(build_trainer(self.config, found.folder, logger=False).strategy.root_device)
+        model.to(device_of(self.config, found.folder))
         return _Autocast(model.eval().requires_grad_(False), bf16=str(self.precision).startswith("bf16"))
 
     def _clean_data(self, seed: int) -> ImageData:
