@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 # Part -> the other parts of the package that it may import.
 ARROWS = {
+    "allocator": set(),
     "errors": set(),
     "devices": set(),
     "files": {"errors"},
