@@ -13,8 +13,10 @@ from marginclip.running.cli import command_line, run_job
 def task(config: DictConfig) -> Path:
     """Train the victim, or find it trained; returns its record."""
     from marginclip.running.build import build_scene
+    from marginclip.running.process import prepare_process
     from marginclip.running.victim import obtain_victim
 
+    prepare_process(config)
     victim, _ = obtain_victim(config, build_scene(config))
     return victim.folder / "victim.json"
 

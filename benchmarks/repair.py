@@ -28,14 +28,17 @@ def one_side(side: str, overrides: list[str]) -> dict[str, Any]:
     """Repair the victim and measure the repair alone."""
     from marginclip.defenses import fit_defense
     from marginclip.evaluation import Evaluation
-    from marginclip.running.build import build_scene, build_trainer
+    from marginclip.running.build import build_scene
     from marginclip.running.cell import make_defense
+    from marginclip.running.process import prepare_process
     from marginclip.running.quiet import quiet_lightning
+    from marginclip.running.trainers import build_trainer
     from marginclip.running.victim import obtain_victim
 
     quiet_lightning()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("defend", overrides=["defense=mmac", "logger=none", *overrides])
+    prepare_process(config)
     scene = build_scene(config)
     victim, _ = obtain_victim(config, scene)
     model, (images, labels) = scene.model.eval(), scene.data.clean_set()

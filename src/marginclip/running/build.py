@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,7 +18,6 @@ from marginclip.data import Augment, ImageData, Splits
 from marginclip.data.clean import automatic_sizes
 from marginclip.errors import UserError, require
 from marginclip.losses import Loss
-from marginclip.precision import precision_for
 from marginclip.running.types import check_types
 
 log = logging.getLogger(__name__)
@@ -179,18 +177,3 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
         raise UserError(f"the model does not take the data set's images of {size} ({str(error).splitlines()[0]})") from error
     require(logits.shape == (2, num_classes), f"the model must give logits (N, {num_classes}), got {tuple(logits.shape)}")
     return model.train()
-
-
-def device_of(config: DictConfig, folder: Path) -> torch.device:
-    """Where the ``trainer`` group computes."""
-    device: torch.device = build_trainer(config, folder, logger=False, enable_checkpointing=False).strategy.root_device
-    return device
-
-
-def build_trainer(config: DictConfig, folder: Path, **settings: Any) -> L.Trainer:
-    """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's."""
-    graphs = config.trainer.cuda_graphs
-    require(isinstance(graphs, bool), f"trainer.cuda_graphs must be true or false, got {graphs!r}")
-    options = {key: value for key, value in config.trainer.items() if key not in ("precision", "threads", "cuda_graphs")}
-    precision = precision_for(config.trainer.precision)
-    return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)

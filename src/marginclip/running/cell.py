@@ -23,11 +23,12 @@ from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MaximumMarg
 from marginclip.maxmargin.detector import check_detector_settings
 from marginclip.precision import precision_for
 from marginclip.running.arrays import figure_arrays
-from marginclip.running.build import Scene, build_scene, build_trainer, device_of, instantiate, plain, training_counts
+from marginclip.running.build import Scene, build_scene, instantiate, plain, training_counts
 from marginclip.running.checkpoint import load_checkpoint
 from marginclip.running.loggers import build_logger, finish_logger, publish
-from marginclip.running.quiet import quiet_lightning
+from marginclip.running.process import prepare_process
 from marginclip.running.record import Record, run_folder
+from marginclip.running.trainers import build_trainer, device_of
 from marginclip.running.victim import obtain_victim
 
 log = logging.getLogger(__name__)
@@ -53,16 +54,14 @@ def defend(config: DictConfig) -> Record:
     if record.finished:
         log.info("already done: %s", record.folder)
         return record
+    prepare_process(config)
     record.folder.mkdir(parents=True, exist_ok=True)
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
     with record.guard():
         _defend(config, record)
     return record
 
 
 def _defend(config: DictConfig, record: Record) -> None:
-    quiet_lightning()
     check_settings(config)
     scene = build_scene(config)
     with record.phase("victim"):
@@ -221,7 +220,7 @@ def _fit_detector(
         return defense
 
     def fold_trainer(epochs: int) -> L.Trainer:
-        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         return build_trainer(config, folder, max_epochs=epochs, **options)
 
     bounded = cross_fitted_logits(

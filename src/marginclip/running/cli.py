@@ -20,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from marginclip.allocator import keep_freed_memory
 from marginclip.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,6 @@ def run_job(config: DictConfig, task: Callable[[DictConfig], Path]) -> None:
     A failure is not raised, so that the other cells of a sweep go on with every launcher; what is not the user's mistake is
     logged with its traceback.
     """
-    keep_freed_memory()
     overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
     try:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
+from torch.multiprocessing import ProcessRaisedException
 
 from marginclip.data import ImageData
-from marginclip.running.build import build_trainer
+from marginclip.errors import UserError, require
 from marginclip.running.loggers import build_logger, finish_logger
+from marginclip.running.quiet import QuietProcesses
+from marginclip.running.trainers import build_trainer, num_devices
+from marginclip.training import ClassifierTraining
 from marginclip.victims import Victim, VictimStore
 
 log = logging.getLogger(__name__)
@@ -24,9 +28,12 @@ def victim_store(config: DictConfig) -> VictimStore:
 
 
 def fit_resumably(
-    config: DictConfig, victim: Victim, training: L.LightningModule, data: ImageData, plan: dict[str, Any]
+    config: DictConfig, victim: Victim, training: ClassifierTraining, data: ImageData, plan: dict[str, Any]
 ) -> None:
-    """Fit with the Trainer settings of ``plan``, keeping a checkpoint of every epoch with the victim; go on from it where there is one."""
+    """Fit with the Trainer settings of ``plan``, keeping a checkpoint of every epoch with the victim; go on from it where there is one.
+
+    With several of ``trainer.devices`` each sees its share of every epoch's images, in batches of ``training.batch_size`` of its own.
+    """
     saver = ModelCheckpoint(
         dirpath=victim.checkpoint.parent,
         filename=victim.checkpoint.stem,
@@ -34,11 +41,21 @@ def fit_resumably(
         enable_version_counter=False,
     )
     logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
-    trainer = build_trainer(config, victim.folder, callbacks=[saver], logger=logger, **plan)
+    spread = training.several_devices
+    require(
+        spread is not None or num_devices(config) == 1,
+        f"attack={config.attack.name} trains on one device, got trainer.devices={config.trainer.devices}",
+    )
+    trainer = build_trainer(config, victim.folder, spread=spread, callbacks=[saver, QuietProcesses()], logger=logger, **plan)
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
         log.info("going on from %s", resume)
     try:
         trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
+    except ProcessRaisedException as error:  # in one of several devices' processes
+        told = re.search(rf"^{re.escape(UserError.__module__)}\.UserError: (.+)", str(error), re.MULTILINE)
+        if told is None:
+            raise
+        raise UserError(told.group(1)) from error
     finally:
         finish_logger(logger)

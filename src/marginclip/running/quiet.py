@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
+
+import lightning as L
 
 PATTERNS = (
     r".*does not have many workers.*",
@@ -20,6 +23,8 @@ PATTERNS = (
     r".*The AccumulateGrad node's stream does not match.*",  # what follows from capturing CUDA graphs, harmless
     r".*there was no current CUDA context.*",
     r".*module\(s\) in eval mode at the start of training.*",
+    r".*It is recommended to use `self\.log\(.*sync_dist=True.*",  # torchmetrics brings the devices together
+    r"Grad strides do not match bucket view strides.*",  # several devices: a copy more
 )
 
 
@@ -29,3 +34,10 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in PATTERNS:
         warnings.filterwarnings("ignore", message=pattern)
+
+
+class QuietProcesses(L.Callback):
+    """The same in the processes that train on several devices, which start with Lightning's own settings."""
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        quiet_lightning()

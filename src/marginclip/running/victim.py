@@ -16,15 +16,20 @@ from omegaconf import DictConfig
 from marginclip.attacks import Attack
 from marginclip.evaluation import Evaluation
 from marginclip.losses import SecondStage
-from marginclip.running.build import Scene, build_trainer, instantiate, plain
+from marginclip.running.build import Scene, instantiate, plain
 from marginclip.running.fitting import fit_resumably, victim_store
-from marginclip.running.quiet import quiet_lightning
 from marginclip.running.record import named_parts
+from marginclip.running.trainers import build_trainer, num_devices
 from marginclip.running.workshop import VictimWorkshop
 from marginclip.training import PoisonedTraining
 from marginclip.victims import Victim
 
 log = logging.getLogger(__name__)
+# Entries of the ``trainer`` group that a victim does not depend on, or not by themselves: all further ones it does.
+WITHOUT_EFFECT = (
+    "_target_", "accelerator", "devices", "strategy", "precision", "cuda_graphs", "threads", "enable_progress_bar",
+    "enable_model_summary", "log_every_n_steps", "num_sanity_val_steps", "use_distributed_sampler",
+)  # fmt: skip
 
 
 def victim_recipe(config: DictConfig) -> dict[str, Any]:
@@ -38,6 +43,11 @@ def victim_recipe(config: DictConfig) -> dict[str, Any]:
         recipe["x2x"] = None
     if "defender" in recipe["attack"]:
         recipe["clean_order"] = groups["clean_order"]  # the attacker learns bounds on the defender's clean set
+    trainer = {key: value for key, value in groups["trainer"].items() if key not in WITHOUT_EFFECT}
+    if trainer:
+        recipe["trainer"] = trainer
+    if (devices := num_devices(config)) > 1:
+        recipe["devices"] = devices
     return recipe | {"precision": groups["trainer"]["precision"]}
 
 
@@ -68,7 +78,6 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     first = None if stage is None else obtain_first_stage(config, scene)
     started = time.perf_counter()
     log.info("training the victim %s", victim.folder.name)
-    quiet_lightning()
     plan = {"max_epochs": config.training.epochs}
     if scene.attack is not None:
         scene.attack.prepare(VictimWorkshop(config, scene, obtain_victim))

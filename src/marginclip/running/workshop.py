@@ -19,8 +19,9 @@ from marginclip.data.clean import automatic_sizes, split_clean
 from marginclip.defenses import fit_defense
 from marginclip.evaluation import Evaluation
 from marginclip.precision import precision_for
-from marginclip.running.build import Scene, build_model, build_scene, build_trainer, device_of, instantiate, plain
+from marginclip.running.build import Scene, build_model, build_scene, instantiate, plain
 from marginclip.running.fitting import fit_resumably, victim_store
+from marginclip.running.trainers import build_trainer, device_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class VictimWorkshop:
                 )
                 fit_resumably(self.config, found, training, data, {"max_epochs": settings.epochs})
                 evaluation = Evaluation({"none": model})
-                quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+                quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
                 build_trainer(self.config, found.folder, **quiet).test(evaluation, data, verbose=False)
                 found.save(model, None, {"recipe": recipe, "metrics": evaluation.results()["none"]})
                 found.forget_checkpoint()
@@ -104,7 +105,7 @@ class VictimWorkshop:
         images, labels = load_all(Subset(held_out.images, index)), held_out.labels[index]
 
         def learn(model: nn.Module) -> dict[str, Tensor]:
-            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
             def trainer(epochs: int) -> Any:
                 return build_trainer(config, Path(config.runs_dir), max_epochs=epochs, **quiet)

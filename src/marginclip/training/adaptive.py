@@ -25,6 +25,8 @@ class AdaptiveTraining(PoisonedTraining):
     learning rate.
     """
 
+    several_devices = None  # the bounded copy lives with its training alone
+
     @property
     def attacker(self) -> Adaptive:
         """The attack."""

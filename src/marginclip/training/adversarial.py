@@ -14,7 +14,7 @@ from marginclip.training.poisoned import PoisonedTraining
 class AdversarialTraining(PoisonedTraining):
     """:class:`PoisonedTraining` on images moved within ``eps`` by one signed gradient step of 1.25 ``eps`` from a random start.
 
-    Fast adversarial training (Wong, Rice and Kolter, ICLR 2020). The random starts follow from ``seed`` and the step alone.
+    Fast adversarial training (Wong, Rice and Kolter, ICLR 2020). The random starts follow from ``seed`` and the batch alone.
     """
 
     def __init__(self, model: nn.Module, *, eps: float, **settings: Any) -> None:
@@ -26,7 +26,7 @@ class AdversarialTraining(PoisonedTraining):
 
     def moved(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial copies of images (B, C, H, W) in [0, 1]."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draw)
         shift = (torch.rand(images.shape, generator=generator) * 2 - 1).to(images) * self.eps
         start = (images + shift).clamp(0, 1).requires_grad_(True)
         (gradient,) = torch.autograd.grad(F.cross_entropy(self.model(start), labels), start)

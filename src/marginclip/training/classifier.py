@@ -24,11 +24,14 @@ class ClassifierTraining(L.LightningModule):
 
     ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
     stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
-    follows from ``seed`` and the step alone, so that an interrupted training goes on as it would have. With ``cuda_graphs`` one GPU
+    follows from ``seed`` and the batch alone, so that an interrupted training goes on as it would have. With ``cuda_graphs`` one GPU
     replays the model's passes (:class:`~marginclip.training.replay.ReplayedNetwork`) where gradients are not accumulated; trainings
-    with a step of their own, such as :class:`JointTraining`, do not. Raises :class:`UserError` when the loss is not finite, and for a
+    with a step of their own, such as :class:`JointTraining`, do not. ``several_devices`` is the Trainer's strategy for that, None where
+    a training takes one device alone. Raises :class:`UserError` when the loss is not finite, and for a
     ``label_smoothing`` that would have no effect.
     """
+
+    several_devices: str | None = "ddp_spawn"
 
     def __init__(
         self,
@@ -81,9 +84,13 @@ class ClassifierTraining(L.LightningModule):
         """The loss of images (B, C, H, W) with labels (B,) at this step."""
         if self.loss is None:
             return F.cross_entropy(self.replayed(images), labels, label_smoothing=self.label_smoothing)
-        step = self.global_step * self.trainer.world_size + self.global_rank
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + LOSS_STREAM)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draw + LOSS_STREAM)
         return self.loss(self.replayed, images, labels, generator)
+
+    @property
+    def draw(self) -> int:
+        """A number of this training batch's own, among those of all devices: what is random in a step follows from it and the seed."""
+        return int(self.trainer.fit_loop.total_batch_idx) * self.trainer.world_size + self.global_rank
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """What the optimizer is given: all of the model."""

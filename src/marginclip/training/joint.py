@@ -20,6 +20,8 @@ class JointTraining(PoisonedTraining):
     whole training).
     """
 
+    several_devices = "ddp_spawn_find_unused_parameters_true"  # no step takes all three networks
+
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.automatic_optimization = False

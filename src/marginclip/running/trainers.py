@@ -1,0 +1,63 @@
+"""Lightning Trainers of the ``trainer`` group: one device for most of a run, all of them for the training of a victim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from marginclip.errors import require
+from marginclip.precision import precision_for
+from marginclip.running.build import instantiate, plain
+from marginclip.running.quiet import quiet_lightning
+
+OWN_SETTINGS = ("precision", "threads", "cuda_graphs")  # of the ``trainer`` group, and not the Trainer's own
+
+
+def device_of(config: DictConfig, folder: Path) -> torch.device:
+    """Where the ``trainer`` group computes."""
+    device: torch.device = build_trainer(config, folder, logger=False, enable_checkpointing=False).strategy.root_device
+    return device
+
+
+def num_devices(config: DictConfig) -> int:
+    """How many devices train a victim."""
+    if config.trainer.devices == 1:
+        return 1
+    trainer = build_trainer(config, Path(config.runs_dir), spread="ddp_spawn", logger=False, enable_checkpointing=False)
+    return trainer.num_devices
+
+
+def build_trainer(config: DictConfig, folder: Path, *, spread: str | None = None, **settings: Any) -> L.Trainer:
+    """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's.
+
+    With ``spread``, the Lightning strategy for several devices where the group names none, it takes all of ``trainer.devices``: a
+    process for each, started for one fit and gone after it. A victim is trained so; what else a run does is short and takes the
+    first device alone.
+    """
+    quiet_lightning()
+    graphs = config.trainer.cuda_graphs
+    require(isinstance(graphs, bool), f"trainer.cuda_graphs must be true or false, got {graphs!r}")
+    options = {key: value for key, value in plain(config.trainer).items() if key not in OWN_SETTINGS}
+    strategy = options.pop("strategy", "auto")
+    require(
+        strategy == "auto" or any(way in str(strategy) for way in ("spawn", "fork")),
+        "trainer.strategy must be auto or one that starts processes for the training alone, such as ddp_spawn or ddp_fork, got "
+        f"'{strategy}', which starts the whole command once more for every device",
+    )
+    if spread is None:
+        options["devices"] = first_device(options["devices"])
+    elif options["devices"] != 1:
+        options["strategy"] = spread if strategy == "auto" else strategy
+    precision = precision_for(config.trainer.precision)
+    return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)
+
+
+def first_device(devices: Any) -> Any:
+    """The Trainer's ``devices`` for the first device of several: ``[2, 3]`` and ``"2,3"`` give ``[2]``, a count gives 1."""
+    if isinstance(devices, str) and "," in devices:
+        return [int(devices.partition(",")[0])]
+    return devices[:1] if isinstance(devices, list) else 1

@@ -1,0 +1,96 @@
+"""Several devices train a victim and nothing else; CPU processes stand in for GPUs. What of the Trainer a victim depends on."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marginclip.errors import UserError
+from marginclip.running.build import build_scene
+from marginclip.running.cell import defend
+from marginclip.running.fitting import fit_resumably
+from marginclip.running.process import prepare_process
+from marginclip.running.trainers import build_trainer, first_device, num_devices
+from marginclip.running.victim import find_victim, obtain_victim
+from marginclip.training import AdaptiveTraining
+
+TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+
+
+def test_a_run_on_two_devices(configure):
+    """Both processes' images count: the victim has learned, its weights came back, and the repair took one device."""
+    config = configure(
+        *TWO, "attack=badnet", "training.epochs=12", "training.batch_size=32", "attack.timing=after_augmentation"
+    )
+    record = defend(config)
+    assert record.content["status"] == "done"
+    victim = find_victim(config)
+    assert victim.record["recipe"]["devices"] == 2
+    before = build_scene(config).model.state_dict()
+    after = load_file(victim.weights)
+    assert not any(torch.equal(after[name], value) for name, value in before.items() if name.endswith("conv1.weight"))
+    steps = victim.record["recipe"]["training"]["epochs"] * -(-len(build_scene(config).splits.train.labels) // 64)
+    assert int(after["bn1.num_batches_tracked"]) == steps
+    assert victim.record["metrics"]["acc"] > 0.6
+    assert not victim.checkpoint.exists()
+
+
+def test_a_mistake_in_a_process_is_told_in_one_sentence(configure):
+    config = configure(*TWO, "attack=none", "training.optimizer.lr=1e30", "training.scheduler=null", "training.batch_size=8")
+    with pytest.raises(UserError, match=r"^training diverged: the loss is \S+; try a lower training.optimizer.lr$"):
+        obtain_victim(config, build_scene(config))
+
+
+def test_the_training_with_a_bounded_copy_takes_one_device(configure):
+    config, scene = configure(*TWO, "attack=adaptive"), build_scene(configure("attack=none"))
+    training = AdaptiveTraining(scene.model, optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match=r"^attack=adaptive trains on one device, got trainer.devices=2$"):
+        fit_resumably(config, find_victim(config), training, scene.data, {})
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed", 3])
+def test_strategies_that_start_the_command_again_are_refused(configure, strategy):
+    config = configure(*TWO, f"trainer.strategy={strategy}")
+    with pytest.raises(
+        UserError, match=f"^trainer.strategy must be auto or one that starts .*, got '{strategy}', which starts"
+    ):
+        build_trainer(config, config.runs_dir)
+
+
+def test_one_device_for_all_but_the_training(configure, tmp_path):
+    config = configure(*TWO)
+    quiet = {"logger": False, "enable_checkpointing": False}
+    assert build_trainer(config, tmp_path, **quiet).num_devices == 1
+    assert build_trainer(config, tmp_path, spread="ddp_spawn", **quiet).num_devices == 2
+    assert num_devices(config) == 2
+    assert num_devices(configure()) == 1
+
+
+@pytest.mark.parametrize(
+    ("devices", "first"), [(1, 1), (4, 1), (-1, 1), ("auto", 1), ("3", 1), ([2, 3], [2]), ("2,3", [2]), ("0,", [0])]
+)
+def test_first_device(devices, first):
+    assert first_device(devices) == first
+
+
+def test_what_changes_the_training_changes_the_victim(configure):
+    plain = find_victim(configure()).folder
+    assert find_victim(configure("trainer.threads=1", "trainer.log_every_n_steps=3")).folder == plain
+    others = [
+        find_victim(configure(*overrides)).folder
+        for overrides in (["+trainer.limit_train_batches=2"], ["+trainer.accumulate_grad_batches=2"], ["trainer.devices=2"])
+    ]
+    assert len({plain, *others}) == 4
+
+
+def test_threads(configure, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    prepare_process(configure())
+    prepare_process(configure("trainer.threads=1"))
+    assert chosen == [1]
+
+
+@pytest.mark.parametrize("threads", [0, -2, "many", 1.5, True])
+def test_impossible_threads(configure, threads):
+    with pytest.raises(UserError, match=f"^trainer.threads must be null or a count from 1 up, got '?{threads}'?$"):
+        prepare_process(configure(f"trainer.threads={threads}"))
