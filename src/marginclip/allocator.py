@@ -1,4 +1,4 @@
-"""The C library's habit of returning freed memory at once, which costs a training on the CPU a seventh of its time."""
+"""The C library's habit of returning freed memory at once, which costs a training on the CPU time at every step."""
 
 from __future__ import annotations
 
