@@ -13,7 +13,7 @@ from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, fit_defen
 from marginclip.defenses.affine_logits import fit_affine
 from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, MMOMObjective, ascend_margins, margin, mmom
+from marginclip.maxmargin import BoundedNetwork, Measured, MMOMObjective, ascend_margins, margin, mmom
 from marginclip.maxmargin.penalty import PenaltyController
 from marginclip.models import ResNet
 from marginclip.running.cell import make_defense
@@ -69,8 +69,7 @@ def test_it_needs_labels_and_margins_but_neither_the_models_logits_nor_only_righ
     assert not objective.correct_only
     labels, margins = torch.tensor([0, 1, 1]), torch.ones(3)
     logits = torch.randn(3, 2)
-    settings = {"labels": labels, "margins": margins, "bounds": [], "penalty": 0.1}
-    one, other = (objective(bounded_logits=logits, clean_logits=values, **settings) for values in (logits, logits + 5))
+    one, other = (objective(Measured(logits, values, labels, margins, []), 0.1) for values in (logits, logits + 5))
     assert torch.equal(one.loss, other.loss)
 
 

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from marginclip.defenses.affine_logits import fit_affine
 from marginclip.defenses.base import Defense, check_clean_set, clean_logits
 from marginclip.defenses.settings import AscentPlan, BoundStart
+from marginclip.defenses.states import relax_until_accurate, start_offsets
 from marginclip.errors import require
 from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
 from marginclip.maxmargin.margin import ascend_margins, margin
-from marginclip.maxmargin.objectives import BoundObjective, MMACObjective, Objective
+from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObjective, Objective
 from marginclip.maxmargin.penalty import PenaltyController
 from marginclip.maxmargin.prefix import PrefixCache, prefix_pays
-
-OFFSET_L2 = 1e-6
 
 
 class BoundLearning(Defense):
@@ -125,7 +123,8 @@ class BoundLearning(Defense):
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
         self.register_buffer("labels", labels[kept.to(labels.device)].to(images.device), persistent=False)
-        self._start_offsets(images[kept], labels[kept.to(labels.device)])
+        if self.bounded.offsets is not None:
+            start_offsets(self.bounded.offsets, clean_logits(self.bounded, images[kept]), labels[kept.to(labels.device)])
         self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
         wanted = self.ascent.classes(logits.shape[1]) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
         self.register_buffer("wanted", wanted, persistent=False)
@@ -145,7 +144,7 @@ class BoundLearning(Defense):
         if self.keep == "best" and self.best_bounds:
             self.bounded.load_bounds(self.best_bounds)
         if self.keep == "best":
-            self._relax_until_accurate()
+            self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.penalty.min_agreement)
         return self.bounded
 
     # -- learning -------------------------------------------------------------------------------------------------------------
@@ -203,26 +202,6 @@ class BoundLearning(Defense):
         taken = self.stopped_at or self.steps
         return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
 
-    def _start_offsets(self, images: Tensor, labels: Tensor) -> None:
-        """Offsets and scale start where they fit the clean set best under the bounds that learning starts from."""
-        if self.bounded.offsets is None:
-            return
-        kind = "none" if self.scale_rate is None else "shared"
-        scale, shift = fit_affine(
-            clean_logits(self.bounded, images),
-            labels,
-            scale=kind,
-            shift=True,
-            l2=OFFSET_L2,
-            advice="set defense.scale_rate=null",
-        )
-        require(
-            float(scale.min()) > 0,
-            f"the best temperature on the clean set is not positive (1 / {float(scale.min()):.3g}): the model's logits say nothing about "
-            "the labels; set defense.scale_rate=null, or use defense=last_layer",
-        )
-        self.bounded.offsets.load({"offsets": shift, "scale": scale})
-
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""
         if not self.objective.ascends:
@@ -234,10 +213,8 @@ class BoundLearning(Defense):
         return self.prefix(rows) if self.prefix is not None else self.working[0](self.images[rows])
 
     def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, penalty: float) -> Objective:
-        return self.objective(
-            bounded_logits=bounded_logits, clean_logits=self.targets[rows], labels=self.labels[rows], margins=margins,
-            bounds=self.bounded.bound_parameters(), penalty=penalty,
-        )  # fmt: skip
+        bounds = self.bounded.bound_parameters()
+        return self.objective(Measured(bounded_logits, self.targets[rows], self.labels[rows], margins, bounds), penalty)
 
     def _ascend(self, step: int) -> None:
         first, plan = step == 0, self.ascent
@@ -287,22 +264,6 @@ class BoundLearning(Defense):
         self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
         if len(margins):
             self.log_dict({"defense/mean_margin": margins.mean(), "defense/max_margin": margins.max()}, prog_bar=True)
-
-    @torch.no_grad()
-    def _relax_until_accurate(self) -> None:
-        """Move the bounds towards the clean maxima, in tenths, until the accuracy constraint holds (there it does exactly)."""
-        learned = self.bounded.bounds_state()
-        self.bounded.set_from_images(self.images)
-        clean = self.bounded.bounds_state()
-        widest = {
-            name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], learned[name]) for name in learned
-        }
-        for tenth in range(11):
-            self.relaxed = tenth / 10
-            self.bounded.load_bounds({name: torch.lerp(learned[name], widest[name], self.relaxed) for name in learned})
-            agreement = float((clean_logits(self.bounded, self.images).argmax(1) == self.labels).float().mean())
-            if agreement >= self.penalty.min_agreement:
-                break
 
     # -- resuming -------------------------------------------------------------------------------------------------------------
 

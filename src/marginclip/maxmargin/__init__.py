@@ -8,6 +8,7 @@ from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum
 from marginclip.maxmargin.null import p_values
 from marginclip.maxmargin.objectives import (
     BoundObjective,
+    Measured,
     MMACObjective,
     MMBMObjective,
     MMOMObjective,
@@ -26,6 +27,7 @@ __all__ = [
     "MMACObjective",
     "MMBMObjective",
     "MMOMObjective",
+    "Measured",
     "MarginAscent",
     "MarginDropDetector",
     "MaximumMarginTest",

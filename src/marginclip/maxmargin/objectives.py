@@ -66,12 +66,22 @@ def _check_reduction(reduction: str) -> None:
     require(reduction in ("mean", "sum"), f"defense.objective.reduction must be 'mean' or 'sum', got '{reduction}'")
 
 
-class BoundObjective(Protocol):
-    """What bound learning minimises. ``ascends`` says whether it needs margin inputs, which are ascended for it only then;
-    ``correct_only`` whether the clean images that the model gets wrong are left out.
+@dataclass(frozen=True)
+class Measured:
+    """What bound learning knows at a step: ``bounded_logits`` and ``clean_logits`` (B, K) and ``labels`` (B,) of the same clean
+    images, ``margins`` (N,) of the margin inputs on the bounded network (none where the objective needs none), and the ``bounds``.
+    """
 
-    Called with ``bounded_logits`` and ``clean_logits`` (B, K) and ``labels`` (B,) of the same clean images, ``margins`` (N,) of
-    the margin inputs on the bounded network (none without ``ascends``), the list of ``bounds``, and lambda as ``penalty``.
+    bounded_logits: Tensor
+    clean_logits: Tensor
+    labels: Tensor
+    margins: Tensor
+    bounds: Sequence[Tensor]
+
+
+class BoundObjective(Protocol):
+    """What bound learning minimises, for lambda as ``penalty``. ``ascends`` says whether it needs margin inputs, which are ascended
+    for it only then; ``correct_only`` whether the clean images that the model gets wrong are left out.
     """
 
     @property
@@ -80,16 +90,7 @@ class BoundObjective(Protocol):
     @property
     def correct_only(self) -> bool: ...
 
-    def __call__(
-        self,
-        *,
-        bounded_logits: Tensor,
-        clean_logits: Tensor,
-        labels: Tensor,
-        margins: Tensor,
-        bounds: Sequence[Tensor],
-        penalty: float,
-    ) -> Objective: ...
+    def __call__(self, step: Measured, penalty: float) -> Objective: ...
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,8 @@ class MMACObjective:
     def __post_init__(self) -> None:
         _check_reduction(self.reduction)
 
-    def __call__(
-        self,
-        *,
-        bounded_logits: Tensor,
-        clean_logits: Tensor,
-        labels: Tensor,
-        margins: Tensor,
-        bounds: Sequence[Tensor],
-        penalty: float,
-    ) -> Objective:
-        del labels, bounds
-        return mmac(bounded_logits, clean_logits, margins, penalty, reduction=self.reduction)
+    def __call__(self, step: Measured, penalty: float) -> Objective:
+        return mmac(step.bounded_logits, step.clean_logits, step.margins, penalty, reduction=self.reduction)
 
 
 @dataclass(frozen=True)
@@ -124,18 +115,8 @@ class MMBMObjective:
     ascends = False
     correct_only = True
 
-    def __call__(
-        self,
-        *,
-        bounded_logits: Tensor,
-        clean_logits: Tensor,
-        labels: Tensor,
-        margins: Tensor,
-        bounds: Sequence[Tensor],
-        penalty: float,
-    ) -> Objective:
-        del labels, margins
-        return mmbm(bounded_logits, clean_logits, bounds, penalty)
+    def __call__(self, step: Measured, penalty: float) -> Objective:
+        return mmbm(step.bounded_logits, step.clean_logits, step.bounds, penalty)
 
 
 @dataclass(frozen=True)
@@ -149,15 +130,5 @@ class MMOMObjective:
     def __post_init__(self) -> None:
         _check_reduction(self.reduction)
 
-    def __call__(
-        self,
-        *,
-        bounded_logits: Tensor,
-        clean_logits: Tensor,
-        labels: Tensor,
-        margins: Tensor,
-        bounds: Sequence[Tensor],
-        penalty: float,
-    ) -> Objective:
-        del clean_logits, bounds
-        return mmom(bounded_logits, labels, margins, penalty, reduction=self.reduction)
+    def __call__(self, step: Measured, penalty: float) -> Objective:
+        return mmom(step.bounded_logits, step.labels, step.margins, penalty, reduction=self.reduction)
