@@ -14,7 +14,7 @@ ARROWS = {
     "errors": set(),
     "devices": set(),
     "files": {"errors"},
-    "precision": {"errors"},
+    "precision": {"devices", "errors"},
     "maxmargin": {"errors"},
     "metrics": {"errors"},
     "models": {"errors"},

@@ -1,9 +1,14 @@
-"""Moving small tensors to a GPU without waiting for what it is doing."""
+"""Whether a GPU computes, and moving small tensors to it without waiting for what it is doing."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def gpu_wanted(accelerator: str) -> bool:
+    """Whether the Trainer's ``accelerator`` means a GPU of this machine."""
+    return accelerator != "cpu" and torch.cuda.is_available()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

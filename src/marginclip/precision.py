@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from marginclip.devices import gpu_wanted
 from marginclip.errors import require
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
-def precision_for(choice: str) -> str:
-    """Lightning's name of the precision; ``auto`` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+def precision_for(choice: str, *, accelerator: str = "auto") -> str:
+    """Lightning's name of the precision; ``auto`` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU.
+
+    ``accelerator`` is the Trainer's: with ``cpu`` a GPU of the machine does not count.
+    """
     require(choice in PRECISIONS, f"trainer.precision must be one of {', '.join(PRECISIONS)}, got '{choice}'")
     if choice != "auto":
         return choice
-    if torch.cuda.is_available():
+    if gpu_wanted(accelerator):
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
     return "bf16-mixed" if _cpu_has_bf16() else "32-true"
 

@@ -1,5 +1,6 @@
 """Bound learning step by step: ascent, descent, the controller of lambda, what is kept, and going on after an interruption."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -470,13 +471,22 @@ def relabelled(labels):
         (lambda images, labels: (images * 3 - 1, labels), r"images must lie in \[0, 1\]"),
         (lambda images, labels: (images * float("nan"), labels), "NaN|must lie in"),
         (lambda images, labels: (images[:5], labels), "one label an image"),
-        (lambda images, labels: (images[:0], labels[:0]), "got 0 images|one label"),
+        (lambda images, labels: (images[:0], labels[:0]), "at least one image is needed, got none"),
         (lambda images, labels: (images, relabelled(labels)), r"labels must be in 0\.\.3"),
         (lambda images, labels: (images, labels - 1), r"labels must be in 0\.\.3"),
         (lambda images, labels: (images, 3 - labels), "classifies none of the 24 clean images correctly"),
         (lambda images, labels: (images.repeat(1, 3, 1, 1), labels), "does not take images of 3 x 8 x 8"),
         (lambda images, labels: (images[:, :, :6], labels), "does not take images of 1 x 6 x 8"),
         (lambda images, labels: (images[:, 0], labels), "images|does not take"),
+        (
+            lambda images, labels: (images, labels.unsqueeze(1)),
+            r"labels must be whole numbers of shape \(N,\), got int64 of shape",
+        ),
+        (lambda images, labels: (images, F.one_hot(labels)), r"labels must be whole numbers of shape"),
+        (lambda images, labels: (images, labels.float()), r"labels must be whole numbers of shape \(N,\), got float32"),
+        (lambda images, labels: (images, labels.tolist()), "labels must be a torch tensor, got list"),
+        (lambda images, labels: (images.numpy(), labels), "images must be a torch tensor, got ndarray"),
+        (lambda images, labels: (images.half(), labels), "does not take images|images must be float32, got float16"),
     ],
 )
 def test_clean_sets_that_do_not_fit_are_refused(victim, clean, change, message):
@@ -494,6 +504,30 @@ def test_models_that_do_not_fit_are_refused(clean, model, message):
     labels = network(clean[0]).argmax(1)
     with pytest.raises(UserError, match=message):
         repair(network, clean[0], labels)
+
+
+class Several(nn.Module):
+    def forward(self, images):
+        return {"logits": images.flatten(1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda victim: victim.half(), r"^the model must compute in float32 \(model.float\(\)\), got float16$"),
+        (lambda victim: victim.bfloat16(), "got bfloat16$"),
+        (lambda victim: Several(), "^the model must return one tensor of logits, not a dict$"),
+        (lambda victim: nn.Identity(), r"^the model must return logits \(N, K\), got"),
+    ],
+)
+def test_models_that_give_no_logits_in_full_precision_are_refused(victim, clean, change, message):
+    with pytest.raises(UserError, match=message):
+        repair(change(copy.deepcopy(victim)), *clean)
+
+
+def test_models_in_double_precision_work(victim, clean):
+    repaired = repair(copy.deepcopy(victim).double(), clean[0].double(), clean[1], precision="32-true")
+    assert torch.isfinite(repaired(clean[0].double())).all()
 
 
 def test_nan_logits_are_refused(victim, clean):

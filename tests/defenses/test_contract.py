@@ -106,6 +106,35 @@ def test_same_seed_same_result(victim, clean, overrides):
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_a_defense_used_again_begins_anew(victim, clean, overrides):
+    """A loop over models with one defense object gives what a new object for each gives."""
+    images, labels = clean
+    other = copy.deepcopy(victim)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    used, new = make([*overrides, "seed=3"]), make([*overrides, "seed=3"])
+    fit_defense(used, other, images.flip(0), labels.flip(0))
+    again, fresh = fit_defense(used, victim, *clean), fit_defense(new, victim, *clean)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in fresh.state_dict().items())
+    assert {**used.findings(), "seconds": None} == {**new.findings(), "seconds": None}
+    assert getattr(used, "history", None) == getattr(new, "history", None)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_without_gradients_and_leaves_them_off(victim, clean, overrides, mode):
+    before = torch.get_rng_state()
+    with mode():
+        images = clean[0] + 0  # in inference mode an inference tensor
+        repaired = fit_defense(make(overrides), victim, images, clean[1])
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert torch.isfinite(repaired(images)).all()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_clean_set_is_left_as_it_was(victim, clean, overrides):
     images, labels = clean
     before = images.clone(), labels.clone()

@@ -1,5 +1,7 @@
 """MMDF on logits by hand: statistic, decision, correction, state."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,28 @@ def test_networks_and_images_are_left_as_they_were(pair, images):
     assert torch.equal(images, before[0])
     after = {**net.state_dict(prefix="n."), **repaired.state_dict(prefix="r.")}
     assert all(torch.equal(value, after[name]) for name, value in before[1].items())
+
+
+def test_a_detector_in_training_evaluates_all_the_same(images):
+    """Whatever the mode of its networks, statistics of batch norms stay, modes too, and many images give what few give."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(images.shape[1], 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    net(images)
+    repaired = BoundedNetwork(net.eval(), images[:1])
+    repaired.set_from_images(images, share=0.5)
+    detector = MarginDropDetector.fit(net, repaired, images, null_distribution="gaussian")
+    before, wanted = copy.deepcopy(net.state_dict()), detector(images)
+    detector.train()
+    found = detector(images.repeat(40, 1, 1, 1))
+    assert net[1].training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(found.statistic[: len(images)], wanted.statistic)
+    assert len(found.decisions) == 40 * len(images)
+
+
+def test_images_that_a_model_cannot_mean_are_refused(pair, images):
+    with pytest.raises(UserError, match=r"^images must lie in \[0, 1\], got values from"):
+        MarginDropDetector.fit(*pair, images * 255)
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)

@@ -112,6 +112,13 @@ def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     return paths, torch.tensor(labels), tuple(path.name for path in class_dirs)
 
 
+def folder_digest(root: Path) -> str:
+    """Ten hexadecimal digits that change when a file below ``root`` is added, removed, renamed or changes its size."""
+    files = (path for path in root.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(root)))
+    listing = sorted(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in files)
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:10]
+
+
 def _side_of(path: Path) -> int:
     try:
         with Image.open(path) as image:

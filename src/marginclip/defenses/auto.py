@@ -60,6 +60,9 @@ class Auto(Defense):
         self.detection: Callable[..., Callable[..., MaximumMargins]] = detection or MaximumMarginTest
         for name, factory in (self.repairs | {"detection": self.detection}).items():
             self._make(name, factory)  # a mistake in their settings shows here, before anything is computed
+        self._forget()
+
+    def _forget(self) -> None:
         self.seconds: dict[str, float] = {}
         self.evidence: Evidence | None = None
         self.decision: Decision | None = None
@@ -69,6 +72,7 @@ class Auto(Defense):
 
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Copy the model, and note what it decides for the clean images."""
+        self._forget()
         logits = clean_logits(model, images)
         check_clean_set(images, labels, logits.shape[1])
         require(
@@ -86,7 +90,7 @@ class Auto(Defense):
 
     def batches(self) -> DataLoader[int]:
         """One batch without content: all work is done before it."""
-        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(range(1), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
     @property
     def num_epochs(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from marginclip.errors import UserError, require
+from marginclip.maxmargin.inputs import batched_logits, check_images, check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +26,7 @@ class Defense(L.LightningModule):
     learns = True
 
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Take the model and the clean set: images (N, C, H, W) in [0, 1], labels (N,)."""
+        """Take the model and the clean set: images (N, C, H, W) in [0, 1], labels (N,). What an earlier repair left is forgotten."""
         raise TypeError(f"{type(self).__name__} does not say how it prepares")
 
     def repaired(self) -> nn.Module:
@@ -60,37 +61,33 @@ def own_copy(model: Model) -> Model:
         return copy.deepcopy(model).eval()
 
 
-@torch.no_grad()
 def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
-    """The model's logits (N, K) on images, in evaluation mode, computed batch by batch; the modes of its modules are left as they were.
+    """:func:`~marginclip.maxmargin.inputs.batched_logits` on clean images.
 
-    Raises :class:`UserError` for logits that are not finite.
+    Raises :class:`UserError` for a model in half precision, one that does not take the images, and logits that are not finite.
     """
-    parameter = next(model.parameters(), None)
-    device = images.device if parameter is None else parameter.device
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    check_model(model)
+    require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
     try:
-        logits = torch.cat([model(batch.to(device)).float() for batch in images.split(batch_size)])
+        logits = batched_logits(model, images, batch_size=batch_size)
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         size = " x ".join(str(side) for side in images.shape[1:])
         raise UserError(f"the model does not take images of {size} ({str(error).splitlines()[0]})") from error
-    finally:
-        for module in training:
-            module.training = True
     bad = int((~torch.isfinite(logits).all(1)).sum())
     require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
     return logits
 
 
 def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Raise :class:`UserError` unless images (N, C, H, W) lie in [0, 1] and labels (N,) in [0, num_classes)."""
-    require(images.dim() == 4, f"images must be (N, C, H, W), got {tuple(images.shape)}")
-    require(len(images) == len(labels) > 0, f"one label an image is needed, got {len(images)} images and {len(labels)} labels")
+    """Raise :class:`UserError` unless images (N, C, H, W) lie in [0, 1] and labels (N,), of whole numbers, in [0, num_classes)."""
+    check_images(images)
+    require(isinstance(labels, Tensor), f"labels must be a torch tensor, got {type(labels).__name__}")
     require(
-        float(images.min()) >= 0 and float(images.max()) <= 1,
-        f"images must lie in [0, 1], got values from {float(images.min()):.3g} to {float(images.max()):.3g}; "
-        "put the normalisation inside the model",
+        labels.dim() == 1 and not labels.is_floating_point() and labels.dtype != torch.bool,
+        f"labels must be whole numbers of shape (N,), got {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}",
     )
+    require(len(images) == len(labels), f"one label an image is needed, got {len(images)} images and {len(labels)} labels")
     lowest, highest = int(labels.min()), int(labels.max())
     require(0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}")

@@ -45,6 +45,8 @@ class BoundLearning(Defense):
     targets: Tensor
     wanted: Tensor
     margin_inputs: Tensor
+    last_loss: float
+    prefix: PrefixCache | None
 
     def __init__(
         self,
@@ -94,18 +96,16 @@ class BoundLearning(Defense):
         self.sites = sites
         self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or PenaltyController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
-        self.offset_rate, self.scale_rate, self.checked_at = offset_rate, scale_rate, -1
-        self.tolerance, self.last_loss, self.stopped_at = tolerance, float("nan"), 0
+        self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
-        self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
-        self.history: list[dict[str, float]] = []
-        self.prefix: PrefixCache | None = None
+        self._forget()
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Bound a copy of the model and set the bounds' start from the clean set."""
+        self._forget()
         logits = clean_logits(model, images)
         check_clean_set(images, labels, logits.shape[1])
         correct = logits.argmax(1).cpu() == labels.cpu()
@@ -128,12 +128,14 @@ class BoundLearning(Defense):
         self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
         wanted = self.ascent.classes(logits.shape[1]) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
         self.register_buffer("wanted", wanted, persistent=False)
-        self.register_buffer("margin_inputs", torch.zeros(len(self.wanted), *images.shape[1:]), persistent=True)
+        self.register_buffer(
+            "margin_inputs", torch.zeros(len(self.wanted), *images.shape[1:], dtype=images.dtype), persistent=True
+        )
         self.extremes = activation_extremes(self.bounded, self.images)
 
     def batches(self) -> DataLoader[int]:
         """One round is the steps up to the next check; which images a step takes follows from its number."""
-        return DataLoader(range(self.check_every), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(range(self.check_every), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
     @property
     def num_epochs(self) -> int:
@@ -201,6 +203,15 @@ class BoundLearning(Defense):
         """How long bounds were learned and what ended it: ``tolerance`` or ``steps``."""
         taken = self.stopped_at or self.steps
         return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
+
+    def _forget(self) -> None:
+        """Be as new, before or after learning."""
+        self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
+        self.history: list[dict[str, float]] = []
+        self.last_loss, self.relaxed = float("nan"), 0.0
+        self.stopped_at, self.checked_at = 0, -1
+        self.prefix = None
+        self.penalty.reset()
 
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""

@@ -76,7 +76,7 @@ class FineTune(Defense):
 
     def learn_from(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         """Take the network to train, what enters it (N, ...) and labels (N,); copies of both are the caller's to make."""
-        self.network = network
+        self.network, self.history = network, []
         self.register_buffer("images", inputs, persistent=False)
         self.register_buffer("labels", labels.clone().to(inputs.device), persistent=False)
         self.totals: list[Tensor] = []

@@ -41,17 +41,22 @@ def fit_defense(
 ) -> nn.Module:
     """Repair ``model`` from clean images (N, C, H, W) in [0, 1] and labels (N,); returns the repaired network, on its device.
 
-    ``make_trainer`` makes a Trainer from a number of epochs; ``resume`` is the checkpoint to go on from.
+    ``make_trainer`` makes a Trainer from a number of epochs; ``resume`` is the checkpoint to go on from. Gradients are on for it and
+    as they were afterwards, in inference mode too; a defense that was used before begins anew.
     """
-    defense.prepare(model, images, labels)
-    if defense.learns:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = make_trainer(defense.num_epochs)
-            trainer.fit(defense, defense.batches(), ckpt_path=resume, weights_only=True if resume else None)
-        parameter = next(model.parameters(), None)
-        defense.to(images.device if parameter is None else parameter.device)  # Lightning leaves it on the CPU
-    return defense.repaired()
+    with torch.inference_mode(False), torch.enable_grad():
+        images, labels = (
+            value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in (images, labels)
+        )
+        defense.prepare(model, images, labels)
+        if defense.learns:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer = make_trainer(defense.num_epochs)
+                trainer.fit(defense, defense.batches(), ckpt_path=resume, weights_only=True if resume else None)
+            parameter = next(model.parameters(), None)
+            defense.to(images.device if parameter is None else parameter.device)  # Lightning leaves it on the CPU
+        return defense.repaired()
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:

@@ -109,6 +109,7 @@ class IBAU(Defense):
 
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Copy the model and keep the clean set."""
+        self.history = []
         check_clean_set(images, labels, clean_logits(model, images).shape[1])
         # Double backward of convolutions is faster in the plain layout, unlike all else here.
         self.network = trainable_copy(model).to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]

@@ -55,6 +55,7 @@ class NeuralCleanse(FineTune):
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Copy the model twice: once to be trained, once frozen, to be inverted."""
         super().prepare(model, images, labels)
+        self.inverted = None
         self.num_classes = clean_logits(model, images[:2]).shape[1]
         if isinstance(self.suspect_class, int):
             require(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.errors import require
+from marginclip.maxmargin.inputs import batched_logits, check_images
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
 
@@ -83,15 +84,12 @@ class MarginDropDetector(nn.Module):
         """Fit the null to clean images (M, C, H, W) in [0, 1]; ``settings`` are the constructor's.
 
         Images that the bounds were *not* learned from give a better calibrated null; those that they were learned from, as in
-        the papers, make false alarms more frequent than ``theta``. Both networks are left in evaluation mode.
+        the papers, make false alarms more frequent than ``theta``.
         """
+        check_images(images)
         require(len(images) >= 2, f"a detector needs at least 2 clean images, got {len(images)}")
-        model.eval(), repaired.eval()
-        device = next((parameter.device for parameter in model.parameters()), images.device)
-        batches = [batch.to(device) for batch in images.split(batch_size)]
-        logits = torch.cat([model(batch).float() for batch in batches])
-        bounded = torch.cat([repaired(batch).float() for batch in batches])
-        return cls.from_logits(model, repaired, logits, bounded, **settings)
+        both = (batched_logits(network, images, batch_size=batch_size) for network in (model, repaired))
+        return cls.from_logits(model, repaired, *both, **settings)
 
     @classmethod
     def from_logits(
@@ -99,7 +97,7 @@ class MarginDropDetector(nn.Module):
     ) -> MarginDropDetector:
         """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
         statistics, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
-        return cls(model, repaired, statistics, kept, **settings).to(logits.device)
+        return cls(model, repaired, statistics, kept, **settings)
 
     @property
     def insisting_margin(self) -> float:
@@ -111,16 +109,17 @@ class MarginDropDetector(nn.Module):
         """The statistic from which on an image is flagged, in logits."""
         return threshold(self.clean_statistics, self.theta, null_distribution=self.null_distribution)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Detection:
-        """Decisions and p-values of images (N, C, H, W) in [0, 1]."""
-        return self.decide(self.model(images).float(), self.repaired(images).float())
+        """Decisions and p-values of images (N, C, H, W) in [0, 1], however many, on the model's device; both networks are evaluated in
+        evaluation mode, whatever mode they are in."""
+        logits, bounded_logits = (batched_logits(network, images) for network in (self.model, self.repaired))
+        return self.decide(logits, bounded_logits.to(logits.device))
 
     def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
         """The same from both networks' logits (N, K), which are left as they are."""
         original = logits.argmax(1)
         statistic = margin_drop(logits, bounded_logits)
-        values = p_values(statistic, self.clean_statistics, null_distribution=self.null_distribution)
+        values = p_values(statistic, self.clean_statistics.to(statistic.device), null_distribution=self.null_distribution)
         flagged, chosen = values < self.theta, bounded_logits.argmax(1)
         if self.rule == "or_disagree":
             flagged = flagged | (chosen != original)

@@ -36,7 +36,11 @@ class PenaltyController:
         require(0 <= smallest <= largest, f"defense.penalty.smallest must be in [0, largest={largest:g}], got {smallest:g}")
         self.initial, self.control, self.factor, self.min_agreement = initial, control, factor, min_agreement
         self.first_check, self.smallest, self.largest = first_check, smallest, largest
-        self.value, self.checks = initial, 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as new."""
+        self.value, self.checks = self.initial, 0
 
     def update(self, agreement: float) -> float:
         """Take the accuracy of one check, a fraction, and return lambda for the steps that follow."""

@@ -50,11 +50,11 @@ class Repair:
 
 def defend(config: DictConfig) -> Record:
     """Do the run that ``config`` asks for, or find it done; returns its record."""
+    prepare_process(config)
     record = Record(run_folder(config), plain(config))
     if record.finished:
         log.info("already done: %s", record.folder)
         return record
-    prepare_process(config)
     record.folder.mkdir(parents=True, exist_ok=True)
     with record.guard():
         _defend(config, record)
@@ -145,7 +145,8 @@ def _detect(config: DictConfig, scene: Scene, record: Record) -> None:
     test = make_test(config)
     if test is None:
         return
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision_for(config.trainer.precision))
+    precision = precision_for(config.trainer.precision, accelerator=config.trainer.accelerator)
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with record.phase("detection"):
         found = test(scene.model, scene.splits.image_shape, len(scene.classes), autocast=half)
     record.content["detection"] = {

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from marginclip.devices import gpu_wanted
 from marginclip.errors import UserError
 from marginclip.files import read_json, write_json
 from marginclip.precision import precision_for
 from marginclip.running.build import plain
 from marginclip.running.checkpoint import file_digest
+from marginclip.running.recipe import images_digest
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "wandb")
 NO_EFFECT = ("runs_dir", "logger", "figures")
@@ -43,6 +45,8 @@ def run_folder(config: DictConfig) -> Path:
         if not (content.get(group) or {}).get("_target_"):
             content.pop(group, None)
     content["checkpoint"] = file_digest(config.victim.get("path"))
+    if (images := images_digest(config)) is not None:
+        content["images"] = images
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
     name = "-".join([*named_parts(config), config.defense.name, f"seed{config.seed}", digest])
     return Path(config.runs_dir) / name
@@ -123,7 +127,8 @@ def _version(package: str) -> str | None:
 
 
 def _opening(config: dict[str, Any]) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    accelerator = config["trainer"]["accelerator"]
+    gpu = gpu_wanted(accelerator)
     return {
         "status": "running",
         "config": config,
@@ -131,11 +136,11 @@ def _opening(config: dict[str, Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "marginclip": version("marginclip")}
         | {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "device": {
-            "name": device,
-            "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+            "name": torch.cuda.get_device_name() if gpu else platform.machine(),
+            "accelerator": "gpu" if gpu else "cpu",
             "threads": torch.get_num_threads(),
         },
-        "precision": precision_for(config["trainer"]["precision"]),
+        "precision": precision_for(config["trainer"]["precision"], accelerator=accelerator),
         "seconds": {},
         "metrics": {},
     }

@@ -15,6 +15,12 @@ from marginclip.running.build import instantiate, plain
 from marginclip.running.quiet import quiet_lightning
 
 OWN_SETTINGS = ("precision", "threads", "cuda_graphs")  # of the ``trainer`` group, and not the Trainer's own
+# Entries that every Trainer of a run takes; further ones are for the training of victims, which depend on them.
+EVERYWHERE = (
+    "_target_", "accelerator", "devices", "strategy", *OWN_SETTINGS, "enable_progress_bar", "enable_model_summary",
+    "log_every_n_steps", "num_sanity_val_steps", "use_distributed_sampler",
+)  # fmt: skip
+SET_BY_RUNS = ("max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "enable_checkpointing")
 
 
 def device_of(config: DictConfig, folder: Path) -> torch.device:
@@ -35,8 +41,8 @@ def build_trainer(config: DictConfig, folder: Path, *, spread: str | None = None
     """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's.
 
     With ``spread``, the Lightning strategy for several devices where the group names none, it takes all of ``trainer.devices``: a
-    process for each, started for one fit and gone after it. A victim is trained so; what else a run does is short and takes the
-    first device alone.
+    process for each, started for one fit and gone after it, and all of the group's settings. A victim is trained so; what else a run
+    does is short, and takes the first device alone and the settings that are not about training.
     """
     quiet_lightning()
     graphs = config.trainer.cuda_graphs
@@ -48,11 +54,16 @@ def build_trainer(config: DictConfig, folder: Path, *, spread: str | None = None
         "trainer.strategy must be auto or one that starts processes for the training alone, such as ddp_spawn or ddp_fork, got "
         f"'{strategy}', which starts the whole command once more for every device",
     )
+    taken = next((key for key in SET_BY_RUNS if key in options), None)
+    require(
+        taken is None, f"trainer.{taken} is set by the run itself{'; use training.epochs' if taken == 'max_epochs' else ''}"
+    )
     if spread is None:
+        options = {key: value for key, value in options.items() if key in EVERYWHERE}
         options["devices"] = first_device(options["devices"])
     elif options["devices"] != 1:
         options["strategy"] = spread if strategy == "auto" else strategy
-    precision = precision_for(config.trainer.precision)
+    precision = precision_for(config.trainer.precision, accelerator=config.trainer.accelerator)
     return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)
 
 

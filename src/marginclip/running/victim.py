@@ -8,7 +8,6 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,39 +15,16 @@ from omegaconf import DictConfig
 from marginclip.attacks import Attack
 from marginclip.evaluation import Evaluation
 from marginclip.losses import SecondStage
-from marginclip.running.build import Scene, instantiate, plain
+from marginclip.running.build import Scene, instantiate
 from marginclip.running.fitting import fit_resumably, victim_store
+from marginclip.running.recipe import victim_recipe
 from marginclip.running.record import named_parts
-from marginclip.running.trainers import build_trainer, num_devices
+from marginclip.running.trainers import build_trainer
 from marginclip.running.workshop import VictimWorkshop
 from marginclip.training import PoisonedTraining
 from marginclip.victims import Victim
 
 log = logging.getLogger(__name__)
-# Entries of the ``trainer`` group that a victim does not depend on, or not by themselves: all further ones it does.
-WITHOUT_EFFECT = (
-    "_target_", "accelerator", "devices", "strategy", "precision", "cuda_graphs", "threads", "enable_progress_bar",
-    "enable_model_summary", "log_every_n_steps", "num_sanity_val_steps", "use_distributed_sampler",
-)  # fmt: skip
-
-
-def victim_recipe(config: DictConfig) -> dict[str, Any]:
-    """What a trained victim depends on, as plain containers."""
-    groups = plain(config)
-    recipe = {key: groups[key] for key in ("dataset", "attack", "x2x", "model", "training", "seed")}
-    for group in ("imbalance", "loss"):
-        if (groups.get(group) or {}).get("_target_") is not None:
-            recipe[group] = groups[group]
-    if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
-        recipe["x2x"] = None
-    if "defender" in recipe["attack"]:
-        recipe["clean_order"] = groups["clean_order"]  # the attacker learns bounds on the defender's clean set
-    trainer = {key: value for key, value in groups["trainer"].items() if key not in WITHOUT_EFFECT}
-    if trainer:
-        recipe["trainer"] = trainer
-    if (devices := num_devices(config)) > 1:
-        recipe["devices"] = devices
-    return recipe | {"precision": groups["trainer"]["precision"]}
 
 
 def victim_name(config: DictConfig) -> str:

@@ -19,8 +19,9 @@ from marginclip.data.clean import automatic_sizes, split_clean
 from marginclip.defenses import fit_defense
 from marginclip.evaluation import Evaluation
 from marginclip.precision import precision_for
-from marginclip.running.build import Scene, build_model, build_scene, instantiate, plain
+from marginclip.running.build import Scene, build_model, build_scene, instantiate
 from marginclip.running.fitting import fit_resumably, victim_store
+from marginclip.running.recipe import training_recipe
 from marginclip.running.trainers import build_trainer, device_of
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class VictimWorkshop:
 
     def __init__(self, config: DictConfig, scene: Scene, obtain: Callable[[DictConfig, Scene], Any]) -> None:
         self.config, self.scene, self.obtain = config, scene, obtain
-        self.precision = precision_for(config.trainer.precision)
+        self.precision = precision_for(config.trainer.precision, accelerator=config.trainer.accelerator)
 
     def training_labels(self) -> Tensor:
         """True labels (N,) of the training images."""
@@ -47,37 +48,33 @@ class VictimWorkshop:
 
     def robust_surrogate(self, settings: Surrogate) -> nn.Module:
         """The surrogate of these settings, from the store of ``config.runs_dir`` or trained now."""
-        groups = plain(self.config)
-        recipe = {key: groups[key] for key in ("dataset", "model")} | {"surrogate": asdict(settings)}
-        if (groups.get("imbalance") or {}).get("_target_") is not None:
-            recipe["imbalance"] = groups["imbalance"]
-        recipe |= {"training": groups["training"] | {"epochs": settings.epochs}, "precision": groups["trainer"]["precision"]}
-        name = f"{self.config.dataset.name}-{self.config.model.get('name', 'model')}-surrogate"
-        found = victim_store(self.config).find(name, recipe)
-        seeded = OmegaConf.merge(self.config, {"seed": settings.seed})
-        assert isinstance(seeded, DictConfig)
-        model = build_model(seeded, len(self.scene.classes), self.scene.splits.image_shape)
+        config = OmegaConf.merge(self.config, {"seed": settings.seed, "training": {"epochs": settings.epochs}})
+        assert isinstance(config, DictConfig)
+        recipe = training_recipe(config) | {"surrogate": asdict(settings)}
+        name = f"{config.dataset.name}-{config.model.get('name', 'model')}-surrogate"
+        found = victim_store(config).find(name, recipe)
+        model = build_model(config, len(self.scene.classes), self.scene.splits.image_shape)
         with found.lock():
             if found.record is None:
                 log.info("training the robust surrogate %s", found.folder.name)
                 data = self._clean_data(settings.seed)
                 training = instantiate(
-                    {key: self.config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
+                    {key: config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
                     | {"_target_": "marginclip.training.AdversarialTraining"},
                     model,
                     eps=settings.eps,
                     seed=settings.seed,
-                    cuda_graphs=self.config.trainer.cuda_graphs,
+                    cuda_graphs=config.trainer.cuda_graphs,
                     key="training",
                 )
-                fit_resumably(self.config, found, training, data, {"max_epochs": settings.epochs})
+                fit_resumably(config, found, training, data, {"max_epochs": settings.epochs})
                 evaluation = Evaluation({"none": model})
                 quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-                build_trainer(self.config, found.folder, **quiet).test(evaluation, data, verbose=False)
+                build_trainer(config, found.folder, **quiet).test(evaluation, data, verbose=False)
                 found.save(model, None, {"recipe": recipe, "metrics": evaluation.results()["none"]})
                 found.forget_checkpoint()
         found.restore(model, None)
-        model.to(device_of(self.config, found.folder))
+        model.to(device_of(config, found.folder))
         return _Autocast(model.eval().requires_grad_(False), bf16=str(self.precision).startswith("bf16"))
 
     def _clean_data(self, seed: int) -> ImageData:

@@ -1,0 +1,52 @@
+"""What is asked of the images and models of a caller, and a pass over the images that leaves the model as it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.errors import require
+
+
+def check_images(images: Tensor) -> None:
+    """Raise :class:`UserError` unless ``images`` is a tensor (N, C, H, W) of numbers in [0, 1] in float32 or float64."""
+    require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
+    require(images.dim() == 4, f"images must be (N, C, H, W), got {tuple(images.shape)}")
+    _check_dtype("images must be", images.dtype)
+    require(len(images) > 0, "at least one image is needed, got none")
+    lowest, highest = float(images.min()), float(images.max())
+    require(
+        lowest >= 0 and highest <= 1,
+        f"images must lie in [0, 1], got values from {lowest:.3g} to {highest:.3g}; put the normalisation inside the model",
+    )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise :class:`UserError` for a model in half precision: the bounds and margins need more."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            _check_dtype("the model must compute in", parameter.dtype, advice=" (model.float())")
+
+
+def _check_dtype(what: str, dtype: torch.dtype, *, advice: str = "") -> None:
+    require(dtype in (torch.float32, torch.float64), f"{what} float32{advice}, got {str(dtype).removeprefix('torch.')}")
+
+
+@torch.no_grad()
+def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
+    """The logits (N, K) of images (N, C, H, W) in evaluation mode, batch by batch on the model's device, where they stay.
+
+    The modes of the model's modules are left as they were. Raises :class:`UserError` for a model that does not return logits.
+    """
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        found = [model(batch.to(device)) for batch in images.split(batch_size)]
+    finally:
+        for module in training:
+            module.training = True
+    odd = next((type(logits).__name__ for logits in found if not isinstance(logits, Tensor)), None)
+    require(odd is None, f"the model must return one tensor of logits, not a {odd}")
+    require(found[0].dim() == 2, f"the model must return logits (N, K), got {tuple(found[0].shape)}")
+    return torch.cat([logits.float() for logits in found])
