@@ -1,17 +1,21 @@
-"""Several devices train a victim and nothing else; CPU processes stand in for GPUs. What of the Trainer a victim depends on."""
+"""Several devices train a victim and nothing else; CPU processes stand in for GPUs. What a victim and a run depend on."""
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from marginclip.errors import UserError
-from marginclip.running.build import build_scene
+from marginclip.running.build import build_scene, plain
 from marginclip.running.cell import defend
 from marginclip.running.fitting import fit_resumably
 from marginclip.running.process import prepare_process
+from marginclip.running.recipe import training_recipe
+from marginclip.running.record import Record, run_folder
 from marginclip.running.trainers import build_trainer, first_device, num_devices
 from marginclip.running.victim import find_victim, obtain_victim
 from marginclip.training import AdaptiveTraining
+from marginclip.victims import recipe_hash
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
 
@@ -94,3 +98,62 @@ def test_threads(configure, monkeypatch):
 def test_impossible_threads(configure, threads):
     with pytest.raises(UserError, match=f"^trainer.threads must be null or a count from 1 up, got '?{threads}'?$"):
         prepare_process(configure(f"trainer.threads={threads}"))
+
+
+# -- what a victim and a run depend on --------------------------------------------------------------------------------------------
+
+
+def test_the_trainers_further_settings_are_for_the_victims_training(configure, tmp_path):
+    config = configure("+trainer.max_steps=1", "+trainer.gradient_clip_val=1")
+    quiet = {"logger": False, "enable_checkpointing": False}
+    assert build_trainer(config, tmp_path, spread="ddp_spawn", **quiet).max_steps == 1
+    other = build_trainer(config, tmp_path, **quiet)
+    assert (other.max_steps, other.gradient_clip_val) == (-1, None)
+
+
+def test_surrogates_depend_on_what_victims_depend_on(configure):
+    plain, others = training_recipe(configure("attack=clean_label")), []
+    for override in ("+trainer.limit_train_batches=1", "trainer.devices=2", "training.optimizer.lr=0.02", "model.width=5"):
+        others.append(recipe_hash(training_recipe(configure("attack=clean_label", override))))
+    assert len({recipe_hash(plain), *others}) == 5
+    assert recipe_hash(training_recipe(configure("attack=clean_label", "seed=3"))) == recipe_hash(plain)
+
+
+def test_other_images_are_another_victim_and_another_run(configure, tmp_path):
+    root = tmp_path / "images"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(root / name / f"{number}.png")
+    config = configure("dataset=image_folder", f"dataset.root={root}")
+    before = find_victim(config).folder, run_folder(config)
+    assert (find_victim(config).folder, run_folder(config)) == before
+    (root / "cat" / ".hidden").write_text("not looked at")
+    assert (find_victim(config).folder, run_folder(config)) == before
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(root / "cat" / "3.png")
+    after = find_victim(config).folder, run_folder(config)
+    assert not {*before} & {*after}
+    (root / "cat" / "3.png").rename(root / "dog" / "3.png")
+    assert not {*before, *after} & {find_victim(config).folder, run_folder(config)}
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+def test_a_gpu_that_is_not_asked_for_is_not_recorded(monkeypatch, configure, accelerator):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Graphics 1")
+    monkeypatch.setattr("marginclip.precision._cpu_has_bf16", lambda: False)
+    config = configure(f"trainer.accelerator={accelerator}", "trainer.precision=auto")
+    content = Record(run_folder(config), plain(config)).content
+    on_gpu = accelerator == "auto"
+    assert content["device"]["accelerator"] == ("gpu" if on_gpu else "cpu")
+    assert (content["device"]["name"] == "Graphics 1") == on_gpu
+    assert content["precision"] == ("16-mixed" if on_gpu else "32-true")
+
+
+def test_the_record_tells_the_threads_of_the_run(configure, monkeypatch):
+    threads = [7]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    record = defend(configure("trainer.threads=1", "defense=none", "attack=none", "training.epochs=1"))
+    assert record.content["device"]["threads"] == 1

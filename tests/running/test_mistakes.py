@@ -55,6 +55,11 @@ def complain(overrides, name="defend"):
         (["+attack.rate=0.2"], ["'attack.rate' is there already"]),
         (["defense.detector=paper"], ["'defense.detector' is a group of settings", "defense/detector=..."]),
         (["defense.start=3"], ["'defense.start' is a group of settings", "defense.start.constant=..."]),
+        (["attack=adaptive", "attack.base=blend"], ["'attack.base' is a group of settings", "attack@attack.base=..."]),
+        (["defense=null"], ["'defense=null' leaves the run without defense; use defense=none"]),
+        (["defense=mmdf,null"], ["'defense=null' leaves the run without defense; use defense=none"]),
+        (["model=null"], ["leaves the run without model; there are resnet18, "]),
+        (["~detect"], ["'~detect' leaves the run without detect; use detect=none"]),
     ],
 )
 def test_unknown_options_and_keys_name_the_nearest(overrides, parts):
@@ -168,8 +173,34 @@ def nan_logits(path):
         (["clean_per_class=0"], "clean_per_class must be at least 1"),
         (["clean_per_class=many"], "clean_per_class must be a number of images, auto or null, got 'many'"),
         (["reserve_per_class=-1"], "reserve_per_class must not be negative, got -1"),
-        (["seed=-1"], "seed must be an integer from 0 up, got -1"),
+        (["seed=-1"], "seed must be an integer from 0 up, below 2^32, got -1"),
         (["seed=abc"], "seed must be an integer from 0 up"),
+        (["seed=4294967296"], "seed must be an integer from 0 up, below 2^32, got 4294967296"),
+        (["seed=true"], "seed must be an integer from 0 up, below 2^32, got True"),
+        (["runs_dir=null"], "runs_dir must be the name of a folder, got None"),
+        (["victim.kind=chekpoint"], "victim.kind must be trained or checkpoint, got 'chekpoint'"),
+        (["victim=checkpoint", "victim.path=x", "imbalance=step"], "imbalance=step thins out training images"),
+        (["trainer=gpu"], "trainer: "),
+        (["trainer=ddp"], "trainer: "),
+        (["trainer.devices=0"], "trainer: "),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs is set by the run itself; use training.epochs"),
+        (["+trainer.callbacks=[]"], "trainer.callbacks is set by the run itself"),
+        (["training.optimizer.lr=-1"], "training.optimizer: Invalid learning rate: -1"),
+        (["training.optimizer.lr=null"], "training.optimizer: "),
+        (["training.optimizer.lr=fast"], "training.optimizer: "),
+        (["training.scheduler.pct_start=2"], "training.scheduler: Expected float between 0 and 1 pct_start, but got 2"),
+        (["training.scheduler._target_=torch.optim.lr_scheduler.StepLR"], "training.scheduler: "),
+        (["training.label_smoothing=1.5"], "training.label_smoothing must be in [0, 1), got 1.5"),
+        (["dataset.held_out_share=1"], "dataset.held_out_share=1 leaves no image to train a victim on"),
+        (["dataset.augment.crop_padding=1.5"], "dataset.augment.crop_padding must be a whole number of pixels"),
+        (["dataset.augment.flip=maybe"], "dataset.augment.flip must be true or false, got 'maybe'"),
+        (["model.blocks=3"], "model.blocks must be a list of one or more counts from 1 up, got 3"),
+        (["defense.detector.folds=null"], "defense.detector.folds must be 0 (no cross-fitting) or at least 2, got None"),
+        (["defense.detector.theta=low"], "detector.theta must be in (0, 1), got low"),
+        (["defense.start.share=0"], "defense.start.share must be positive, got 0"),
+        (["defense.start.quantile=2"], "defense.start.quantile must be in (0, 1], got 2"),
+        (["defense.start.constant=-1"], "defense.start.constant must not be negative, got -1"),
+        (["defense.ascent.momentum=2"], "defense.ascent.momentum must be in [0, 1), got 2"),
         (["trainer.precision=fp8"], "trainer.precision must be one of"),
         (["trainer.cuda_graphs=off"], "trainer.cuda_graphs must be true or false, got 'off'"),
         (["defense.steps=0"], "defense.steps must be at least 1"),
@@ -237,6 +268,15 @@ def test_models_that_cannot_be_bounded(job, monkeypatch, model, message):
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("override", ["defense.sites=nosuch", "defense.channel_axis=9"])
+def test_defenses_that_do_not_fit_the_model_are_refused_before_it_is_trained(job, monkeypatch, override):
+    monkeypatch.setattr(cell, "_load_victim", lambda *_: pytest.fail("a victim was trained"))
+    code, out, err = job("defense=mmac", override)
+    assert code == 1
+    assert err.startswith("error: ")
     assert "Traceback" not in out + err
 
 

@@ -153,3 +153,9 @@ def test_the_test_for_a_backdoor_is_recorded_and_changes_no_other_folder(configu
     OmegaConf.set_struct(config, False)
     del config["detect"]  # as before there was such a group
     assert run_folder(config) == named
+
+
+def test_any_defense_takes_a_detector(configure):
+    done = defend(configure("attack=badnet", "defense=bias_only", "+defense/detector=calibrated", "defense.detector.folds=0"))
+    assert set(done.content["metrics"]) == {"none", "bias_only", "bias_only_mmdf"}
+    assert {"fpr", "tpr", "auroc"} <= set(done.content["metrics"]["bias_only_mmdf"])

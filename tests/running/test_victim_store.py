@@ -1,5 +1,7 @@
 """Victims: trained once for a recipe, resumed where interrupted, different for different seeds."""
 
+import csv
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -143,3 +145,17 @@ def test_interrupted_repair_ends_in_the_same_bounds_and_metrics(configure, tmp_p
     assert equal(load_file(resumed.folder / "bounds.safetensors"), load_file(through.folder / "bounds.safetensors"))
     assert resumed.content["metrics"] == through.content["metrics"]
     assert resumed.content["history"] == through.content["history"]
+
+
+def test_rows_of_an_interrupted_training_are_kept(configure, monkeypatch):
+    config = configure("logger=csv", "attack=none", "training.batch_size=32", "trainer.log_every_n_steps=1")
+    with monkeypatch.context() as patch:
+        interrupt(patch, PoisonedTraining, 50, RuntimeError)
+        with pytest.raises(RuntimeError, match="power cut"):
+            obtain(config)
+    folder = obtain(config)[2].folder / "csv"
+    earlier, later = (
+        [row["epoch"] for row in csv.DictReader((folder / name).open())] for name in ("metrics-1.csv", "metrics.csv")
+    )
+    assert set(earlier) >= {"0"}
+    assert set(later) == {"1"}

@@ -14,7 +14,11 @@ class Augment:
     """Pad by ``crop_padding`` zeros, cut a random window of the old size, flip half of the images when ``flip``."""
 
     def __init__(self, *, crop_padding: int = 0, flip: bool = False) -> None:
+        require(
+            isinstance(crop_padding, int), f"dataset.augment.crop_padding must be a whole number of pixels, got {crop_padding}"
+        )
         require(crop_padding >= 0, f"dataset.augment.crop_padding must not be negative, got {crop_padding}")
+        require(isinstance(flip, bool), f"dataset.augment.flip must be true or false, got {flip!r}")
         self.crop_padding, self.flip = crop_padding, flip
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from marginclip.data.images import ImageSet, Splits
@@ -84,7 +86,8 @@ class Cifar10:
         Raises :class:`UserError` when the data is neither there nor can be downloaded.
         """
         try:
-            parts = [self._part(train) for train in (True, False)]
+            with self._alone():
+                parts = [self._part(train) for train in (True, False)]
         except (RuntimeError, OSError, HTTPException) as error:
             raise UserError(
                 f"{self.title} is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
@@ -97,6 +100,13 @@ class Cifar10:
             for part in parts
         )
         return Splits(train, held_out)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """The parallel cells of a sweep download once."""
+        if not self.download:
+            return nullcontext()
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        return FileLock(Path(self.root) / ".download.lock")
 
     def _part(self, train: bool) -> Any:
         from torchvision.datasets import CIFAR10

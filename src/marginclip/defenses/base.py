@@ -25,6 +25,12 @@ class Defense(L.LightningModule):
 
     learns = True
 
+    def check_model(self, model: nn.Module, image: Tensor) -> None:
+        """Raise :class:`UserError`, before anything is trained, for a model, trained or not, that :meth:`prepare` would refuse.
+
+        ``image`` (1, C, H, W) is of the size that the model takes.
+        """
+
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Take the model and the clean set: images (N, C, H, W) in [0, 1], labels (N,). What an earlier repair left is forgotten."""
         raise TypeError(f"{type(self).__name__} does not say how it prepares")

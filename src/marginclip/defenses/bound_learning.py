@@ -103,6 +103,10 @@ class BoundLearning(Defense):
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 
+    def check_model(self, model: nn.Module, image: Tensor) -> None:
+        """Whether its activations can be bounded, at these ``sites`` and this ``channel_axis``."""
+        BoundedNetwork(model, image, channel_axis=self.channel_axis, sites=self.sites)
+
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Bound a copy of the model and set the bounds' start from the clean set."""
         self._forget()

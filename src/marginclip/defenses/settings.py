@@ -24,6 +24,13 @@ class BoundStart:
     share: float = 0.5
     quantile: float = 0.9
 
+    def __post_init__(self) -> None:
+        require(
+            self.constant is None or self.constant >= 0, f"defense.start.constant must not be negative, got {self.constant}"
+        )
+        require(self.share > 0, f"defense.start.share must be positive, got {self.share:g}")
+        require(0 < self.quantile <= 1, f"defense.start.quantile must be in (0, 1], got {self.quantile:g}")
+
     def apply(self, bounded: BoundedNetwork, images: Tensor) -> None:
         """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W)."""
         if self.constant is None:
@@ -71,6 +78,8 @@ class AscentPlan:
         for key in ("first_steps", "steps"):
             require(getattr(self, key) >= 0, f"defense.ascent.{key} must not be negative, got {getattr(self, key)}")
         require(self.step_size > 0, f"defense.ascent.step_size must be positive, got {self.step_size:g}")
+        require(0 <= self.momentum < 1, f"defense.ascent.momentum must be in [0, 1), got {self.momentum:g}")
+        require(self.tolerance >= 0, f"defense.ascent.tolerance must not be negative, got {self.tolerance:g}")
 
     def classes(self, num_classes: int) -> Tensor:
         """The class that each margin input climbs for, (starts_per_class * num_classes,)."""

@@ -138,7 +138,10 @@ class MarginDropDetector(nn.Module):
 
 def check_detector_settings(*, theta: float, null_distribution: str, rule: str, correction: str) -> None:
     """Raise :class:`UserError` unless the settings are valid."""
-    require(0 < theta < 1, f"detector.theta must be in (0, 1), got {theta:g}")
+    require(
+        isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < 1,
+        f"detector.theta must be in (0, 1), got {theta}",
+    )
     require(
         null_distribution in NULLS,
         f"detector.null_distribution must be one of {', '.join(NULLS)}, got '{null_distribution}'",

@@ -78,7 +78,11 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         require(num_classes >= 2, f"a classifier needs at least 2 classes, got {num_classes}")
-        require(len(blocks) > 0 and min(blocks) >= 1, f"model.blocks must be one or more counts from 1 up, got {list(blocks)}")
+        counts = list(blocks) if isinstance(blocks, Sequence) else []
+        require(
+            len(counts) > 0 and all(isinstance(count, int) and count >= 1 for count in counts),
+            f"model.blocks must be a list of one or more counts from 1 up, got {counts or blocks}",
+        )
         require(width >= 1, f"model.width must be at least 1, got {width}")
         require(shortcut in ("projection", "pad"), f"model.shortcut must be 'projection' or 'pad', got '{shortcut}'")
         self.normalize = make_normalize(in_channels, mean, std)

@@ -33,6 +33,11 @@ class TorchvisionModel(nn.Module):
         if network not in known:
             raise UserError(f"model.network '{network}' is not a torchvision classifier{nearest(network, known)}")
         require(in_channels == 3, f"model=torchvision takes 3-channel images, the data set has {in_channels}")
+        named = [] if weights is None else ["DEFAULT", *(each.name for each in torchvision.models.get_model_weights(network))]
+        require(
+            weights is None or str(weights).rpartition(".")[2] in named,
+            f"model.weights must be null or one of {', '.join(named)} for model.network={network}, got '{weights}'",
+        )
         self.normalize = make_normalize(in_channels, mean, std)
         self.network: nn.Module = torchvision.models.get_model(network, weights=weights, num_classes=num_classes)
 

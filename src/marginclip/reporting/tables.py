@@ -62,4 +62,8 @@ def _title(record: Record) -> str:
 def _caption(record: Record) -> str | None:
     if record.get("status") == "attack_failed":
         return "the attack failed: these numbers say nothing about the defense"
-    return "the run failed" if record.get("status") == "failed" else None
+    if record.get("status") == "failed":
+        return "the run failed"
+    if record.get("evaluated_on") == "clean_set":
+        return "measured on the clean set itself, which the defense has seen: on new images it does worse"
+    return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any
         if cause is not None:
             raise cause from None
         reason = error.__cause__ or error
-        if isinstance(reason, (TypeError, ValueError)):
+        if isinstance(reason, (TypeError, ValueError, LookupError, OSError, MisconfigurationException)):
             raise UserError(f"{key}: {str(reason).splitlines()[0]}") from error
         raise
 
@@ -81,7 +83,11 @@ class Scene:
 
 def build_scene(config: DictConfig) -> Scene:
     """Load the data and build attack, data module and model; everything random is drawn from ``config.seed``."""
-    require(isinstance(config.seed, int) and config.seed >= 0, f"seed must be an integer from 0 up, got {config.seed!r}")
+    seed = config.seed
+    require(
+        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32,
+        f"seed must be an integer from 0 up, below 2^32, got {seed!r}",
+    )
     batch_size = config.training.batch_size
     require(isinstance(batch_size, int) and batch_size >= 1, f"training.batch_size must be at least 1, got {batch_size!r}")
     epochs = config.training.epochs
@@ -90,9 +96,14 @@ def build_scene(config: DictConfig) -> Scene:
         f"training.epochs must be a whole number from 1 up, got {epochs!r}",
     )
     source_config = {key: value for key, value in config.dataset.items() if key not in ("augment", "bounds_start")}
-    if "held_out_share" in source_config and config.get("victim", {}).get("kind") == "checkpoint":
+    trained = config.get("victim", {}).get("kind") != "checkpoint"
+    if "held_out_share" in source_config and not trained:
         source_config["held_out_share"] = 1.0  # nothing is trained: no image need be kept for training
     splits: Splits = instantiate(source_config, key="dataset").load()
+    require(
+        not trained or len(splits.train.labels) > 0,
+        f"dataset.held_out_share={config.dataset.get('held_out_share')} leaves no image to train a victim on",
+    )
     if (config.get("imbalance") or {}).get("_target_") is not None:  # records of before that group existed have none
         splits = instantiate(config.imbalance, key="imbalance")(splits)
     classes = splits.held_out.classes
@@ -112,7 +123,6 @@ def build_scene(config: DictConfig) -> Scene:
     loss = build_loss(config, attack)
     model = build_model(config, len(classes), splits.image_shape)
     if loss is not None:
-        trained = config.get("victim", {}).get("kind") != "checkpoint"
         model = loss.adapt(model, data.class_counts) if trained else loss.head(model, len(classes))
     return Scene(splits, attack, data, model, loss)
 
@@ -165,6 +175,13 @@ def clean_sizes(config: DictConfig, labels: Tensor) -> tuple[int | None, int]:
     return clean, reserve
 
 
+def runs_dir(config: DictConfig) -> Path:
+    """The folder that everything of a run is below."""
+    found = config.runs_dir
+    require(isinstance(found, str) and found != "", f"runs_dir must be the name of a folder, got {found!r}")
+    return Path(found)
+
+
 def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """A fresh model, initialised from ``config.seed``, checked to take images of the data set's shape."""
     L.seed_everything(config.seed, verbose=False)
@@ -172,8 +189,9 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *image_shape))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         size = " x ".join(str(side) for side in image_shape)
         raise UserError(f"the model does not take the data set's images of {size} ({str(error).splitlines()[0]})") from error
+    require(isinstance(logits, Tensor), f"the model must return one tensor of logits, not a {type(logits).__name__}")
     require(logits.shape == (2, num_classes), f"the model must give logits (N, {num_classes}), got {tuple(logits.shape)}")
     return model.train()

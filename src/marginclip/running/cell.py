@@ -64,6 +64,8 @@ def defend(config: DictConfig) -> Record:
 def _defend(config: DictConfig, record: Record) -> None:
     check_settings(config)
     scene = build_scene(config)
+    if (defense := make_defense(config)) is not None:
+        defense.check_model(scene.model, torch.zeros(1, *scene.splits.image_shape))
     with record.phase("victim"):
         _load_victim(config, scene, record)
     _detect(config, scene, record)
@@ -94,8 +96,12 @@ def check_settings(config: DictConfig) -> None:
         settings = {str(key): value for key, value in config.defense.detector.items() if key != "folds"}
         check_detector_settings(**settings)
         folds = config.defense.detector.folds
-        if folds != 0 and folds < 2:
+        if not isinstance(folds, int) or isinstance(folds, bool) or (folds != 0 and folds < 2):
             raise UserError(f"defense.detector.folds must be 0 (no cross-fitting) or at least 2, got {folds}")
+    if config.victim.kind not in ("trained", "checkpoint"):
+        raise UserError(f"victim.kind must be trained or checkpoint, got '{config.victim.kind}'")
+    if config.victim.kind == "checkpoint" and config.imbalance["_target_"] is not None:
+        raise UserError(f"imbalance={config.imbalance.name} thins out training images, and victim=checkpoint trains nothing")
     make_test(config)
     make_defense(config)
     if config.defense.get("class_counts") == "known" and config.victim.kind == "checkpoint":
@@ -236,7 +242,7 @@ def _evaluate(config: DictConfig, scene: Scene, outcome: Repair, record: Record)
     if outcome.repaired is not None:
         networks |= outcome.variants | {config.defense.repaired_row: outcome.repaired}
     if outcome.detector is not None:
-        detectors[config.defense.detector_row] = (config.defense.repaired_row, outcome.detector)
+        detectors[detector_row(config)] = (config.defense.repaired_row, outcome.detector)
         record.content["detector"] = {"threshold": _finite(outcome.detector.threshold), **plain(config.defense.detector)}
     counts = training_counts(config, scene)
     evaluation = Evaluation(networks, detectors, num_classes=len(scene.classes), training_counts=counts)
@@ -246,12 +252,17 @@ def _evaluate(config: DictConfig, scene: Scene, outcome: Repair, record: Record)
     if counts is not None:
         record.content["training_counts"] = counts.tolist()
     if outcome.detector is not None:
-        scores = evaluation.scores()[f"{config.defense.detector_row}_clean"]
-        flagged = round(record.content["metrics"][config.defense.detector_row]["fpr"] * len(scores))
+        scores = evaluation.scores()[f"{detector_row(config)}_clean"]
+        flagged = round(record.content["metrics"][detector_row(config)]["fpr"] * len(scores))
         record.content["flagged"] = {"images": len(scores), "flagged": flagged}
         which = "evaluation" if len(scene.data.eval_index) else "clean"
         log.info("the detector flags %d of the %d %s images", flagged, len(scores), which)
     return evaluation
+
+
+def detector_row(config: DictConfig) -> str:
+    """The name of the detector in the results: the defense's own, or that of its repaired network with ``_mmdf``."""
+    return str(config.defense.detector_row or f"{config.defense.repaired_row}_mmdf")
 
 
 def _finite(value: float) -> float | None:

@@ -96,8 +96,9 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
         raise UserError(f"the options cannot be read: {str(error).splitlines()[0]}") from error
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         for variant in _variants(parsed):
+            _refuse_missing_groups(variant, config_dir)
             _compose(variant, config_name, config_dir)
-            _refuse_replaced_groups(variant, config_name)
+            _refuse_replaced_groups(variant, config_name, config_dir)
 
 
 def _variants(parsed: list[Override]) -> Iterator[list[str]]:
@@ -135,7 +136,19 @@ def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictCo
         raise UserError(_explain(error, config_name, overrides)) from error
 
 
-def _refuse_replaced_groups(overrides: list[str], config_name: str) -> None:
+def _refuse_missing_groups(overrides: list[str], config_dir: Path) -> None:
+    """Refuse ``defense=null`` and ``~defense``: a run has one option of every group."""
+    for text in overrides:
+        key, _, value = text.lstrip("~+").partition("=")
+        options = (
+            sorted(file.stem for file in (config_dir / key).glob("*.yaml")) if "." not in key and key != "experiment" else []
+        )
+        if options and (text.startswith("~") or value in ("null", "")):
+            hint = f"use {key}=none" if "none" in options else f"there are {', '.join(options)}"
+            raise UserError(f"'{text}' leaves the run without {key}; {hint}")
+
+
+def _refuse_replaced_groups(overrides: list[str], config_name: str, config_dir: Path) -> None:
     """Refuse ``defense.detector=paper``, which would put a word in the place of a group's settings."""
     assignments = [text.lstrip("+").partition("=") for text in overrides if "." in text.partition("=")[0]]
     if not assignments:
@@ -145,9 +158,10 @@ def _refuse_replaced_groups(overrides: list[str], config_name: str) -> None:
         found = None if key.startswith(("~", "hydra.")) else OmegaConf.select(whole, key)
         if isinstance(found, DictConfig) and value != "null" and not value.startswith(("{", "${")):
             first = next((str(name) for name in found if not str(name).startswith("_")), "key")
+            group = key.replace(".", "/") if (config_dir / key.replace(".", "/")).is_dir() else f"{key.partition('.')[0]}@{key}"
             raise UserError(
                 f"'{key}' is a group of settings, not one value: set them one by one, as {key}.{first}=..., "
-                f"or choose an option where there is one, as {key.replace('.', '/')}=..."
+                f"or choose an option where there is one, as {group}=..."
             )
 
 

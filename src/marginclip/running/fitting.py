@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from torch.multiprocessing import ProcessRaisedException
 
 from marginclip.data import ImageData
 from marginclip.errors import UserError, require
+from marginclip.running.build import runs_dir
 from marginclip.running.loggers import build_logger, finish_logger
-from marginclip.running.quiet import QuietProcesses
+from marginclip.running.process import OwnProcess
 from marginclip.running.trainers import build_trainer, num_devices
 from marginclip.training import ClassifierTraining
 from marginclip.victims import Victim, VictimStore
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def victim_store(config: DictConfig) -> VictimStore:
     """The store of ``config.runs_dir``."""
-    return VictimStore(Path(config.runs_dir) / "victims")
+    return VictimStore(runs_dir(config) / "victims")
 
 
 def fit_resumably(
@@ -41,17 +42,16 @@ def fit_resumably(
         enable_version_counter=False,
     )
     logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
+    check_devices(config, type(training))
     spread = training.several_devices
-    require(
-        spread is not None or num_devices(config) == 1,
-        f"attack={config.attack.name} trains on one device, got trainer.devices={config.trainer.devices}",
-    )
-    trainer = build_trainer(config, victim.folder, spread=spread, callbacks=[saver, QuietProcesses()], logger=logger, **plan)
+    trainer = build_trainer(config, victim.folder, spread=spread, callbacks=[saver, OwnProcess(config)], logger=logger, **plan)
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
         log.info("going on from %s", resume)
     try:
         trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
+    except MisconfigurationException as error:  # a setting of the Trainer that this training does not go with
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
     except ProcessRaisedException as error:  # in one of several devices' processes
         told = re.search(rf"^{re.escape(UserError.__module__)}\.UserError: (.+)", str(error), re.MULTILINE)
         if told is None:
@@ -59,3 +59,11 @@ def fit_resumably(
         raise UserError(told.group(1)) from error
     finally:
         finish_logger(logger)
+
+
+def check_devices(config: DictConfig, training: type[ClassifierTraining]) -> None:
+    """Raise :class:`UserError` where a kind of training takes one device and ``config`` asks for several."""
+    require(
+        training.several_devices is not None or num_devices(config) == 1,
+        f"attack={config.attack.name} trains on one device, got trainer.devices={config.trainer.devices}",
+    )

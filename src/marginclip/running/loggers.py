@@ -39,6 +39,7 @@ def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> An
     if kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
+        keep_earlier_rows(folder / "csv")
         return CSVLogger(str(folder), name="csv", version="")
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -60,6 +61,13 @@ def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> An
         config=plain(config),
         settings=wandb.Settings(console="off"),
     )
+
+
+def keep_earlier_rows(folder: Path) -> None:
+    """Give ``metrics.csv`` of an interrupted run a number, as the logger of the run that goes on would remove it."""
+    file = folder / "metrics.csv"
+    if file.exists():
+        file.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*.csv')))}.csv")
 
 
 def finish_logger(logger: Any) -> None:

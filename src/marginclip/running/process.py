@@ -1,12 +1,16 @@
-"""What a run asks of its process."""
+"""What a run asks of its process, and of those that train on several devices."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
 import torch
 from omegaconf import DictConfig
 
 from marginclip.allocator import keep_freed_memory
 from marginclip.errors import require
+from marginclip.running.quiet import quiet_lightning
 
 
 def prepare_process(config: DictConfig) -> None:
@@ -19,3 +23,14 @@ def prepare_process(config: DictConfig) -> None:
         )
         torch.set_num_threads(threads)
     keep_freed_memory()
+
+
+class OwnProcess(L.Callback):
+    """Asks the same of the process that a fit runs in, which with several devices starts with Lightning's own settings."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        quiet_lightning()
+        prepare_process(self.config)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
-
-import lightning as L
 
 PATTERNS = (
     r".*does not have many workers.*",
     r".*`?isinstance\(treespec, LeafSpec\).*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Experiment logs directory .* exists and is not empty.*",  # earlier rows are kept under another name
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*You are using `LightningModule.*",
     r".*Starting from v1.9.0, `tensorboardX`.*",
@@ -34,10 +32,3 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in PATTERNS:
         warnings.filterwarnings("ignore", message=pattern)
-
-
-class QuietProcesses(L.Callback):
-    """The same in the processes that train on several devices, which start with Lightning's own settings."""
-
-    def setup(self, *_: Any, **__: Any) -> None:
-        quiet_lightning()

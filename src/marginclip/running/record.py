@@ -21,7 +21,7 @@ from marginclip.devices import gpu_wanted
 from marginclip.errors import UserError
 from marginclip.files import read_json, write_json
 from marginclip.precision import precision_for
-from marginclip.running.build import plain
+from marginclip.running.build import plain, runs_dir
 from marginclip.running.checkpoint import file_digest
 from marginclip.running.recipe import images_digest
 
@@ -49,7 +49,7 @@ def run_folder(config: DictConfig) -> Path:
         content["images"] = images
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
     name = "-".join([*named_parts(config), config.defense.name, f"seed{config.seed}", digest])
-    return Path(config.runs_dir) / name
+    return runs_dir(config) / name
 
 
 def named_parts(config: DictConfig) -> list[str]:

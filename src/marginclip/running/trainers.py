@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from marginclip.errors import require
 from marginclip.precision import precision_for
-from marginclip.running.build import instantiate, plain
+from marginclip.running.build import instantiate, plain, runs_dir
 from marginclip.running.quiet import quiet_lightning
 
 OWN_SETTINGS = ("precision", "threads", "cuda_graphs")  # of the ``trainer`` group, and not the Trainer's own
@@ -33,7 +33,7 @@ def num_devices(config: DictConfig) -> int:
     """How many devices train a victim."""
     if config.trainer.devices == 1:
         return 1
-    trainer = build_trainer(config, Path(config.runs_dir), spread="ddp_spawn", logger=False, enable_checkpointing=False)
+    trainer = build_trainer(config, runs_dir(config), spread="ddp_spawn", logger=False, enable_checkpointing=False)
     return trainer.num_devices
 
 

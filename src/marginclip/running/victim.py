@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from marginclip.attacks import Attack
 from marginclip.evaluation import Evaluation
 from marginclip.losses import SecondStage
 from marginclip.running.build import Scene, instantiate
-from marginclip.running.fitting import fit_resumably, victim_store
+from marginclip.running.fitting import check_devices, fit_resumably, victim_store
 from marginclip.running.recipe import victim_recipe
 from marginclip.running.record import named_parts
 from marginclip.running.trainers import build_trainer
@@ -56,6 +57,7 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
     log.info("training the victim %s", victim.folder.name)
     plan = {"max_epochs": config.training.epochs}
     if scene.attack is not None:
+        check_devices(config, get_class(scene.attack.trained_by))
         scene.attack.prepare(VictimWorkshop(config, scene, obtain_victim))
         plan = scene.attack.training_plan(config.training.epochs)
     if stage is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from marginclip.data.clean import automatic_sizes, split_clean
 from marginclip.defenses import fit_defense
 from marginclip.evaluation import Evaluation
 from marginclip.precision import precision_for
-from marginclip.running.build import Scene, build_model, build_scene, instantiate
+from marginclip.running.build import Scene, build_model, build_scene, instantiate, runs_dir
 from marginclip.running.fitting import fit_resumably, victim_store
 from marginclip.running.recipe import training_recipe
 from marginclip.running.trainers import build_trainer, device_of
@@ -105,7 +104,7 @@ class VictimWorkshop:
             quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
             def trainer(epochs: int) -> Any:
-                return build_trainer(config, Path(config.runs_dir), max_epochs=epochs, **quiet)
+                return build_trainer(config, runs_dir(config), max_epochs=epochs, **quiet)
 
             learned = fit_defense(defender(seed=config.seed), model, images, labels, make_trainer=trainer)
             state: dict[str, Tensor] = learned.bounds_state()  # type: ignore[operator]

@@ -19,6 +19,17 @@ LOSS_STREAM = 15485863
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
 
+def made(key: str, factory: Any, *positional: Any, **settings: Any) -> Any:
+    """What ``factory``, from the configuration's ``key``, makes; a setting that it does not take is told as a :class:`UserError`."""
+    require(callable(factory), f"{key} must be a group of settings with a _target_, got {factory!r}")
+    try:
+        return factory(*positional, **settings)
+    except (TypeError, ValueError, LookupError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
 class ClassifierTraining(L.LightningModule):
     """Minimises the cross entropy of batches ``{"images": (B, C, H, W), "labels": (B,)}``.
 
@@ -48,6 +59,10 @@ class ClassifierTraining(L.LightningModule):
         require(
             loss is None or label_smoothing == 0,
             f"training.label_smoothing acts on loss=cross_entropy alone and must be 0 with another loss, got {label_smoothing:g}",
+        )
+        require(
+            isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing < 1,
+            f"training.label_smoothing must be in [0, 1), got {label_smoothing}",
         )
         self.loss, self.seed = loss, seed
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -96,15 +111,20 @@ class ClassifierTraining(L.LightningModule):
         """What the optimizer is given: all of the model."""
         return self.model.parameters()
 
+    def scheduled(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+        """The schedule of ``optimizer`` over so many steps."""
+        assert self.make_scheduler is not None
+        try:
+            return made("training.scheduler", self.make_scheduler, optimizer, total_steps=total_steps)
+        except ZeroDivisionError as error:  # torch's one-cycle schedule of 4 steps
+            raise UserError(
+                f"training.scheduler cannot be spread over {total_steps} steps; raise training.epochs or lower training.batch_size"
+            ) from error
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.trained_parameters())
+        optimizer = made("training.optimizer", self.make_optimizer, self.trained_parameters())
         if self.make_scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
-        try:
-            schedule = self.make_scheduler(optimizer, total_steps=total)
-        except ZeroDivisionError as error:  # torch's one-cycle schedule of 4 steps
-            raise UserError(
-                f"training.scheduler cannot be spread over {total} steps; raise training.epochs or lower training.batch_size"
-            ) from error
+        schedule = self.scheduled(optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from marginclip.attacks import InputAware
 from marginclip.errors import UserError
+from marginclip.training.classifier import made
 from marginclip.training.poisoned import PoisonedTraining
 
 
@@ -79,9 +80,9 @@ class JointTraining(PoisonedTraining):
         return int(self.trainer.max_epochs or 1) - self.trigger_networks.mask_epochs
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.model.parameters())
+        optimizer = made("training.optimizer", self.make_optimizer, self.model.parameters())
         optimizers = [optimizer, *self.trigger_networks.optimizers()]
         if self.make_scheduler is None:
             return optimizers
         steps = int(self.trainer.estimated_stepping_batches) * self._joint_epochs // int(self.trainer.max_epochs or 1)
-        return optimizers, [{"scheduler": self.make_scheduler(optimizer, total_steps=max(1, steps)), "interval": "step"}]
+        return optimizers, [{"scheduler": self.scheduled(optimizer, max(1, steps)), "interval": "step"}]
