@@ -35,7 +35,7 @@ def moved_by_hand(model, images, labels, *, eps, seed, step):
 def test_images_are_moved_within_eps_as_by_hand(eps, seed):
     module, one = AdversarialTraining(linear(), eps=eps, seed=seed, optimizer=None), batch()
     before = one["images"].clone()
-    moved = module.moved(one["images"], one["labels"])
+    moved = module.moved(one["images"], one["labels"], 0)
     torch.testing.assert_close(moved, moved_by_hand(module.model, before, one["labels"], eps=eps, seed=seed, step=0))
     assert torch.equal(one["images"], before)
     assert (moved - before).abs().max() <= eps + 1e-6

@@ -22,11 +22,11 @@ class AdversarialTraining(PoisonedTraining):
         self.eps = eps
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch | {"images": self.moved(batch["images"], batch["labels"])}, batch_idx)
+        return super().training_step(batch | {"images": self.moved(batch["images"], batch["labels"], self.draw)}, batch_idx)
 
-    def moved(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial copies of images (B, C, H, W) in [0, 1]."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draw)
+    def moved(self, images: Tensor, labels: Tensor, draw: int) -> Tensor:
+        """Adversarial copies of images (B, C, H, W) in [0, 1], from the random starts of ``draw``."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
         shift = (torch.rand(images.shape, generator=generator) * 2 - 1).to(images) * self.eps
         start = (images + shift).clamp(0, 1).requires_grad_(True)
         (gradient,) = torch.autograd.grad(F.cross_entropy(self.model(start), labels), start)
