@@ -86,6 +86,12 @@ def test_good_command_lines_pass(overrides):
     check_overrides(overrides, "defend", CONF)
 
 
+def test_what_an_experiment_sweeps_is_checked_too():
+    check_overrides(["experiment=longtail_table2", "defense=mmom", "seed=0,1"], "defend", CONF)
+    assert complain(["experiment=longtail_table2", "imbalance=none"]).startswith("unknown key 'imbalance.ratio'")
+    assert complain(["experiment=longtail_table3_small"], "train").startswith("unknown key 'defense'")
+
+
 def test_train_has_its_own_keys():
     check_overrides(["attack=blend", "training.epochs=1"], "train", CONF)
     assert "unknown key 'figures'" in complain(["figures=false"], "train")

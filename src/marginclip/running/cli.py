@@ -95,10 +95,23 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
             raise UserError(f"'{bad}' is not an option: options are written key=value, for example attack=badnet") from error
         raise UserError(f"the options cannot be read: {str(error).splitlines()[0]}") from error
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        for variant in _variants(parsed):
+        for variant in _variants(_swept_by_experiment(parsed, config_name) + parsed):
             _refuse_missing_groups(variant, config_dir)
             _compose(variant, config_name, config_dir)
             _refuse_replaced_groups(variant, config_name, config_dir)
+
+
+def _swept_by_experiment(parsed: list[Override], config_name: str) -> list[Override]:
+    """What the chosen experiment sweeps by itself, where the command line does not say otherwise."""
+    if not any(override.key_or_group == "experiment" for override in parsed):
+        return []
+    try:
+        chosen = [text for text in next(_variants(parsed)) if text.startswith("experiment=")]
+        params = compose(config_name, overrides=chosen, return_hydra_config=True).hydra.sweeper.params or {}
+    except (HydraException, OmegaConfBaseException):
+        return []  # told when the whole is composed
+    given = {override.get_key_element() for override in parsed}
+    return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
 
 
 def _variants(parsed: list[Override]) -> Iterator[list[str]]:
