@@ -16,6 +16,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:

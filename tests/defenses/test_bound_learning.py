@@ -486,7 +486,7 @@ def relabelled(labels):
         (lambda images, labels: (images, labels.float()), r"labels must be whole numbers of shape \(N,\), got float32"),
         (lambda images, labels: (images, labels.tolist()), "labels must be a torch tensor, got list"),
         (lambda images, labels: (images.numpy(), labels), "images must be a torch tensor, got ndarray"),
-        (lambda images, labels: (images.half(), labels), "does not take images|images must be float32, got float16"),
+        (lambda images, labels: (images.half(), labels), "does not take images|images must be float32 or float64, got float16"),
     ],
 )
 def test_clean_sets_that_do_not_fit_are_refused(victim, clean, change, message):
@@ -514,7 +514,7 @@ class Several(nn.Module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda victim: victim.half(), r"^the model must compute in float32 \(model.float\(\)\), got float16$"),
+        (lambda victim: victim.half(), r"^the model must compute in float32 or float64 \(model.float\(\)\), got float16$"),
         (lambda victim: victim.bfloat16(), "got bfloat16$"),
         (lambda victim: Several(), "^the model must return one tensor of logits, not a dict$"),
         (lambda victim: nn.Identity(), r"^the model must return logits \(N, K\), got"),

@@ -38,6 +38,42 @@ def test_a_run_on_two_devices(configure):
     assert not victim.checkpoint.exists()
 
 
+def test_networks_that_take_turns_on_two_devices(configure):
+    """Input-aware: no step has gradients for all three networks, and those of the trigger come back too."""
+    config = configure(*TWO, "attack=input_aware", "attack.mask_epochs=1", "attack.width=4", "training.batch_size=32")
+    scene = build_scene(config)
+    before = {name: value.clone() for name, value in scene.attack.state_dict().items()}
+    obtain_victim(config, scene)
+    after = scene.attack.state_dict()
+    for network in {name.partition(".")[0] for name in before if name.endswith("weight")}:
+        assert any(not torch.equal(value, after[name]) for name, value in before.items() if name.startswith(network))
+
+
+def test_further_settings_act_where_a_training_takes_one_device(configure, monkeypatch):
+    config = configure("attack=adaptive", "+trainer.gradient_clip_val=1")
+    scene, made = build_scene(configure("attack=none")), []
+
+    class EnoughError(Exception):
+        pass
+
+    def stop(trainer, *_, **__):
+        made.append(trainer)
+        raise EnoughError
+
+    monkeypatch.setattr("lightning.Trainer.fit", stop)
+    with pytest.raises(EnoughError):
+        fit_resumably(config, find_victim(config), AdaptiveTraining(scene.model, optimizer=torch.optim.SGD), scene.data, {})
+    assert made[0].gradient_clip_val == 1
+
+
+@pytest.mark.parametrize("devices", ["'1'", "1"])
+def test_one_device_needs_no_process_of_its_own(configure, tmp_path, devices):
+    config = configure("trainer.accelerator=cpu", f"trainer.devices={devices}")
+    trainer = build_trainer(config, tmp_path, spread="ddp_spawn", logger=False, enable_checkpointing=False)
+    assert trainer.num_devices == 1
+    assert type(trainer.strategy).__name__ == "SingleDeviceStrategy"
+
+
 def test_a_mistake_in_a_process_is_told_in_one_sentence(configure):
     config = configure(*TWO, "attack=none", "training.optimizer.lr=1e30", "training.scheduler=null", "training.batch_size=8")
     with pytest.raises(UserError, match=r"^training diverged: the loss is \S+; try a lower training.optimizer.lr$"):
@@ -106,7 +142,8 @@ def test_impossible_threads(configure, threads):
 def test_the_trainers_further_settings_are_for_the_victims_training(configure, tmp_path):
     config = configure("+trainer.max_steps=1", "+trainer.gradient_clip_val=1")
     quiet = {"logger": False, "enable_checkpointing": False}
-    assert build_trainer(config, tmp_path, spread="ddp_spawn", **quiet).max_steps == 1
+    for spread in ("ddp_spawn", "auto"):
+        assert build_trainer(config, tmp_path, spread=spread, **quiet).max_steps == 1
     other = build_trainer(config, tmp_path, **quiet)
     assert (other.max_steps, other.gradient_clip_val) == (-1, None)
 

@@ -53,8 +53,9 @@ class ImageFolder:
 
     def load(self) -> Splits:
         """Train and held-out split, uint8 (N, 3, size, size)."""
-        train_dir, held_out_dir = _named(self.root, TRAIN_NAMES), _named(self.root, HELD_OUT_NAMES)
-        if train_dir is not None and held_out_dir is not None:
+        folders = image_folders(self.root)
+        if len(folders) == 2:
+            train_dir, held_out_dir = folders
             train = self._read(train_dir)
             held_out = self._read(held_out_dir, train.images[torch.tensor([0])].shape[-1])
             if train.classes != held_out.classes:
@@ -93,6 +94,14 @@ class ImageFolder:
         return images
 
 
+def image_folders(root: Path) -> list[Path]:
+    """``root/train`` and ``root/test``, under these names or similar ones, where there are both, else ``root`` alone."""
+    train, held_out = (
+        next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_NAMES, HELD_OUT_NAMES)
+    )
+    return [root] if train is None or held_out is None else [train, held_out]
+
+
 def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     """Files, labels (N,) and class names of ``folder/<class>/*``, sorted by name; hidden files are left out."""
     class_dirs = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -113,10 +122,13 @@ def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
 
 
 def folder_digest(root: Path) -> str:
-    """Ten hexadecimal digits that change when a file below ``root`` is added, removed, renamed or changes its size."""
-    files = (path for path in root.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(root)))
-    listing = sorted(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in files)
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:10]
+    """Ten hexadecimal digits that change when an image of ``root`` is added, removed, renamed or changes its size.
+
+    Raises :class:`UserError` as :func:`list_images` does.
+    """
+    paths = [path for folder in image_folders(root) for path in list_images(folder)[0]]
+    listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in paths)
+    return hashlib.sha256(listing.encode()).hexdigest()[:10]
 
 
 def _side_of(path: Path) -> int:
@@ -133,10 +145,6 @@ def _side_of(path: Path) -> int:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _named(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def _take(images: ImageSet, mask: Tensor) -> ImageSet:

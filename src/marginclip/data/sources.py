@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,7 @@ class Cifar10:
         Raises :class:`UserError` when the data is neither there nor can be downloaded.
         """
         try:
-            with self._alone():
-                parts = [self._part(train) for train in (True, False)]
+            parts = self._parts()
         except (RuntimeError, OSError, HTTPException) as error:
             raise UserError(
                 f"{self.title} is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
@@ -101,17 +99,21 @@ class Cifar10:
         )
         return Splits(train, held_out)
 
-    def _alone(self) -> AbstractContextManager[Any]:
-        """The parallel cells of a sweep download once."""
-        if not self.download:
-            return nullcontext()
+    def _parts(self) -> list[Any]:
+        """Training and test part; what is there is only read, what is not is downloaded by one cell of a parallel sweep."""
+        try:
+            return [self._part(train, download=False) for train in (True, False)]
+        except RuntimeError:
+            if not self.download:
+                raise
         Path(self.root).mkdir(parents=True, exist_ok=True)
-        return FileLock(Path(self.root) / ".download.lock")
+        with FileLock(Path(self.root) / ".download.lock"):
+            return [self._part(train, download=True) for train in (True, False)]
 
-    def _part(self, train: bool) -> Any:
+    def _part(self, train: bool, *, download: bool) -> Any:
         from torchvision.datasets import CIFAR10
 
-        return CIFAR10(self.root, train=train, download=self.download)
+        return CIFAR10(self.root, train=train, download=download)
 
 
 class Cifar100(Cifar10):
@@ -119,7 +121,7 @@ class Cifar100(Cifar10):
 
     title, folder = "CIFAR-100", "cifar-100-python"
 
-    def _part(self, train: bool) -> Any:
+    def _part(self, train: bool, *, download: bool) -> Any:
         from torchvision.datasets import CIFAR100
 
-        return CIFAR100(self.root, train=train, download=self.download)
+        return CIFAR100(self.root, train=train, download=download)

@@ -70,6 +70,11 @@ class Auto(Defense):
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 
+    def check_model(self, model: nn.Module, image: Tensor) -> None:
+        """Whether both of its repairs take it."""
+        for name, factory in self.repairs.items():
+            self._make(name, factory).check_model(model, image)
+
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Copy the model, and note what it decides for the clean images."""
         self._forget()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from marginclip.errors import UserError, require
-from marginclip.maxmargin.inputs import batched_logits, check_images, check_model
+from marginclip.errors import UserError, first_line, require
+from marginclip.maxmargin.inputs import batched_logits, check_full_precision, check_images
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,7 +26,7 @@ class Defense(L.LightningModule):
     learns = True
 
     def check_model(self, model: nn.Module, image: Tensor) -> None:
-        """Raise :class:`UserError`, before anything is trained, for a model, trained or not, that :meth:`prepare` would refuse.
+        """Raise :class:`UserError`, before anything is trained, for a model, trained or not, that the method cannot work on.
 
         ``image`` (1, C, H, W) is of the size that the model takes.
         """
@@ -72,7 +72,7 @@ def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> 
 
     Raises :class:`UserError` for a model in half precision, one that does not take the images, and logits that are not finite.
     """
-    check_model(model)
+    check_full_precision(model)
     require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
     try:
         logits = batched_logits(model, images, batch_size=batch_size)
@@ -80,7 +80,7 @@ def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> 
         raise
     except (RuntimeError, ValueError) as error:
         size = " x ".join(str(side) for side in images.shape[1:])
-        raise UserError(f"the model does not take images of {size} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"the model does not take images of {size} ({first_line(error)})") from error
     bad = int((~torch.isfinite(logits).all(1)).sum())
     require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
     return logits

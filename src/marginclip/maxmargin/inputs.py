@@ -21,7 +21,7 @@ def check_images(images: Tensor) -> None:
     )
 
 
-def check_model(model: nn.Module) -> None:
+def check_full_precision(model: nn.Module) -> None:
     """Raise :class:`UserError` for a model in half precision: the bounds and margins need more."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -29,7 +29,9 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_dtype(what: str, dtype: torch.dtype, *, advice: str = "") -> None:
-    require(dtype in (torch.float32, torch.float64), f"{what} float32{advice}, got {str(dtype).removeprefix('torch.')}")
+    require(
+        dtype in (torch.float32, torch.float64), f"{what} float32 or float64{advice}, got {str(dtype).removeprefix('torch.')}"
+    )
 
 
 @torch.no_grad()

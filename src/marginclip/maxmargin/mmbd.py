@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import require
 from marginclip.maxmargin.folding import frozen_copy
-from marginclip.maxmargin.inputs import check_model
+from marginclip.maxmargin.inputs import check_full_precision
 from marginclip.maxmargin.margin import RULES, ascend_margins, margin, random_starts
 
 CALIBRATIONS = ("bootstrap", "none")
@@ -83,7 +83,7 @@ class MaximumMarginTest:
     ) -> Tensor:
         """r_t of every class (K,), on the CPU."""
         require(num_classes >= 3, f"MM-BD compares each class with the others and needs at least 3 classes, got {num_classes}")
-        check_model(model)
+        check_full_precision(model)
         network = frozen_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         generator = torch.Generator().manual_seed(self.seed)

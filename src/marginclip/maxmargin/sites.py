@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from marginclip.errors import UserError
+from marginclip.errors import UserError, first_line
 
 # Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
 ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6)
@@ -55,7 +55,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         traced = fx.symbolic_trace(own)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}); "
             "write its forward without branches or loops that depend on tensor values, or wrap such a function with torch.fx.wrap"

@@ -88,11 +88,13 @@ def seconds(record: Record, row: str) -> float | None:
     """Seconds spent to obtain a row: the sum of its phases; None where one of them was not timed, and for the model as given.
 
     ``mmac`` and the row that the config names as ``defense.repaired_row`` took the phase ``repair``; ``mmdf`` and its
-    ``defense.detector_row`` took ``repair`` and ``detector``; any other row took the phase of its own name.
+    ``defense.detector_row`` (without one, the repaired row's name and ``_mmdf``) took ``repair`` and ``detector``; any other row
+    took the phase of its own name.
     """
     timed = record.get("seconds") or {}
     defense = (record.get("config") or {}).get("defense") or {}
-    named = {defense.get("repaired_row"): REPAIRED, defense.get("detector_row"): DETECTED}
+    repaired = defense.get("repaired_row")
+    named = {repaired: REPAIRED, defense.get("detector_row") or f"{repaired}_mmdf": DETECTED}
     phases = (PHASES | named).get(row, (row,))
     found = [timed[phase] for phase in phases if timed.get(phase) is not None]
     return float(sum(found)) if phases and len(found) == len(phases) else None

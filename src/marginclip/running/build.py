@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from marginclip.attacks import Attack
 from marginclip.data import Augment, ImageData, Splits
 from marginclip.data.clean import automatic_sizes
-from marginclip.errors import UserError, require
+from marginclip.errors import UserError, first_line, require
 from marginclip.losses import Loss
 from marginclip.running.types import check_types
 
@@ -42,7 +42,7 @@ def instantiate(config: Any, *positional: Any, key: str, **settings: Any) -> Any
             raise cause from None
         reason = error.__cause__ or error
         if isinstance(reason, (TypeError, ValueError, LookupError, OSError, MisconfigurationException)):
-            raise UserError(f"{key}: {str(reason).splitlines()[0]}") from error
+            raise UserError(f"{key}: {first_line(reason)}") from error
         raise
 
 
@@ -191,7 +191,7 @@ def build_model(config: DictConfig, num_classes: int, image_shape: tuple[int, in
             logits = model.eval()(torch.zeros(2, *image_shape))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         size = " x ".join(str(side) for side in image_shape)
-        raise UserError(f"the model does not take the data set's images of {size} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"the model does not take the data set's images of {size} ({first_line(error)})") from error
     require(isinstance(logits, Tensor), f"the model must return one tensor of logits, not a {type(logits).__name__}")
     require(logits.shape == (2, num_classes), f"the model must give logits (N, {num_classes}), got {tuple(logits.shape)}")
     return model.train()

@@ -222,7 +222,7 @@ def _fit_detector(
         return MarginDropDetector.fit(scene.model, repaired, images, **settings)
 
     def fold_defense() -> Defense:
-        defense = make_defense(config)
+        defense = make_defense(config, known_target(scene), class_counts=known_counts(config, scene))
         assert defense is not None
         return defense
 

@@ -95,22 +95,27 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
             raise UserError(f"'{bad}' is not an option: options are written key=value, for example attack=badnet") from error
         raise UserError(f"the options cannot be read: {str(error).splitlines()[0]}") from error
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        for variant in _variants(_swept_by_experiment(parsed, config_name) + parsed):
-            _refuse_missing_groups(variant, config_dir)
-            _compose(variant, config_name, config_dir)
-            _refuse_replaced_groups(variant, config_name, config_dir)
+        seen: set[str] = set()
+        for variant in _variants(parsed):
+            _check_variant(variant, config_name, config_dir)
+            experiment = next((text for text in variant if text.startswith("experiment=")), None)
+            if experiment is not None and experiment not in seen:
+                seen.add(experiment)
+                for cell in _variants(_swept_by(experiment, variant, config_name)):
+                    _check_variant(cell + variant, config_name, config_dir)
 
 
-def _swept_by_experiment(parsed: list[Override], config_name: str) -> list[Override]:
-    """What the chosen experiment sweeps by itself, where the command line does not say otherwise."""
-    if not any(override.key_or_group == "experiment" for override in parsed):
-        return []
-    try:
-        chosen = [text for text in next(_variants(parsed)) if text.startswith("experiment=")]
-        params = compose(config_name, overrides=chosen, return_hydra_config=True).hydra.sweeper.params or {}
-    except (HydraException, OmegaConfBaseException):
-        return []  # told when the whole is composed
-    given = {override.get_key_element() for override in parsed}
+def _check_variant(variant: list[str], config_name: str, config_dir: Path) -> None:
+    _refuse_missing_groups(variant, config_dir)
+    _compose(variant, config_name, config_dir)
+    _refuse_replaced_groups(variant, config_name, config_dir)
+
+
+def _swept_by(experiment: str, variant: list[str], config_name: str) -> list[Override]:
+    """What the experiment sweeps by itself, where the command line does not say otherwise."""
+    own = compose(config_name, overrides=[experiment], return_hydra_config=True).hydra
+    params = (own.sweeper.params or {}) if own.mode == RunMode.MULTIRUN else {}
+    given = {text.lstrip("+").partition("=")[0] for text in variant}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
 
 
@@ -150,11 +155,13 @@ def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictCo
 
 
 def _refuse_missing_groups(overrides: list[str], config_dir: Path) -> None:
-    """Refuse ``defense=null`` and ``~defense``: a run has one option of every group."""
+    """Refuse ``defense=null`` and ``~defense``: a run has one option of every group at the top."""
     for text in overrides:
         key, _, value = text.lstrip("~+").partition("=")
         options = (
-            sorted(file.stem for file in (config_dir / key).glob("*.yaml")) if "." not in key and key != "experiment" else []
+            sorted(file.stem for file in (config_dir / key).glob("*.yaml"))
+            if not {".", "/"} & {*key} and key != "experiment"
+            else []
         )
         if options and (text.startswith("~") or value in ("null", "")):
             hint = f"use {key}=none" if "none" in options else f"there are {', '.join(options)}"

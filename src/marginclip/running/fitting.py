@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch.multiprocessing import ProcessRaisedException
 
 from marginclip.data import ImageData
-from marginclip.errors import UserError, require
+from marginclip.errors import UserError, first_line, require
 from marginclip.running.build import runs_dir
 from marginclip.running.loggers import build_logger, finish_logger
 from marginclip.running.process import OwnProcess
@@ -43,7 +43,7 @@ def fit_resumably(
     )
     logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
     check_devices(config, type(training))
-    spread = training.several_devices
+    spread = training.several_devices or "auto"
     trainer = build_trainer(config, victim.folder, spread=spread, callbacks=[saver, OwnProcess(config)], logger=logger, **plan)
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
@@ -51,12 +51,12 @@ def fit_resumably(
     try:
         trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
     except MisconfigurationException as error:  # a setting of the Trainer that this training does not go with
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"trainer: {first_line(error)}") from error
     except ProcessRaisedException as error:  # in one of several devices' processes
-        told = re.search(rf"^{re.escape(UserError.__module__)}\.UserError: (.+)", str(error), re.MULTILINE)
+        told = re.search(r"^\S*\b(UserError|MisconfigurationException): (.+)", str(error), re.MULTILINE)
         if told is None:
             raise
-        raise UserError(told.group(1)) from error
+        raise UserError(told.group(2) if told.group(1) == "UserError" else f"trainer: {told.group(2)}") from error
     finally:
         finish_logger(logger)
 

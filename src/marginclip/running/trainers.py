@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from marginclip.errors import require
 from marginclip.precision import precision_for
-from marginclip.running.build import instantiate, plain, runs_dir
+from marginclip.running.build import instantiate, plain
 from marginclip.running.quiet import quiet_lightning
 
 OWN_SETTINGS = ("precision", "threads", "cuda_graphs")  # of the ``trainer`` group, and not the Trainer's own
@@ -33,8 +33,11 @@ def num_devices(config: DictConfig) -> int:
     """How many devices train a victim."""
     if config.trainer.devices == 1:
         return 1
-    trainer = build_trainer(config, runs_dir(config), spread="ddp_spawn", logger=False, enable_checkpointing=False)
-    return trainer.num_devices
+    options = {key: plain(config.trainer)[key] for key in ("_target_", "accelerator", "devices")}
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet_lightning()
+    count: int = instantiate(options, key="trainer", **dict.fromkeys(quiet, False)).num_devices
+    return count
 
 
 def build_trainer(config: DictConfig, folder: Path, *, spread: str | None = None, **settings: Any) -> L.Trainer:
@@ -61,7 +64,7 @@ def build_trainer(config: DictConfig, folder: Path, *, spread: str | None = None
     if spread is None:
         options = {key: value for key, value in options.items() if key in EVERYWHERE}
         options["devices"] = first_device(options["devices"])
-    elif options["devices"] != 1:
+    elif num_devices(config) > 1:
         options["strategy"] = spread if strategy == "auto" else strategy
     precision = precision_for(config.trainer.precision, accelerator=config.trainer.accelerator)
     return instantiate(options, key="trainer", precision=precision, default_root_dir=str(folder), **settings)

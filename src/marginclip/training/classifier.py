@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginclip.errors import UserError, require
+from marginclip.errors import UserError, first_line, require
 from marginclip.losses import Loss
 from marginclip.training.replay import ReplayedNetwork
 
@@ -27,7 +27,7 @@ def made(key: str, factory: Any, *positional: Any, **settings: Any) -> Any:
     except (TypeError, ValueError, LookupError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key}: {first_line(error)}") from error
 
 
 class ClassifierTraining(L.LightningModule):
