@@ -89,6 +89,13 @@ def test_a_failed_attack_is_said() -> None:
     assert "attack failed" in " ".join(file.getvalue().split())
 
 
+@pytest.mark.parametrize(("evaluated_on", "said"), [("clean_set", True), ("held_out", False)])
+def test_a_measurement_on_the_clean_set_is_said(evaluated_on: str, said: bool) -> None:
+    file = io.StringIO()
+    print_table(attacked() | {"status": "done", "evaluated_on": evaluated_on}, file)
+    assert ("on the clean set itself" in " ".join(file.getvalue().split())) is said
+
+
 def long_tailed(**config: object) -> dict:
     before = {"acc": 0.7, "many": 0.9, "few": 0.1, "worst_class": 0.0, "ece": 0.123, "nll": 1.23456, "mce": 0.5, "brier": 0.4}
     settings = {"attack": {"name": "none"}, "imbalance": {"name": "exponential", "ratio": 100}}
