@@ -174,21 +174,38 @@ def test_on_a_gpu_replayed_training_is_the_launched_one(half):
         torch.testing.assert_close(replayed[name], value, rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
 
 
+def reads_a_number(logits):
+    return logits if logits.sum().item() < 1e9 else -logits
+
+
+def waits_for_the_device(logits):
+    torch.cuda.synchronize()
+    return logits
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_failed_capture_does_no_harm():
+@pytest.mark.parametrize("obstacle", [reads_a_number, waits_for_the_device])
+def test_on_a_gpu_a_failed_capture_does_no_harm(obstacle):
     class Waits(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = nn.Linear(16, 3)
+            self.linear, self.dropout = nn.Linear(16, 3), nn.Dropout()
 
         def forward(self, x):
-            logits = self.linear(x.flatten(1))
-            return logits if logits.sum().item() < 1e9 else -logits
+            return obstacle(self.linear(self.dropout(x.flatten(1))))
 
+    torch.manual_seed(0)
     network, stream = ReplayedNetwork(Waits().cuda()), torch.cuda.current_stream()
     for _ in range(2):
         network(images(6).cuda()).sum().backward()
         network.passed_back()
     assert network.replayed is None
     assert torch.cuda.current_stream() == stream
-    assert torch.rand(3, device="cuda").shape == (3,)
+    assert torch.cuda.get_sync_debug_mode() == 0
+    first, second = torch.rand(3, device="cuda"), torch.rand(3, device="cuda")
+    assert first.isfinite().all() and not torch.equal(first, second)
+
+    other = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(16, 3)).cuda()
+    after = ReplayedNetwork(other)
+    after(images(6).cuda()).sum().backward()
+    assert after.replayed is not None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,9 +74,12 @@ class ReplayedNetwork:
         device = images.device.type
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         half = torch.get_autocast_dtype(device)
+        call, images = _Call(self.model), images.detach().clone()
         try:
-            with _same_stream(images), torch.autocast(device, half, torch.is_autocast_enabled(device), cache_enabled=False):
-                self.replayed = torch.cuda.make_graphed_callables(_Call(self.model), (images.detach().clone(),))
+            with _unharmed(images), torch.autocast(device, half, torch.is_autocast_enabled(device), cache_enabled=False):
+                if images.is_cuda:
+                    _rehearse(call, images)
+                self.replayed = torch.cuda.make_graphed_callables(call, (images,))
         except (RuntimeError, AssertionError) as error:
             log.warning(
                 "the model's passes cannot be replayed as CUDA graphs, training goes on without (%s); trainer.cuda_graphs=false "
@@ -90,6 +94,34 @@ class ReplayedNetwork:
         return tuple(module.training for module in self.model.modules())
 
 
-def _same_stream(images: Tensor) -> AbstractContextManager[Any]:
-    """Go on with the present stream afterwards: a capture that fails leaves another one behind."""
-    return torch.cuda.stream(torch.cuda.current_stream(images.device)) if images.is_cuda else nullcontext()
+def _rehearse(call: nn.Module, images: Tensor) -> None:
+    """Both passes, with an error where the model waits for the GPU: in a capture, that would leave torch's state broken."""
+    weights = [weight for weight in call.parameters() if weight.requires_grad]
+    call(images)  # what waits in the first pass alone (libraries that are loaded) is no obstacle
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # a prototype, it says; it need not find all
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(call(images).sum(), weights, allow_unused=True)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def _unharmed(images: Tensor) -> Iterator[None]:
+    """Put right what a capture that fails leaves behind on a GPU: another stream, and random numbers that cannot be drawn."""
+    if not images.is_cuda:
+        yield
+        return
+    device = images.device
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream(device)):
+            yield
+    except BaseException:
+        usable = torch.Generator(device)
+        usable.set_state(state)
+        generator.graphsafe_set_state(usable)
+        raise
