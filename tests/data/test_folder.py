@@ -1,6 +1,8 @@
 """Folders of images: what is read, what is refused by name, the cache, and streaming."""
 
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from marginclip.data import ImageFolder
+from marginclip.data.folder import folder_digest, list_images
 from marginclip.data.images import decode
 from marginclip.errors import UserError
 
@@ -113,6 +116,43 @@ def test_hidden_files_and_folders_are_ignored(root):
     (root / "readme.txt").write_text("beside the classes")
     splits = ImageFolder(root=str(root)).load()
     assert len(splits.train) + len(splits.held_out) == 20
+
+
+def test_files_of_sub_folders_are_listed_in_the_order_of_their_names(root):
+    for name in ("10/0.png", "1.5/z.png", "B/deeper/0.png", "b.png"):
+        save(root / "cat" / name)
+    files, labels, classes = list_images(root)
+    cats = [path for path in (root / "cat").rglob("*") if path.is_file()]
+    assert [file.path for file in files[: len(cats)]] == [str(path) for path in sorted(cats)]
+    assert [file.size for file in files] == [os.path.getsize(file.path) for file in files]
+    assert labels.tolist() == [0] * 14 + [1] * 10
+    assert classes == ("cat", "dog")
+
+
+def test_the_digest_of_a_folder_follows_names_and_sizes_but_not_its_place(root, tmp_path, monkeypatch):
+    first = folder_digest(root)
+    monkeypatch.chdir(root)
+    assert folder_digest(Path(".")) == first
+    moved = shutil.copytree(root, tmp_path / "moved")
+    assert folder_digest(moved) == first
+    (moved / "dog" / "0.png").rename(moved / "dog" / "other.png")
+    renamed = folder_digest(moved)
+    save(moved / "dog" / "other.png", (32, 32))
+    assert len({first, renamed, folder_digest(moved)}) == 3
+
+
+def test_a_folder_that_must_not_be_read_is_named(root, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("private"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    (root / "dog" / "private").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="private' cannot be read: Permission denied"):
+        ImageFolder(root=str(root)).load()
 
 
 def spoil(root, fault):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -69,19 +72,20 @@ class ImageFolder:
         return Splits(_take(whole, ~mask), _take(whole, mask))
 
     def _read(self, folder: Path, size: int | None = None) -> ImageSet:
-        paths, labels, classes = list_images(folder)
-        size = size or self.size or _side_of(paths[0])
+        files, labels, classes = list_images(folder)
+        size = size or self.size or _side_of(files[0].path)
         images: ImageStore
-        if len(paths) * 3 * size * size <= self.memory_bytes:
-            images = self._cached(folder, paths, size)
+        if len(files) * 3 * size * size <= self.memory_bytes:
+            images = self._cached(folder, files, size)
         else:
-            images = FileImages(paths, size, strict=self.size is None, grey=self.grey)
+            images = FileImages([file.path for file in files], size, strict=self.size is None, grey=self.grey)
         return ImageSet(images, labels, classes)
 
-    def _cached(self, folder: Path, paths: list[Path], size: int) -> Tensor:
+    def _cached(self, folder: Path, files: list[ImageFile], size: int) -> Tensor:
+        paths = [file.path for file in files]
         if self.cache is None:
             return read_images(paths, size, strict=self.size is None, grey=self.grey)
-        listing = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+        listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
         key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None} {self.grey}\n{listing}".encode()).hexdigest()[:16]
         file = self.cache / f"images-{key}.safetensors"
         if file.exists():
@@ -102,7 +106,15 @@ def image_folders(root: Path) -> list[Path]:
     return [root] if train is None or held_out is None else [train, held_out]
 
 
-def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+class ImageFile(NamedTuple):
+    """One file of a folder of images: its size in bytes, and when it was last changed, in nanoseconds."""
+
+    path: str
+    size: int
+    changed: int
+
+
+def list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]:
     """Files, labels (N,) and class names of ``folder/<class>/*``, sorted by name; hidden files are left out."""
     class_dirs = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not class_dirs:
@@ -111,14 +123,14 @@ def list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
         len(class_dirs) >= 2,
         f"dataset folder '{folder}' has one class only ('{class_dirs[0].name}'); a classifier needs at least two",
     )
-    paths: list[Path] = []
+    files: list[ImageFile] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
-        files = sorted(path for path in class_dir.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(class_dir)))
-        require(len(files) > 0, f"class '{class_dir.name}' has no images in '{class_dir}'")
-        paths += files
-        labels += [label] * len(files)
-    return paths, torch.tensor(labels), tuple(path.name for path in class_dirs)
+        found = sorted(_files(str(class_dir)), key=lambda file: file.path.split(os.sep))
+        require(len(found) > 0, f"class '{class_dir.name}' has no images in '{class_dir}'")
+        files += found
+        labels += [label] * len(found)
+    return files, torch.tensor(labels), tuple(path.name for path in class_dirs)
 
 
 def folder_digest(root: Path) -> str:
@@ -126,12 +138,30 @@ def folder_digest(root: Path) -> str:
 
     Raises :class:`UserError` as :func:`list_images` does.
     """
-    paths = [path for folder in image_folders(root) for path in list_images(folder)[0]]
-    listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in paths)
+    root = root.absolute()
+    files = [file for folder in image_folders(root) for file in list_images(folder)[0]]
+    start = len(os.path.join(root, ""))
+    listing = "\n".join(f"{file.path[start:].replace(os.sep, '/')} {file.size}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()[:10]
 
 
-def _side_of(path: Path) -> int:
+def _files(folder: str) -> Iterator[ImageFile]:
+    """All files below ``folder``; neither hidden ones nor those in hidden folders. One look at each: folders can be large."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _files(entry.path)
+                elif entry.is_file():
+                    status = entry.stat()
+                    yield ImageFile(entry.path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"dataset folder '{folder}' cannot be read: {error.strerror}") from error
+
+
+def _side_of(path: str) -> int:
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -141,10 +171,6 @@ def _side_of(path: Path) -> int:
         width == height, f"'{path}' is {width} x {height} pixels, not square: set dataset.size to the side to scale images to"
     )
     return width
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _take(images: ImageSet, mask: Tensor) -> ImageSet:

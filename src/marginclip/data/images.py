@@ -50,7 +50,7 @@ class Splits:
         return channels, height, width
 
 
-def decode(path: Path, size: int | None, *, grey: bool = False) -> Tensor:
+def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
     """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``.
 
     The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is.
@@ -70,7 +70,7 @@ def decode(path: Path, size: int | None, *, grey: bool = False) -> Tensor:
 class FileImages:
     """Images decoded from their files whenever they are asked for (see :func:`read_images`)."""
 
-    def __init__(self, paths: list[Path], size: int, *, strict: bool = False, grey: bool = False) -> None:
+    def __init__(self, paths: list[str], size: int, *, strict: bool = False, grey: bool = False) -> None:
         self.paths, self.size, self.strict, self.grey = paths, size, strict, grey
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class FileImages:
         return read_images([self.paths[i] for i in index.tolist()], self.size, strict=self.strict, grey=self.grey)
 
 
-def read_images(paths: list[Path], size: int, *, strict: bool, grey: bool = False) -> Tensor:
+def read_images(paths: list[str], size: int, *, strict: bool, grey: bool = False) -> Tensor:
     """All files decoded, uint8 (N, 3, size, size) or (N, 1, size, size) when ``grey``, by a pool of threads (decoding releases the GIL).
 
     ``strict`` refuses images of another size instead of scaling them. Raises :class:`UserError` that names what cannot be used.
@@ -94,7 +94,7 @@ def read_images(paths: list[Path], size: int, *, strict: bool, grey: bool = Fals
     return torch.stack([result for result in results if isinstance(result, Tensor)])
 
 
-def _try_decode(path: Path, size: int, strict: bool, grey: bool) -> Tensor | str:
+def _try_decode(path: str, size: int, strict: bool, grey: bool) -> Tensor | str:
     try:
         image = decode(path, None if strict else size, grey=grey)
     except UnidentifiedImageError:
