@@ -5,7 +5,7 @@ import torch
 
 from marginclip.defenses import BoundStart, StaticClip, cross_fitted_logits, fit_defense
 from marginclip.defenses.base import clean_logits
-from marginclip.defenses.fit import stratified_folds
+from marginclip.defenses.fit import stratified_folds, stratified_share
 from marginclip.errors import UserError
 
 
@@ -27,6 +27,21 @@ def test_folds_are_balanced_within_classes_and_seeded():
         assert int(counts.max() - counts.min()) <= 1
     assert torch.equal(fold, stratified_folds(labels, 3, seed=0))
     assert not torch.equal(fold, stratified_folds(labels, 3, seed=1))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.2, 10), (0.3, 15), (0.35, 18), (0.4, 20), (1 / 3, 17), (0.001, 1)])
+def test_a_share_of_every_class_is_chosen_and_seeded(share, expected):
+    labels = torch.arange(200) % 4
+    chosen = stratified_share(labels, share, seed=0)
+    assert [int(chosen[labels == label].sum()) for label in range(4)] == [expected] * 4
+    assert torch.equal(chosen, stratified_share(labels, share, seed=0))
+    assert not torch.equal(chosen, stratified_share(labels, share, seed=1))
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_the_share_of_one_fold_is_the_first_fold(folds):
+    labels = torch.arange(101) % 3
+    assert torch.equal(stratified_share(labels, 1 / folds, seed=4), stratified_folds(labels, folds, seed=4) == 0)
 
 
 @pytest.mark.parametrize("folds", [2, 3])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.defenses.finetune import FineTune
-from marginclip.defenses.fit import stratified_folds
+from marginclip.defenses.fit import stratified_share
 from marginclip.defenses.heads import final_linear, linear_inputs
 from marginclip.errors import require
 
@@ -39,7 +39,7 @@ class FinePruning(FineTune):
             self.network, images, needed_for="whose inputs fine-pruning prunes", instead="defense=finetune or defense=mmac"
         )
         inputs = linear_inputs(self.network, linear, images)
-        held_out = stratified_folds(labels.cpu(), round(1 / self.held_out_share), self.seed) == 0
+        held_out = stratified_share(labels.cpu(), self.held_out_share, self.seed)
         self.activity = inputs.abs().mean(0)
         order = self.activity.argsort(stable=True)
         self.curve = pruning_curve(linear, inputs[held_out], labels[held_out.to(labels.device)].cpu(), order)

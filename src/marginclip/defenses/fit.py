@@ -69,6 +69,17 @@ def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
     return fold
 
 
+def stratified_share(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Which samples (N,) are in a random ``share`` of every class, rounded up; a share of 1 / n is fold 0 of n folds."""
+    generator = torch.Generator().manual_seed(seed + 32452843)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        due = (torch.arange(len(members), dtype=torch.float64) * share + 1e-9).floor()  # chosen by then, but for the first
+        chosen[members[torch.randperm(len(members), generator=generator)]] = due.diff(prepend=torch.tensor([-1.0])) > 0
+    return chosen
+
+
 def cross_fitted_logits(
     make_defense: Callable[[], Defense],
     model: nn.Module,

@@ -25,9 +25,7 @@ class BoundStart:
     quantile: float = 0.9
 
     def __post_init__(self) -> None:
-        require(
-            self.constant is None or self.constant >= 0, f"defense.start.constant must not be negative, got {self.constant}"
-        )
+        require(self.constant is None or self.constant > 0, f"defense.start.constant must be positive, got {self.constant}")
         require(self.share > 0, f"defense.start.share must be positive, got {self.share:g}")
         require(0 < self.quantile <= 1, f"defense.start.quantile must be in (0, 1], got {self.quantile:g}")
 

@@ -42,9 +42,10 @@ class MaximumMarginTest:
     ``steps`` steps (``rule``, ``step_size``, ``tolerance``: see :func:`~marginclip.maxmargin.margin.ascend_margins`). A gamma
     distribution G is fitted to all but the largest; p = 1 - G(r_max)^e is the chance that the largest of e draws is as large, where
     ``exponent`` is ``classes`` (e = K, the published script) or ``others`` (K - 1). This p is far too small as the null was fitted
-    without the largest value: at K = 10 and a nominal 5 % it accuses about 22 % of clean models. ``calibration="bootstrap"``
+    without the largest value: at K = 10 and a nominal 5 % it accuses about a quarter of clean models. ``calibration="bootstrap"``
     therefore replaces it by the share of ``simulations`` sets of K draws from the fitted null that, treated alike (maximum left
-    out, null refitted), give a p as small. ``none`` is the published test. A backdoor is detected where p <= ``alpha``.
+    out, null refitted), give a p as small. ``none`` is the published p-value, but for the location of the null, which is 0 here. A
+    backdoor is detected where p <= ``alpha``.
     """
 
     starts: int = 30
