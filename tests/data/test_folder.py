@@ -108,6 +108,22 @@ def test_scaling_keeps_the_shape_of_things_and_cuts_the_centre(size, side, tmp_p
     assert (bright.mean(0) - (side - 1) / 2).abs().max() <= 1
 
 
+@pytest.mark.parametrize("name", ["image.png", "image.tif"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_grey_values_of_16_bits_are_scaled(name, grey, tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(values).save(tmp_path / name)
+    image = decode(tmp_path / name, None, grey=grey)
+    assert torch.equal(image, torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(1 if grey else 3, -1, -1))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused_by_name(kind, root):
+    Image.fromarray(np.ones((16, 16), kind)).save(root / "dog" / "wide.tif")
+    with pytest.raises(UserError, match=r"wide.tif' has 32-bit pixels of unknown range: save it with 8 or 16 bits"):
+        ImageFolder(root=str(root)).load()
+
+
 def test_hidden_files_and_folders_are_ignored(root):
     (root / "cat" / ".DS_Store").write_text("no image")
     (root / "cat" / ".ipynb_checkpoints").mkdir()

@@ -566,6 +566,24 @@ def test_settings_that_make_no_sense_name_their_key(settings, message):
         learning(**settings)
 
 
+@pytest.mark.parametrize("wrong", [0, 11, 13])
+def test_a_model_that_is_wrong_about_most_clean_images_is_warned_of(victim, clean, wrong, caplog):
+    images = clean[0]
+    labels = victim(images).argmax(1)
+    labels[:wrong] = (labels[:wrong] + 1) % 4
+    repair(victim, images, labels, defense=learning(keep="best"))
+    warned = [message for message in caplog.messages if "of the clean images as labelled" in message]
+    assert len(warned) == (wrong == 13)
+    assert all("only 46 %" in message and "order of the classes" in message for message in warned)
+
+
+def test_what_is_no_network_is_refused_before_it_is_called(clean):
+    with pytest.raises(UserError, match=r"must be a torch\.nn\.Module, got function"):
+        repair(lambda x: x, *clean)
+    with pytest.raises(UserError, match="gives one logit: margins are between classes"):
+        repair(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(1), torch.nn.ReLU()), *clean)
+
+
 def test_repair_and_detector_in_three_lines(victim, clean):
     repaired = repair(victim, *clean, defense=learning(keep="best"))
     detector = MarginDropDetector.fit(victim, repaired, clean[0])

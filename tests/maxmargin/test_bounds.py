@@ -360,9 +360,11 @@ class Branching(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, activation):
+    def __init__(self, activation, layers=0):
         super().__init__()
         self.layer, self.relu = nn.TransformerEncoderLayer(8, 2, activation=activation), nn.ReLU()
+        if layers:
+            self.layer = nn.TransformerEncoder(self.layer, layers, enable_nested_tensor=False)
 
     def forward(self, x):
         return self.relu(self.layer(x.flatten(1, 2)))
@@ -375,10 +377,32 @@ class Encoder(nn.Module):
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), "no activation functions that could be bounded"),
         (Encoder(nn.ReLU()), "hides its activation.*write it out"),
         (Encoder("relu"), "hides its activation.*write it out"),
+        (Encoder("gelu", layers=2), "hides its activation.*write it out"),
+        (Written(lambda self, x: (x + torch.rand_like(x)).relu()), "must not draw random numbers"),
+        (nn.DataParallel(Pair()), "wrapped in DataParallel: give the network inside, model.module"),
+        (torch.jit.script(nn.Sequential(nn.ReLU())), "TorchScript model cannot be traced again"),
+        (
+            torch.export.export(nn.Sequential(nn.ReLU()), (torch.rand(1, 3, 8, 8),)).module(),
+            "exported program cannot be traced again",
+        ),
+        (torch.relu, "must be a torch.nn.Module, got builtin_function_or_method"),
         (Pair(), "one tensor of logits, not a tuple"),
         (Written(read_through_a_view), "overwrites an activation's input in place.*write that activation out of place"),
     ],
-    ids=["branching", "linear", "hidden module", "hidden function", "pair", "aliased"],
+    ids=[
+        "branching",
+        "linear",
+        "hidden module",
+        "hidden function",
+        "stack",
+        "random",
+        "parallel",
+        "scripted",
+        "exported",
+        "function",
+        "pair",
+        "aliased",
+    ],
 )
 def test_models_that_cannot_be_bounded_are_refused_with_a_way_out(model, message, images):
     with pytest.raises(UserError, match=message):

@@ -243,3 +243,41 @@ def test_settings_that_make_no_sense_name_their_key(clean_logits, settings, mess
 def test_one_image_is_no_null(pair, images):
     with pytest.raises(UserError, match="at least 2 clean images, got 1"):
         MarginDropDetector.fit(*pair, images[:1])
+
+
+@pytest.mark.parametrize("null_distribution", NULLS)
+def test_logits_that_are_not_finite_are_flagged(clean_logits, new_logits, null_distribution):
+    detector = make(clean_logits, null_distribution=null_distribution)
+    expected = detector.decide(*new_logits)
+    broken, bounded = (logits.clone() for logits in new_logits)
+    broken[0, 1], broken[1], bounded[2, 0] = float("nan"), float("inf"), float("-inf")
+    found = detector.decide(broken, bounded)
+    assert found.flagged[:3].all()
+    assert (found.p_values[:3] == 0).all()
+    assert torch.equal(found.flagged[3:], expected.flagged[3:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: images * 255, r"images must lie in \[0, 1\]"),
+        (lambda images: (images * 255).byte(), "images must be float32 or float64, got uint8"),
+        (lambda images: images[0], r"images must be \(N, C, H, W\)"),
+        (lambda images: images.numpy(), "images must be a torch tensor, got ndarray"),
+        (lambda images: images * float("nan"), r"images must lie in \[0, 1\], got values from nan"),
+    ],
+)
+def test_images_of_another_kind_are_refused(pair, images, change, message):
+    detector = MarginDropDetector.fit(*pair, images)
+    with pytest.raises(UserError, match=message):
+        detector(change(images))
+
+
+def test_a_detector_that_can_flag_nothing_says_so(clean_logits, caplog):
+    make(clean_logits)
+    assert not caplog.records
+    few = [logits[:3] for logits in clean_logits]
+    make(few, null_distribution="tail")
+    assert "flags nothing: its 3 clean images are too few for theta=0.01" in caplog.messages[-1]
+    make((clean_logits[0], clean_logits[0]))
+    assert "flags nothing: its 200 clean images lose the same margin" in caplog.messages[-1]

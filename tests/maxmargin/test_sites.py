@@ -1,11 +1,14 @@
 """Finding activation calls: kinds, channel axes, and taking in-place calls out of place."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from marginclip.errors import UserError
+from marginclip.maxmargin import BoundedNetwork
 from marginclip.maxmargin.sites import TWO_SIDED_MODULES, find_sites, make_out_of_place, trace
 from marginclip.models import ResNet, TorchvisionModel
 
@@ -29,9 +32,9 @@ def sites_of(model, **settings):
 
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6, *TWO_SIDED_MODULES])
 def test_only_functions_that_reach_below_zero_are_two_sided(kind):
-    activation = kind()
-    (site,) = sites_of(nn.Sequential(nn.Conv2d(3, 5, 1), activation))
-    reaches_below = kind is nn.Softplus or activation.eval()(torch.linspace(-4, 4, 99)).min().item() < 0
+    activation = {nn.Threshold: partial(nn.Threshold, -1.0, -2.0), nn.GLU: partial(nn.GLU, 1)}.get(kind, kind)()
+    (site,) = sites_of(nn.Sequential(nn.Conv2d(3, 10 if kind is nn.GLU else 5, 1), activation))
+    reaches_below = kind is nn.Softplus or activation.eval()(torch.linspace(-4, 4, 100).view(2, 50)).min().item() < 0
     assert (site.two_sided, site.num_channels, site.axis, site.num_axes) == (reaches_below, 5, 1, 4)
 
 
@@ -55,7 +58,71 @@ def test_every_spelling_of_relu_is_one_site(function):
     assert torch.equal(kept, IMAGE - 0.5)  # nothing is overwritten any more
 
 
-@pytest.mark.parametrize("function", [lambda x: x.clamp(0, 1), lambda x: x.clamp(max=0), lambda x: x.clamp(min=0.5), torch.abs])
+class Middle(Function):
+    """A function of feature maps."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self.first, self.gate, self.sigmoid = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.function(self, self.first(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, h: h * torch.sigmoid(h), lambda net, h: net.sigmoid(h) * h, lambda net, h: h.mul(h.sigmoid()),
+        lambda net, h: h.mul_(torch.sigmoid(h)), lambda net, h: h * torch.sigmoid(1.702 * h), lambda net, h: h * (h > 0),
+        lambda net, h: 0.5 * h * (1 + torch.erf(h / 2**0.5)), lambda net, h: 0.5 * (h * (1 + torch.erf(h / 2**0.5))),
+        lambda net, h: torch.tanh(h), lambda net, h: h.tanh(), lambda net, h: F.threshold(h, 0.1, 0.0), lambda net, h: F.glu(h, 1),
+        lambda net, h: F.hardtanh_(h), lambda net, h: F.hardtanh(h, 0.0, 6.0, True),
+    ],
+)  # fmt: skip
+def test_activations_written_out_are_two_sided_sites(function):
+    model = Middle(function).eval()
+    (site,) = sites_of(model)
+    assert site.two_sided
+    bounded = BoundedNetwork(model, IMAGE)
+    assert torch.equal(bounded(IMAGE), model(IMAGE))
+    bounded.set_constant(0.01)
+    assert (bounded(IMAGE) != model(IMAGE)).any()
+
+
+def test_every_product_of_a_chain_of_them_is_a_site():
+    def twice(net, h):
+        h = h * torch.sigmoid(h)
+        return h * torch.sigmoid(h)
+
+    assert len(sites_of(Middle(twice))) == 2
+    names = [site.node.name for site in sites_of(Middle(lambda net, h: h * torch.tanh(F.softplus(h))))]
+    assert names == ["softplus", "tanh", "mul"]  # mish
+    names = [site.node.name for site in sites_of(Middle(lambda net, h: h * F.relu6(h + 3) / 6))]
+    assert names == ["relu6", "mul"]  # hard swish
+
+
+def test_a_clamp_of_feature_maps_is_one_but_one_of_the_images_is_none():
+    (site,) = sites_of(Middle(lambda net, h: h.clamp(0, 6)))
+    assert not site.two_sided
+    for function in (lambda x: x.clamp(0, 1), lambda x: (2 * x - 1).clamp(0, 1)):
+        assert sites_of(Function(function)) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, h: h * net.sigmoid(net.gate(h.mean((2, 3), keepdim=True))),  # squeeze and excitation
+        lambda net, h: h * net.sigmoid(net.gate(h)),
+        lambda net, h: torch.sigmoid(h) * torch.sigmoid(-h),
+        lambda net, h: h * h + 2 * h,
+        lambda net, h: h * h.mean().sigmoid(),
+    ],
+)
+def test_other_products_are_none(function):
+    assert sites_of(Middle(function)) == []
+
+
+@pytest.mark.parametrize("function", [lambda x: x.clamp(max=0), lambda x: x.clamp(min=0.5), torch.abs])
 def test_other_functions_are_no_activations(function):
     assert sites_of(Function(function)) == []
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from marginclip.running.build import build_scene
 from marginclip.running.cell import defend
+from marginclip.running.elapsed import Elapsed
 from marginclip.running.victim import find_victim, obtain_victim
 from marginclip.training import PoisonedTraining
 from marginclip.victims import VictimStore, recipe_hash
@@ -111,6 +112,7 @@ def test_interrupted_training_ends_in_the_same_weights(configure, tmp_path, monk
     config = configure(runs_dir=tmp_path / "interrupted")
     with monkeypatch.context() as patch:
         interrupt(patch, PoisonedTraining, step, RuntimeError)
+        patch.setattr(Elapsed, "state_dict", lambda self: {"seconds": 1000.0})
         with pytest.raises(RuntimeError, match="power cut"):
             obtain(config)
     victim = find_victim(config)
@@ -120,6 +122,7 @@ def test_interrupted_training_ends_in_the_same_weights(configure, tmp_path, monk
     resumed, trained_now, _ = obtain(config)
     assert trained_now
     assert equal(resumed, through)
+    assert (find_victim(config).record["seconds"] >= 1000) is (step > 8)  # those before the interruption count
 
 
 def test_seeds_differ_and_repeat(configure, tmp_path):
@@ -137,12 +140,14 @@ def test_interrupted_repair_ends_in_the_same_bounds_and_metrics(configure, tmp_p
     config = configure("defense.detector.folds=0", runs_dir=tmp_path / "interrupted")
     with monkeypatch.context() as patch:
         interrupt(patch, BoundLearning, 3, RuntimeError)
+        patch.setattr(Elapsed, "state_dict", lambda self: {"seconds": 1000.0})
         with pytest.raises(RuntimeError, match="power cut"):
             defend(config)
     resumed = defend(config)
     assert not (resumed.folder / "checkpoint").exists()
     assert resumed.content["victim"]["trained_now"] is False
     assert equal(load_file(resumed.folder / "bounds.safetensors"), load_file(through.folder / "bounds.safetensors"))
+    assert resumed.content["seconds"]["repair"] >= 1000 > through.content["seconds"]["repair"]
     assert resumed.content["metrics"] == through.content["metrics"]
     assert resumed.content["history"] == through.content["history"]
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from marginclip.errors import UserError
+from marginclip.errors import UserError, require
 
 
 class ImageStore(Protocol):
@@ -53,10 +53,18 @@ class Splits:
 def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
     """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``.
 
-    The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is.
+    The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is. 16-bit grey values are scaled to 8
+    bits. Raises :class:`UserError` for pixels of 32 bits, whose range is unknown.
     """
+    kind = "L" if grey else "RGB"
     with Image.open(path) as opened:
-        image = opened.convert("L" if grey else "RGB")
+        wide = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
+        require(
+            wide or opened.mode not in ("I", "F"), f"'{path}' has 32-bit pixels of unknown range: save it with 8 or 16 bits"
+        )
+        image = (
+            Image.fromarray((np.array(opened) / 257).round().astype(np.uint8)).convert(kind) if wide else opened.convert(kind)
+        )
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         image = image.resize(
@@ -97,6 +105,8 @@ def read_images(paths: list[str], size: int, *, strict: bool, grey: bool = False
 def _try_decode(path: str, size: int, strict: bool, grey: bool) -> Tensor | str:
     try:
         image = decode(path, None if strict else size, grey=grey)
+    except UserError as error:
+        return str(error)
     except UnidentifiedImageError:
         return f"'{path}' is not an image"
     except (OSError, SyntaxError, ValueError) as error:

@@ -11,11 +11,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense, clean_logits
+from marginclip.defenses.base import Defense, check_clean_set, clean_logits
 from marginclip.defenses.bound_learning import BoundLearning
 from marginclip.errors import require
 from marginclip.maxmargin.bounds import BoundedNetwork
+from marginclip.maxmargin.sites import check_traceable
 from marginclip.precision import precision_for
+
+log = logging.getLogger(__name__)
 
 TrainerFactory = Callable[[int], L.Trainer]
 
@@ -113,6 +116,18 @@ def cross_fitted_logits(
     return logits
 
 
+def warn_if_poor(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Warn of a model that decides most clean images (N, C, H, W) otherwise than their labels (N,) say: something is amiss."""
+    logits = clean_logits(model, images)
+    check_clean_set(images, labels, logits.shape[1])
+    correct = float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
+    if correct < 0.5:
+        log.warning(
+            "the model decides only %.0f %% of the clean images as labelled: check the order of the classes, the range of the images "
+            "([0, 1]; a normalisation belongs inside the model) and the labels", 100 * correct,
+        )  # fmt: skip
+
+
 def repair(
     model: nn.Module, images: Tensor, labels: Tensor, *, defense: BoundLearning | None = None, precision: str = "auto"
 ) -> BoundedNetwork:
@@ -123,6 +138,8 @@ def repair(
     default ones; ``precision="auto"`` learns in bf16 where the device computes in it. Raises :class:`UserError` for images,
     labels or models that do not fit.
     """
+    check_traceable(model)
+    warn_if_poor(model, images, labels)
     repaired = fit_defense(
         defense or BoundLearning(),
         model,

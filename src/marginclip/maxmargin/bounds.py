@@ -251,6 +251,10 @@ def _with_bounds(
     traced.graph.lint()
     traced.recompile()
     require(
+        torch.allclose(_logits(traced, example), _logits(traced, example), rtol=1e-4, atol=1e-5, equal_nan=True),
+        "the model gives other logits for the same image each time: it must not draw random numbers in evaluation mode",
+    )
+    require(
         torch.allclose(_logits(traced, example), logits, rtol=1e-4, atol=1e-5, equal_nan=True),
         "the model overwrites an activation's input in place and reads it under another name (a view, nn.Identity, "
         "nn.Dropout); write that activation out of place so that it can be bounded",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from marginclip.maxmargin.inputs import batched_logits, check_images
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
 
+log = logging.getLogger(__name__)
 RULES = ("repaired", "paper", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
 
@@ -97,7 +99,12 @@ class MarginDropDetector(nn.Module):
     ) -> MarginDropDetector:
         """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
         statistics, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
-        return cls(model, repaired, statistics, kept, **settings)
+        detector = cls(model, repaired, statistics, kept, **settings)
+        if detector.threshold == float("inf"):
+            alike = float(statistics.min()) == float(statistics.max())
+            why = "lose the same margin" if alike else f"are too few for theta={detector.theta:g}"
+            log.warning("this detector flags nothing: its %d clean images %s", len(statistics), why)
+        return detector
 
     @property
     def insisting_margin(self) -> float:
@@ -111,15 +118,17 @@ class MarginDropDetector(nn.Module):
 
     def forward(self, images: Tensor) -> Detection:
         """Decisions and p-values of images (N, C, H, W) in [0, 1], however many, on the model's device; both networks are evaluated in
-        evaluation mode, whatever mode they are in."""
+        evaluation mode, whatever mode they are in. Raises :class:`UserError` for other images."""
+        check_images(images)
         logits, bounded_logits = (batched_logits(network, images) for network in (self.model, self.repaired))
         return self.decide(logits, bounded_logits.to(logits.device))
 
     def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
-        """The same from both networks' logits (N, K), which are left as they are."""
+        """The same from both networks' logits (N, K), which are left as they are; images whose logits are not finite are flagged."""
         original = logits.argmax(1)
         statistic = margin_drop(logits, bounded_logits)
         values = p_values(statistic, self.clean_statistics.to(statistic.device), null_distribution=self.null_distribution)
+        values = torch.where((logits + bounded_logits).isfinite().all(1), values, torch.zeros_like(values))
         flagged, chosen = values < self.theta, bounded_logits.argmax(1)
         if self.rule == "or_disagree":
             flagged = flagged | (chosen != original)

@@ -51,4 +51,7 @@ def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -
     odd = next((type(logits).__name__ for logits in found if not isinstance(logits, Tensor)), None)
     require(odd is None, f"the model must return one tensor of logits, not a {odd}")
     require(found[0].dim() == 2, f"the model must return logits (N, K), got {tuple(found[0].shape)}")
+    require(
+        found[0].shape[1] >= 2, "the model gives one logit: margins are between classes, so give one for each of at least 2"
+    )
     return torch.cat([logits.float() for logits in found])

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from marginclip.errors import UserError, first_line
+from marginclip.maxmargin.written_out import elements_of, gates_itself
 
 # Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
 ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6)
 TWO_SIDED_MODULES = (
-    nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Mish, nn.Softplus,
+    nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.Tanh,
+    nn.Hardtanh, nn.Threshold, nn.GLU,
 )  # fmt: skip
 ONE_SIDED_FUNCTIONS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_)
 TWO_SIDED_FUNCTIONS = (
     F.leaky_relu, F.leaky_relu_, F.gelu, F.silu, F.elu, F.elu_, F.celu, F.selu, F.prelu, F.rrelu, F.hardswish, F.mish, F.softplus,
-    torch.prelu, torch.selu, torch.celu,
+    torch.prelu, torch.selu, torch.celu, F.tanh, torch.tanh, F.hardtanh, F.hardtanh_, F.threshold, torch.threshold_, F.glu,
 )  # fmt: skip
-ONE_SIDED_METHODS = ("relu", "relu_")
-IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_)
+ONE_SIDED_METHODS, TWO_SIDED_METHODS = ("relu", "relu_"), ("tanh",)
+IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_, F.hardtanh_, torch.threshold_)
 # Modules between a layer and its activation that leave the meaning of the axes alone.
 TRANSPARENT = (nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
@@ -51,6 +54,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises :class:`UserError` for a model that torch.fx cannot trace, saying where and what to change, and for activations
     hidden inside a fused torch module.
     """
+    check_traceable(model)
     own = copy.deepcopy(model).eval()
     try:
         traced = fx.symbolic_trace(own)
@@ -58,19 +62,40 @@ def trace(model: nn.Module) -> fx.GraphModule:
         reason = first_line(error)
         raise UserError(
             f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}); "
-            "write its forward without branches or loops that depend on tensor values, or wrap such a function with torch.fx.wrap"
+            "write its forward without branches or loops that depend on tensor values, sizes among them, make its modules in "
+            "__init__, or wrap a function that cannot be traced with torch.fx.wrap"
         ) from error
     for node in traced.graph.nodes:
         if node.op == "call_module":
             leaf = traced.get_submodule(node.target)
             hidden = [name for name, part in leaf.named_modules() if name and _is_activation(part)]
-            hidden += [name for name, value in vars(leaf).items() if value in ONE_SIDED_FUNCTIONS + TWO_SIDED_FUNCTIONS]
+            functions = ONE_SIDED_FUNCTIONS + TWO_SIDED_FUNCTIONS
+            hidden += [
+                name
+                for part in leaf.modules()
+                for name, value in vars(part).items()
+                if any(value is function for function in functions)
+            ]
             if hidden:
                 raise UserError(
                     f"the layer '{node.target}' ({type(leaf).__name__}) hides its activation '{hidden[0]}' from tracing; "
                     "write it out with torch.nn layers so that its activations can be bounded"
                 )
     return traced
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Raise :class:`UserError` for what torch has turned into something else already, saying what to give instead."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UserError(f"the model is wrapped in {type(model).__name__}: give the network inside, model.module")
+    if hasattr(model, "_orig_mod"):
+        raise UserError("the model is compiled: give the network inside, model._orig_mod")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("a TorchScript model cannot be traced again: give the network that it was made from")
+    if isinstance(model, fx.GraphModule) and "inline_constraints" in model.meta:
+        raise UserError("an exported program cannot be traced again: give the network that it was made from")
 
 
 def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | None = None) -> list[Site]:
@@ -166,8 +191,11 @@ def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
     elif node.op == "call_method":
         node.target = str(node.target).rstrip("_")
     elif node.target in IN_PLACE_FUNCTIONS:
-        plain = {F.relu_: F.relu, torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu}
-        node.target = plain[node.target]  # type: ignore[index, assignment]
+        plain: dict[Any, Callable[..., Any]] = {
+            F.relu_: F.relu, torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.hardtanh_: F.hardtanh,
+            torch.threshold_: F.threshold,
+        }  # fmt: skip
+        node.target = plain[node.target]
     else:
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
         node.args = tuple(
@@ -180,29 +208,36 @@ def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _activation_calls(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, bool]]:
+    products = set[fx.Node]()
     for node in traced.graph.nodes:
         if node.op == "call_module":
             module = traced.get_submodule(node.target)
             if _is_activation(module):
                 yield node, not isinstance(module, ONE_SIDED_MODULES)
-        elif node.op == "call_function" and (node.target in ONE_SIDED_FUNCTIONS or _is_clamp_at_zero(node)):
-            yield node, False
-        elif node.op == "call_function" and node.target in TWO_SIDED_FUNCTIONS:
-            yield node, True
-        elif node.op == "call_method" and (node.target in ONE_SIDED_METHODS or _is_clamp_at_zero(node)):
-            yield node, False
+        elif node.op in ("call_function", "call_method"):
+            if node.target in (*ONE_SIDED_FUNCTIONS, *ONE_SIDED_METHODS) or _is_clamp_at_zero(traced, node):
+                yield node, False
+            elif node.target in (*TWO_SIDED_FUNCTIONS, *TWO_SIDED_METHODS):
+                yield node, True
+            elif gates_itself(traced, node, products):
+                products.add(node)
+                yield node, True
 
 
 def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, ONE_SIDED_MODULES + TWO_SIDED_MODULES)
 
 
-def _is_clamp_at_zero(node: fx.Node) -> bool:
-    """``x.clamp(min=0)`` and its spellings are ReLUs too."""
+def _is_clamp_at_zero(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """``x.clamp(min=0)`` and its spellings are ReLUs too; with a ``max`` as well, unless it is the images that are clamped."""
     if node.target not in (torch.clamp, torch.clamp_min, "clamp", "clamp_", "clamp_min", "clamp_min_"):
         return False
     values = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return bool(values.get("min") == 0) and values.get("max") is None
+    if values.get("min") != 0:
+        return False
+    return values.get("max") is None or all(
+        source.op != "placeholder" for source in elements_of(traced, node.all_input_nodes[0])[0]
+    )
 
 
 def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:

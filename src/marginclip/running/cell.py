@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from marginclip.defenses import Defense, cross_fitted_logits, fit_defense
 from marginclip.defenses.base import clean_logits
+from marginclip.defenses.fit import warn_if_poor
 from marginclip.errors import UserError
 from marginclip.evaluation import Evaluation
 from marginclip.files import write_tensors
@@ -25,6 +26,7 @@ from marginclip.precision import precision_for
 from marginclip.running.arrays import figure_arrays
 from marginclip.running.build import Scene, build_scene, instantiate, plain, training_counts
 from marginclip.running.checkpoint import load_checkpoint
+from marginclip.running.elapsed import Elapsed
 from marginclip.running.loggers import build_logger, finish_logger, publish
 from marginclip.running.process import prepare_process
 from marginclip.running.record import Record, run_folder
@@ -68,6 +70,8 @@ def _defend(config: DictConfig, record: Record) -> None:
         defense.check_model(scene.model, torch.zeros(1, *scene.splits.image_shape))
     with record.phase("victim"):
         _load_victim(config, scene, record)
+    if config.victim.kind == "checkpoint":
+        warn_if_poor(scene.model, *scene.data.clean_set())
     _detect(config, scene, record)
     logger = build_logger(config, record.folder, job="defend", name=record.folder.name)
     try:
@@ -187,18 +191,19 @@ def _repair(config: DictConfig, scene: Scene, record: Record, logger: Any) -> Re
         return Repair()
     images, labels = scene.data.clean_set()
     images = images.to(device_of(config, record.folder))
-    checkpoint = record.folder / "checkpoint" / "last.ckpt"
+    checkpoint, elapsed = record.folder / "checkpoint" / "last.ckpt", Elapsed()
 
     def main_trainer(epochs: int) -> L.Trainer:
         saver = ModelCheckpoint(
             dirpath=checkpoint.parent, filename=checkpoint.stem, save_on_train_epoch_end=True, enable_version_counter=False
         )
-        return build_trainer(config, record.folder, callbacks=[saver], logger=logger, max_epochs=epochs)
+        return build_trainer(config, record.folder, callbacks=[saver, elapsed], logger=logger, max_epochs=epochs)
 
     with record.phase("repair"):
         repaired = fit_defense(
             defense, scene.model, images, labels, make_trainer=main_trainer, resume=checkpoint if checkpoint.exists() else None
         )
+    record.content["seconds"]["repair"] = round(record.content["seconds"]["repair"] + elapsed.before, 3)
     outcome = Repair(repaired, None, getattr(defense, "history", []), getattr(defense, "relaxed", 0.0))
     outcome.variants, outcome.findings, outcome.arrays = defense.variants(), defense.findings(), defense.arrays()
     if config.defense.get("suspect_class") == "known":

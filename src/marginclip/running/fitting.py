@@ -14,6 +14,7 @@ from torch.multiprocessing import ProcessRaisedException
 from marginclip.data import ImageData
 from marginclip.errors import UserError, first_line, require
 from marginclip.running.build import runs_dir
+from marginclip.running.elapsed import Elapsed
 from marginclip.running.loggers import build_logger, finish_logger
 from marginclip.running.process import OwnProcess
 from marginclip.running.trainers import build_trainer, num_devices
@@ -30,9 +31,10 @@ def victim_store(config: DictConfig) -> VictimStore:
 
 def fit_resumably(
     config: DictConfig, victim: Victim, training: ClassifierTraining, data: ImageData, plan: dict[str, Any]
-) -> None:
+) -> float:
     """Fit with the Trainer settings of ``plan``, keeping a checkpoint of every epoch with the victim; go on from it where there is one.
 
+    Returns the seconds that were spent on it before, 0 where it begins (or where several devices train).
     With several of ``trainer.devices`` each sees its share of every epoch's images, in batches of ``training.batch_size`` of its own.
     """
     saver = ModelCheckpoint(
@@ -41,10 +43,13 @@ def fit_resumably(
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
+    elapsed = Elapsed()
     logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
     check_devices(config, type(training))
     spread = training.several_devices or "auto"
-    trainer = build_trainer(config, victim.folder, spread=spread, callbacks=[saver, OwnProcess(config)], logger=logger, **plan)
+    trainer = build_trainer(
+        config, victim.folder, spread=spread, callbacks=[saver, elapsed, OwnProcess(config)], logger=logger, **plan
+    )
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
         log.info("going on from %s", resume)
@@ -59,6 +64,7 @@ def fit_resumably(
         raise UserError(told.group(2) if told.group(1) == "UserError" else f"trainer: {told.group(2)}") from error
     finally:
         finish_logger(logger)
+    return elapsed.before
 
 
 def check_devices(config: DictConfig, training: type[ClassifierTraining]) -> None:

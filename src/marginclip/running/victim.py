@@ -61,15 +61,15 @@ def train_victim(config: DictConfig, scene: Scene, victim: Victim) -> None:
         scene.attack.prepare(VictimWorkshop(config, scene, obtain_victim))
         plan = scene.attack.training_plan(config.training.epochs)
     if stage is None:
-        fit_resumably(config, victim, make_training(config, scene), scene.data, plan)
+        before = fit_resumably(config, victim, make_training(config, scene), scene.data, plan)
     else:
         training = make_second_training(config, scene, stage)
         plan = {"max_epochs": stage.num_epochs(config.training.epochs)}
-        fit_resumably(config, victim, training, scene.data.balanced(), plan)
+        before = fit_resumably(config, victim, training, scene.data.balanced(), plan)
         scene.model.load_state_dict(training.model.state_dict())
     if scene.attack is not None:
         scene.attack.eval()
-    metrics, seconds = test_victim(config, scene, victim.folder), time.perf_counter() - started
+    metrics, seconds = test_victim(config, scene, victim.folder), before + time.perf_counter() - started
     record = {"recipe": victim_recipe(config), "metrics": metrics, "seconds": seconds, "torch": torch.__version__}
     if first is not None:
         record["first_stage"] = first.folder.name  # with the seconds that it took

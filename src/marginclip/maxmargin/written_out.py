@@ -1,0 +1,54 @@
+"""Activations that are written out as products: a tensor times a gate that is computed from that very tensor."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+GATES = (
+    torch.sigmoid, F.sigmoid, torch.special.expit, "sigmoid", F.hardsigmoid, torch.tanh, F.tanh, "tanh", torch.erf, torch.special.erf,
+    "erf", F.relu6, operator.gt, torch.gt, "gt", operator.ge, torch.ge, "ge",
+)  # fmt: skip
+GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.ReLU6)
+ELEMENTWISE = PRODUCTS + GATES + (
+    operator.add, operator.sub, operator.truediv, operator.neg, operator.pow, torch.add, torch.sub, torch.div, torch.neg, torch.pow,
+    torch.square, "add", "sub", "div", "neg", "pow", "square", F.softplus,
+)  # fmt: skip
+
+
+def gates_itself(traced: fx.GraphModule, node: fx.Node, known: Container[fx.Node]) -> bool:
+    """Whether ``node`` is such a product, like x * sigmoid(x), 0.5 * x * (1 + erf(x / sqrt(2))), x * relu6(x + 3) / 6, x * (x > 0).
+
+    The gate must be computed element by element, so that squeeze-and-excitation and attention, whose gates look at the whole
+    image, are none. ``known`` are the products that were found before ``node``.
+    """
+    factors = node.all_input_nodes
+    if node.op not in ("call_function", "call_method") or node.target not in PRODUCTS or len(factors) != 2:
+        return False
+    (first, first_gated), (second, second_gated) = (elements_of(traced, factor, known) for factor in factors)
+    return first_gated != second_gated and not first.isdisjoint(second)
+
+
+def elements_of(traced: fx.GraphModule, node: fx.Node, known: Container[fx.Node] = ()) -> tuple[set[fx.Node], bool]:
+    """The tensors that ``node`` is computed from element by element, itself among them, and whether a gate is on the way; not what is
+    behind the ``known`` ones."""
+    reached, gated, waiting = set[fx.Node](), False, [node]
+    while waiting:
+        current = waiting.pop()
+        if current in reached:
+            continue
+        reached.add(current)
+        if current.op == "call_module":
+            gate = elementwise = isinstance(traced.get_submodule(str(current.target)), GATE_MODULES)
+        else:
+            called = current.op in ("call_function", "call_method")
+            gate, elementwise = called and current.target in GATES, called and current.target in ELEMENTWISE
+        gated = gated or gate
+        if elementwise and current not in known:
+            waiting.extend(current.all_input_nodes)
+    return reached, gated
