@@ -415,6 +415,25 @@ def test_a_channel_axis_that_is_none_is_refused(axis, net, images):
         BoundedNetwork(net, images[0], channel_axis=axis)
 
 
+def test_bounds_fit_the_network_inside_a_wrapper_and_the_other_way_round(net, bounded, images):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = net
+
+        def forward(self, x):
+            return self.network(x)
+
+    bounded.set_from_images(images, share=0.5)
+    wrapped = BoundedNetwork(Wrapper(), images[0])
+    assert wrapped.bounds_state().keys() != bounded.bounds_state().keys()
+    wrapped.load_bounds(bounded.bounds_state())
+    assert torch.equal(wrapped(images), bounded(images))
+    again = BoundedNetwork(net, images[0])
+    again.load_bounds(wrapped.bounds_state())
+    assert torch.equal(again(images), bounded(images))
+
+
 def test_bounds_of_another_architecture_are_refused(bounded, settle, images):
     state = bounded.bounds_state()
     wider = {name: torch.ones(9) for name in state}

@@ -151,6 +151,11 @@ def test_settings_and_models_that_make_no_sense_are_refused(net):
     ):
         with pytest.raises(UserError, match=f"detect.{next(iter(setting))} must be"):
             MaximumMarginTest(**setting)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    with pytest.raises(UserError, match="logits of 5 classes, not of num_classes=12"):
+        maximum_margin_detection(model, SHAPE, 12, **FEW)
+    with pytest.raises(UserError, match="does not take images of 1 x 8 x 8"):
+        maximum_margin_detection(model, (1, 8, 8), 5, **FEW)
     with pytest.raises(UserError, match="at least 3 classes, got 2"):
         maximum_margin_detection(net, SHAPE, 2)
 

@@ -86,6 +86,22 @@ def test_good_command_lines_pass(overrides):
     check_overrides(overrides, "defend", CONF)
 
 
+def test_a_runs_dir_that_cannot_be_used_is_refused_before_hydra_makes_it(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        assert f"runs_dir='{tmp_path / place}' cannot be used: '{tmp_path / 'file'}' is no folder" in complain(
+            [f"runs_dir={tmp_path / place}"]
+        )
+    check_overrides([f"runs_dir={tmp_path / 'new' / 'folders'}"], "defend", CONF)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("os.access", lambda folder, mode: False)
+    assert f"'{tmp_path}' cannot be written to" in complain([f"runs_dir={tmp_path / 'new'}"])
+
+
+def test_a_launcher_that_is_not_installed_says_what_to_install():
+    assert "pip install hydra-submitit-launcher" in complain(["hydra/launcher=submitit_slurm"])
+
+
 def test_what_an_experiment_sweeps_is_checked_too():
     check_overrides(["experiment=longtail_table2", "defense=mmom", "seed=0,1"], "defend", CONF)
     assert complain(["experiment=longtail_table2", "imbalance=none"]).startswith("unknown key 'imbalance.ratio'")

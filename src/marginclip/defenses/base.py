@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from marginclip.errors import UserError, first_line, require
+from marginclip.errors import require
 from marginclip.maxmargin.inputs import batched_logits, check_full_precision, check_images
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,13 +74,7 @@ def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> 
     """
     check_full_precision(model)
     require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
-    try:
-        logits = batched_logits(model, images, batch_size=batch_size)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        size = " x ".join(str(side) for side in images.shape[1:])
-        raise UserError(f"the model does not take images of {size} ({first_line(error)})") from error
+    logits = batched_logits(model, images, batch_size=batch_size)
     bad = int((~torch.isfinite(logits).all(1)).sum())
     require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
     return logits

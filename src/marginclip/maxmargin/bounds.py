@@ -25,7 +25,8 @@ class BoundedNetwork(nn.Module):
     mode. Every call of an activation gets its own bounds, whether it is a module, one module called many times, a function or
     in place: one for each feature map, for each neuron behind a dense layer. Upper bounds for ReLU-like functions, lower and
     upper for LeakyReLU, GELU, SiLU and the like. Nothing is shared with the model that was given. Bounds are in ``state_dict``
-    under ``bounds.*``.
+    under ``bounds.*`` (the same tensors once more under ``network.bound_*``); :meth:`bounds_state` and :meth:`load_bounds` save and
+    load them alone.
 
     ``example`` is one image (C, H, W) or a batch (N, C, H, W). ``channel_axis`` overrides where the channels of activations with
     more than two axes are (see :func:`marginclip.maxmargin.sites.find_sites`). ``sites`` limits the bounds to some of the
@@ -92,8 +93,10 @@ class BoundedNetwork(nn.Module):
 
     @torch.no_grad()
     def load_bounds(self, state: dict[str, Tensor]) -> None:
-        """Set the bounds from :meth:`bounds_state`; raises :class:`UserError` when they belong to another architecture."""
+        """Set the bounds from :meth:`bounds_state`, or from the ``bounds.safetensors`` of a run, also where the network was part of another
+        module there (activations have longer names then). Raises :class:`UserError` for bounds of another architecture."""
         own = self.bounds_state()
+        state = _under_names(list(own), state)
         scaled = "offsets" in own and "scale" not in own and "scale" in state
         require(
             not scaled, "these bounds were learned with a scale of the logits: load them into BoundedNetwork(..., scaled=True)"
@@ -191,6 +194,15 @@ class BoundedNetwork(nn.Module):
         twin.offsets = copy.deepcopy(self.offsets, memo)
         twin.bounds = nn.ModuleDict({name: twin.network.get_submodule(f"bound_{name}") for name in self.bounds})
         return twin.eval()
+
+
+def _under_names(names: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The ``state`` under these names, where its own differ from them by the path in front alone; else as it is."""
+    pairs = list(zip(sorted(names), sorted(state), strict=False))
+    alike = len(names) == len(state) and all(
+        one[:4] == other[:4] and (one[4:].endswith(other[4:]) or other[4:].endswith(one[4:])) for one, other in pairs
+    )
+    return {own: state[name] for own, name in pairs} if alike else state
 
 
 @torch.no_grad()

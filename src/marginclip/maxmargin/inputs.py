@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from marginclip.errors import require
+from marginclip.errors import UserError, first_line, require
 
 
 def check_images(images: Tensor) -> None:
@@ -38,13 +38,19 @@ def _check_dtype(what: str, dtype: torch.dtype, *, advice: str = "") -> None:
 def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
     """The logits (N, K) of images (N, C, H, W) in evaluation mode, batch by batch on the model's device, where they stay.
 
-    The modes of the model's modules are left as they were. Raises :class:`UserError` for a model that does not return logits.
+    The modes of the model's modules are left as they were. Raises :class:`UserError` for a model that does not return logits, and
+    for images that it does not take.
     """
     device = next((parameter.device for parameter in model.parameters()), images.device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         found = [model(batch.to(device)) for batch in images.split(batch_size)]
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(str(side) for side in images.shape[1:])
+        raise UserError(f"the model does not take images of {size} ({first_line(error)})") from error
     finally:
         for module in training:
             module.training = True

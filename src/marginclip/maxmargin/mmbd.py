@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import require
 from marginclip.maxmargin.folding import frozen_copy
-from marginclip.maxmargin.inputs import check_full_precision
+from marginclip.maxmargin.inputs import batched_logits, check_full_precision
 from marginclip.maxmargin.margin import RULES, ascend_margins, margin, random_starts
 
 CALIBRATIONS = ("bootstrap", "none")
@@ -90,6 +90,8 @@ class MaximumMarginTest:
         generator = torch.Generator().manual_seed(self.seed)
         # Class by class the same starts: how r_t compares between classes owes nothing to luck.
         one_class = random_starts(self.starts, image_shape, generator=generator, device=device)
+        given = batched_logits(network, one_class[:1]).shape[1]
+        require(given == num_classes, f"the model gives logits of {given} classes, not of num_classes={num_classes}")
         images = one_class.repeat(num_classes, 1, 1, 1).contiguous(memory_format=torch.channels_last)
         classes = torch.arange(num_classes, device=device).repeat_interleave(self.starts)
         found = ascend_margins(

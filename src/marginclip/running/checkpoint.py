@@ -96,6 +96,13 @@ def _load_matching(model: nn.Module, state: dict[str, Tensor], file: Path) -> No
             if missing
             else f"'{extra[0]}' is not part of the model"
         )
+        classes = {(len(best[key]), len(wanted[key])) for key in odd if best[key].dim() and wanted[key].dim()}
+        if not missing and not extra and len(classes) == 1 and all(best[key].shape[1:] == wanted[key].shape[1:] for key in odd):
+            ((theirs, ours),) = classes
+            raise UserError(
+                f"victim.path='{file}' has {theirs} classes and the data set {ours}: dataset.root needs one sub-folder for each class "
+                "of the checkpoint, whose names sort in its order"
+            )
         raise UserError(
             f"victim.path='{file}' is of another architecture than the model ({detail}); check model and model.width"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -107,8 +108,17 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
 
 def _check_variant(variant: list[str], config_name: str, config_dir: Path) -> None:
     _refuse_missing_groups(variant, config_dir)
-    _compose(variant, config_name, config_dir)
+    _refuse_unusable_folder(Path(str(_compose(variant, config_name, config_dir).runs_dir)))
     _refuse_replaced_groups(variant, config_name, config_dir)
+
+
+def _refuse_unusable_folder(runs_dir: Path) -> None:
+    """Refuse a ``runs_dir`` that cannot be made or written to: Hydra makes it before any of our code runs."""
+    there = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"runs_dir='{runs_dir}' cannot be used: '{there}' is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"runs_dir='{runs_dir}' cannot be used: '{there}' cannot be written to")
 
 
 def _swept_by(experiment: str, variant: list[str], config_name: str) -> list[Override]:
@@ -147,6 +157,10 @@ def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictCo
     except MissingConfigException as error:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         options = list(error.options or [])
+        if group == "hydra/launcher" and option in ("joblib", "submitit_local", "submitit_slurm"):
+            raise UserError(
+                f"hydra/launcher={option} is not installed: pip install hydra-{option.partition('_')[0]}-launcher"
+            ) from error
         raise UserError(
             f"unknown option {group}={option}{nearest(option, options)} (there are {', '.join(sorted(options))})"
         ) from error
