@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from marginclip.running.cli import check_overrides
 
@@ -69,6 +71,26 @@ def test_links_and_figures_exist(path):
     missing = [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
     missing = [target for target in missing if not (path.parent / target.partition("#")[0]).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "your-model.md"], ids=lambda path: path.name)
+def test_python_in_the_documents_runs(path, tmp_path, monkeypatch):
+    """Block by block, in one namespace that holds what a reader has: a network, clean images with their labels, new images."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)).eval()
+    images = torch.rand(160, 3, 8, 8)
+    has = {"network": network, "model": network, "images": images, "new_images": torch.rand(30, 3, 8, 8)}
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
+    assert blocks
+    for block in blocks:
+        has["labels"] = has["model"](images).argmax(1)
+        exec(block, has)
+    assert has["detection"].decisions.shape == (30,)
+    if (tmp_path / "repaired.pt2").exists():
+        again = torch.export.load(tmp_path / "repaired.pt2").module()
+        torch.testing.assert_close(again(images), has["repaired"](images))
+        assert torch.equal(has["detector"](has["new_images"]).flagged, has["detection"].flagged)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
