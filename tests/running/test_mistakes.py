@@ -51,7 +51,12 @@ def complain(overrides, name="defend"):
         (["attack=badnet,blend", "x2x=all2one,one2on"], ["unknown option x2x=one2on", "did you mean 'one2one'?"]),
         (["seed=interval(0,3)"], ["seed=interval(0,3)", "seed=range(0,3)"]),
         (["experiment=cifar10_smal"], ["unknown option experiment=cifar10_smal", "did you mean 'cifar10_small'?"]),
-        (["attack=none", "attack.rate=0.2"], ["unknown key 'attack.rate'", "(valid under 'attack': name, _target_)"]),
+        (
+            ["attack=none", "attack.rate=0.2"],
+            ["unknown key 'attack.rate'; attack=badnet, blend,", "wanet have it (valid under 'attack': name, _target_)"],
+        ),
+        (["victim.path=model.safetensors"], ["unknown key 'victim.path'; victim=checkpoint has it"]),
+        (["defense=mmac", "defense.detector.folds=2"], ["unknown key 'defense.detector.folds'; defense=mmdf, static_clip have it"]),
         (["+attack.rate=0.2"], ["'attack.rate' is there already"]),
         (["defense.detector=paper"], ["'defense.detector' is a group of settings", "defense/detector=..."]),
         (["defense.start=3"], ["'defense.start' is a group of settings", "defense.start.constant=..."]),

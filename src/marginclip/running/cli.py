@@ -165,7 +165,7 @@ def _compose(overrides: list[str], config_name: str, config_dir: Path) -> DictCo
             f"unknown option {group}={option}{nearest(option, options)} (there are {', '.join(sorted(options))})"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, config_name, overrides)) from error
+        raise UserError(_explain(error, config_name, overrides, config_dir)) from error
 
 
 def _refuse_missing_groups(overrides: list[str], config_dir: Path) -> None:
@@ -207,7 +207,7 @@ def _with_groups(config_name: str, overrides: list[str]) -> DictConfig:
         return compose(config_name)
 
 
-def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
+def _explain(error: Exception, config_name: str, overrides: list[str], config_dir: Path) -> str:
     text = str(error)
     existing = re.search(r"already at '([^']+)'", text)
     if existing is not None:
@@ -222,9 +222,28 @@ def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     group, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == group]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == last]
-    hint = nearest(last, siblings) or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else "")
+    owners = _options_with(config_name, config_dir, key) if group else []
+    hint = (
+        f"; {key.partition('.')[0]}={', '.join(owners)} {'have' if len(owners) > 1 else 'has'} it"
+        if owners
+        else nearest(last, siblings)
+    )
+    hint = hint or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else "")
     where = f"under '{group}'" if group else "at the top"
     return f"unknown key '{key}'{hint}" + (f" (valid {where}: {', '.join(siblings)})" if siblings else "")
+
+
+def _options_with(config_name: str, config_dir: Path, key: str) -> list[str]:
+    """The options of the group that ``key`` begins with, with which the configuration has it."""
+    group, nothing, found = key.partition(".")[0], object(), []
+    for option in sorted(file.stem for file in (config_dir / group).glob("*.yaml")):
+        try:
+            config = compose(config_name, overrides=[f"{group}={option}"])
+            if OmegaConf.select(config, key, default=nothing) is not nothing:
+                found.append(option)
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return found
 
 
 def _flat_keys(content: Any, prefix: str = "") -> list[str]:
