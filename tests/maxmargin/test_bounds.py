@@ -354,6 +354,13 @@ class Pair(nn.Module):
         return x.relu(), x
 
 
+class Packed(nn.Identity):
+    """What stands in the place of a layer in a quantised network."""
+
+
+Packed.__module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x.relu() if x.sum() > 0 else x
@@ -385,6 +392,7 @@ class Encoder(nn.Module):
             torch.export.export(nn.Sequential(nn.ReLU()), (torch.rand(1, 3, 8, 8),)).module(),
             "exported program cannot be traced again",
         ),
+        (nn.Sequential(Packed(), nn.ReLU()), "model is quantised: give the network in full precision"),
         (torch.relu, "must be a torch.nn.Module, got builtin_function_or_method"),
         (Pair(), "one tensor of logits, not a tuple"),
         (Written(read_through_a_view), "overwrites an activation's input in place.*write that activation out of place"),
@@ -399,6 +407,7 @@ class Encoder(nn.Module):
         "parallel",
         "scripted",
         "exported",
+        "quantised",
         "function",
         "pair",
         "aliased",

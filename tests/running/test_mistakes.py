@@ -55,8 +55,16 @@ def complain(overrides, name="defend"):
             ["attack=none", "attack.rate=0.2"],
             ["unknown key 'attack.rate'; attack=badnet, blend,", "wanet have it (valid under 'attack': name, _target_)"],
         ),
+        (
+            ["defense=auto", "defense/schedule=warm"],
+            ["'defense/schedule' cannot be chosen here: write defense/schedule@defense.mmac=..."],
+        ),
+        (["defense=nad", "defense/schedule=warm"], ["'defense/schedule' cannot be chosen here"]),
         (["victim.path=model.safetensors"], ["unknown key 'victim.path'; victim=checkpoint has it"]),
-        (["defense=mmac", "defense.detector.folds=2"], ["unknown key 'defense.detector.folds'; defense=mmdf, static_clip have it"]),
+        (
+            ["defense=mmac", "defense.detector.folds=2"],
+            ["unknown key 'defense.detector.folds'; defense=mmdf, static_clip have it"],
+        ),
         (["+attack.rate=0.2"], ["'attack.rate' is there already"]),
         (["defense.detector=paper"], ["'defense.detector' is a group of settings", "defense/detector=..."]),
         (["defense.start=3"], ["'defense.start' is a group of settings", "defense.start.constant=..."]),

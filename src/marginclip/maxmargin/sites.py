@@ -92,6 +92,8 @@ def check_traceable(model: nn.Module) -> None:
         raise UserError(f"the model is wrapped in {type(model).__name__}: give the network inside, model.module")
     if hasattr(model, "_orig_mod"):
         raise UserError("the model is compiled: give the network inside, model._orig_mod")
+    if any(".quantized" in type(part).__module__ for part in model.modules()):
+        raise UserError("the model is quantised: give the network in full precision, whose activations can be bounded")
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("a TorchScript model cannot be traced again: give the network that it was made from")
     if isinstance(model, fx.GraphModule) and "inline_constraints" in model.meta:

@@ -218,6 +218,9 @@ def _explain(error: Exception, config_name: str, overrides: list[str], config_di
     if found is None:
         return text.splitlines()[0] if text else f"the configuration cannot be read ({error.__cause__})"
     key = re.split(r"[@=]", found.group(1))[0]
+    if "/" in key and (config_dir / key).is_dir():  # a part of a group, which the chosen option has not, or has under other names
+        parts = _parts(config_name, [text for text in overrides if not text.startswith(key)], key)
+        return f"'{key}' cannot be chosen here" + (f": write {' or '.join(f'{part}=...' for part in parts)}" if parts else "")
     keys = _flat_keys(OmegaConf.to_container(_with_groups(config_name, overrides), resolve=False))
     group, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == group]
@@ -231,6 +234,16 @@ def _explain(error: Exception, config_name: str, overrides: list[str], config_di
     hint = hint or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else "")
     where = f"under '{group}'" if group else "at the top"
     return f"unknown key '{key}'{hint}" + (f" (valid {where}: {', '.join(siblings)})" if siblings else "")
+
+
+def _parts(config_name: str, overrides: list[str], group: str) -> list[str]:
+    """The names under which the configuration takes an option of ``group``, as ``defense/schedule@defense.mmac``."""
+    try:
+        groups = [text for text in overrides if "." not in text.partition("=")[0]]
+        choices = compose(config_name, overrides=groups, return_hydra_config=True).hydra.runtime.choices
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return sorted(str(name) for name in choices if str(name).startswith(f"{group}@"))
 
 
 def _options_with(config_name: str, config_dir: Path, key: str) -> list[str]:
