@@ -27,7 +27,7 @@ TWO_SIDED_FUNCTIONS = (
     torch.prelu, torch.selu, torch.celu, F.tanh, torch.tanh, F.hardtanh, F.hardtanh_, F.threshold, torch.threshold_, F.glu,
 )  # fmt: skip
 ONE_SIDED_METHODS, TWO_SIDED_METHODS = ("relu", "relu_"), ("tanh",)
-IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_, F.hardtanh_, torch.threshold_)
+IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_, F.hardtanh_, torch.threshold_, operator.imul)
 # Modules between a layer and its activation that leave the meaning of the axes alone.
 TRANSPARENT = (nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
@@ -195,7 +195,7 @@ def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
     elif node.target in IN_PLACE_FUNCTIONS:
         plain: dict[Any, Callable[..., Any]] = {
             F.relu_: F.relu, torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.hardtanh_: F.hardtanh,
-            torch.threshold_: F.threshold,
+            torch.threshold_: F.threshold, operator.imul: operator.mul,
         }  # fmt: skip
         node.target = plain[node.target]
     else:

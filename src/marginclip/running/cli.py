@@ -220,7 +220,7 @@ def _explain(error: Exception, config_name: str, overrides: list[str], config_di
     key = re.split(r"[@=]", found.group(1))[0]
     if (
         "/" in key and (config_dir / key).is_dir()
-    ):  # a part of a group, which the chosen option has not, or has under other names
+    ):  # the chosen option of the group has no such part, or has it under other names
         parts = _parts(config_name, [text for text in overrides if not text.startswith(key)], key)
         return f"'{key}' cannot be chosen here" + (f": write {' or '.join(f'{part}=...' for part in parts)}" if parts else "")
     keys = _flat_keys(OmegaConf.to_container(_with_groups(config_name, overrides), resolve=False))
