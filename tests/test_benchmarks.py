@@ -91,3 +91,14 @@ def test_sides_train_on_the_same_batches(load):
     image, label = pil[4]
     assert (len(pil), label, tuple(image.shape)) == (5, 4, (3, 32, 32))
     assert 0 <= float(image.min()) and float(image.max()) <= 1
+
+
+def test_calibration_prints_both_shares_for_every_distribution(load, monkeypatch, capsys):
+    calibration = load("mmbd_calibration")
+    monkeypatch.setattr(sys, "argv", ["mmbd_calibration.py", "--sets", "40", "--simulations", "200", "--classes", "10"])
+    calibration.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["gamma,"] * 3 + ["normal,", "log-normal,"]
+    shares = [[float(number) for number in line.split()[-2:]] for line in lines]
+    assert all(0 <= share <= 100 for pair in shares for share in pair)
+    assert all(published > calibrated for published, calibrated in shares[:3])
