@@ -9,7 +9,7 @@ from torch import nn
 
 from marginclip.errors import UserError
 from marginclip.maxmargin import BoundedNetwork
-from marginclip.maxmargin.sites import TWO_SIDED_MODULES, find_sites, make_out_of_place, trace
+from marginclip.maxmargin.sites import ONE_SIDED_MODULES, TWO_SIDED_MODULES, find_sites, make_out_of_place, trace
 from marginclip.models import ResNet, TorchvisionModel
 
 IMAGE = torch.rand(1, 3, 16, 16)
@@ -30,11 +30,11 @@ def sites_of(model, **settings):
     return find_sites(trace(model), IMAGE, **settings)
 
 
-@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6, *TWO_SIDED_MODULES])
+@pytest.mark.parametrize("kind", [*ONE_SIDED_MODULES, *TWO_SIDED_MODULES])
 def test_only_functions_that_reach_below_zero_are_two_sided(kind):
     activation = {nn.Threshold: partial(nn.Threshold, -1.0, -2.0), nn.GLU: partial(nn.GLU, 1)}.get(kind, kind)()
     (site,) = sites_of(nn.Sequential(nn.Conv2d(3, 10 if kind is nn.GLU else 5, 1), activation))
-    reaches_below = kind is nn.Softplus or activation.eval()(torch.linspace(-4, 4, 100).view(2, 50)).min().item() < 0
+    reaches_below = activation.eval()(torch.linspace(-4, 4, 100).view(2, 50)).min().item() < 0
     assert (site.two_sided, site.num_channels, site.axis, site.num_axes) == (reaches_below, 5, 1, 4)
 
 
@@ -64,6 +64,7 @@ class Middle(Function):
     def __init__(self, function):
         super().__init__(function)
         self.first, self.gate, self.sigmoid = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Sigmoid()
+        self.hardtanh, self.threshold = nn.Hardtanh(0.0, 6.0), nn.Threshold(0.0, 0.0)
 
     def forward(self, x):
         return self.function(self, self.first(x))
@@ -73,10 +74,10 @@ class Middle(Function):
     "function",
     [
         lambda net, h: h * torch.sigmoid(h), lambda net, h: net.sigmoid(h) * h, lambda net, h: h.mul(h.sigmoid()),
-        lambda net, h: h.mul_(torch.sigmoid(h)), lambda net, h: h * torch.sigmoid(1.702 * h), lambda net, h: h * (h > 0),
+        lambda net, h: h.mul_(torch.sigmoid(h)), lambda net, h: h * torch.sigmoid(1.702 * h), lambda net, h: h * (h > -1),
         lambda net, h: 0.5 * h * (1 + torch.erf(h / 2**0.5)), lambda net, h: 0.5 * (h * (1 + torch.erf(h / 2**0.5))),
-        lambda net, h: torch.tanh(h), lambda net, h: h.tanh(), lambda net, h: F.threshold(h, 0.1, 0.0), lambda net, h: F.glu(h, 1),
-        lambda net, h: F.hardtanh_(h), lambda net, h: F.hardtanh(h, 0.0, 6.0, True),
+        lambda net, h: torch.tanh(h), lambda net, h: h.tanh(), lambda net, h: F.threshold(h, 0.1, -1.0), lambda net, h: F.glu(h, 1),
+        lambda net, h: F.hardtanh_(h), lambda net, h: F.hardtanh(h, -2.0, 6.0, True),
     ],
 )  # fmt: skip
 def test_activations_written_out_are_two_sided_sites(function):
@@ -87,6 +88,19 @@ def test_activations_written_out_are_two_sided_sites(function):
     assert torch.equal(bounded(IMAGE), model(IMAGE))
     bounded.set_constant(0.01)
     assert (bounded(IMAGE) != model(IMAGE)).any()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, h: F.hardtanh(h, 0.0, 6.0), lambda net, h: F.hardtanh(h, min_val=0.0, max_val=6.0, inplace=True),
+        lambda net, h: net.hardtanh(h), lambda net, h: F.threshold(h, 0.0, 0.0), lambda net, h: F.threshold(h, 0.1, value=0.0),
+        lambda net, h: net.threshold(h), lambda net, h: F.softplus(h), lambda net, h: h * (h > 0), lambda net, h: h.gt(0.0) * h,
+    ],
+)  # fmt: skip
+def test_what_gives_nothing_below_zero_has_no_lower_bound(function):
+    (site,) = sites_of(Middle(function))
+    assert not site.two_sided
 
 
 def test_every_product_of_a_chain_of_them_is_a_site():

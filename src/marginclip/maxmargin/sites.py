@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from marginclip.errors import UserError, first_line
-from marginclip.maxmargin.written_out import elements_of, gates_itself
+from marginclip.maxmargin.written_out import elements_of, gates_itself, is_positive_part
 
 # Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
-ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6)
+ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6, nn.Softplus)
 TWO_SIDED_MODULES = (
-    nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.Tanh,
+    nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Mish, nn.Tanh,
     nn.Hardtanh, nn.Threshold, nn.GLU,
 )  # fmt: skip
-ONE_SIDED_FUNCTIONS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_)
+ONE_SIDED_FUNCTIONS = (F.relu, F.relu_, F.relu6, F.softplus, torch.relu, torch.relu_)
 TWO_SIDED_FUNCTIONS = (
-    F.leaky_relu, F.leaky_relu_, F.gelu, F.silu, F.elu, F.elu_, F.celu, F.selu, F.prelu, F.rrelu, F.hardswish, F.mish, F.softplus,
+    F.leaky_relu, F.leaky_relu_, F.gelu, F.silu, F.elu, F.elu_, F.celu, F.selu, F.prelu, F.rrelu, F.hardswish, F.mish,
     torch.prelu, torch.selu, torch.celu, F.tanh, torch.tanh, F.hardtanh, F.hardtanh_, F.threshold, torch.threshold_, F.glu,
 )  # fmt: skip
 ONE_SIDED_METHODS, TWO_SIDED_METHODS = ("relu", "relu_"), ("tanh",)
@@ -215,19 +215,34 @@ def _activation_calls(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, bool]]:
         if node.op == "call_module":
             module = traced.get_submodule(node.target)
             if _is_activation(module):
-                yield node, not isinstance(module, ONE_SIDED_MODULES)
+                yield node, not isinstance(module, ONE_SIDED_MODULES) and not _has_floor(module, node)
         elif node.op in ("call_function", "call_method"):
             if node.target in (*ONE_SIDED_FUNCTIONS, *ONE_SIDED_METHODS) or _is_clamp_at_zero(traced, node):
                 yield node, False
             elif node.target in (*TWO_SIDED_FUNCTIONS, *TWO_SIDED_METHODS):
-                yield node, True
+                yield node, not _has_floor(node.target, node)
             elif gates_itself(traced, node, products):
                 products.add(node)
-                yield node, True
+                yield node, not is_positive_part(node)
 
 
 def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, ONE_SIDED_MODULES + TWO_SIDED_MODULES)
+
+
+def _has_floor(activation: Any, node: fx.Node) -> bool:
+    """Whether a Hardtanh or Threshold is set to give nothing below zero."""
+    if isinstance(activation, nn.Hardtanh):
+        return bool(activation.min_val >= 0)
+    if isinstance(activation, nn.Threshold):
+        return bool(activation.threshold >= 0 and activation.value >= 0)
+    if activation in (F.hardtanh, F.hardtanh_):
+        lowest = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
+        return isinstance(lowest, (int, float)) and lowest >= 0
+    if activation in (F.threshold, torch.threshold_):
+        given = [*node.args[1:3], *(node.kwargs[key] for key in ("threshold", "value") if key in node.kwargs)]
+        return all(isinstance(value, (int, float)) and value >= 0 for value in given)
+    return False
 
 
 def _is_clamp_at_zero(traced: fx.GraphModule, node: fx.Node) -> bool:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+COMPARISONS = (operator.gt, torch.gt, "gt", operator.ge, torch.ge, "ge")
 GATES = (
-    torch.sigmoid, F.sigmoid, torch.special.expit, "sigmoid", F.hardsigmoid, torch.tanh, F.tanh, "tanh", torch.erf, torch.special.erf,
-    "erf", F.relu6, operator.gt, torch.gt, "gt", operator.ge, torch.ge, "ge",
+    *COMPARISONS, torch.sigmoid, F.sigmoid, torch.special.expit, "sigmoid", F.hardsigmoid, torch.tanh, F.tanh, "tanh", torch.erf, torch.special.erf,
+    "erf", F.relu6,
 )  # fmt: skip
 GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.ReLU6)
 ELEMENTWISE = PRODUCTS + GATES + (
@@ -32,6 +33,14 @@ def gates_itself(traced: fx.GraphModule, node: fx.Node, known: Container[fx.Node
         return False
     (first, first_gated), (second, second_gated) = (elements_of(traced, factor, known) for factor in factors)
     return first_gated != second_gated and not first.isdisjoint(second)
+
+
+def is_positive_part(node: fx.Node) -> bool:
+    """Whether such a product is x * (x > 0), which is never below zero."""
+    return any(
+        factor.target in COMPARISONS and factor.args[1:] == (0,) and factor.args[0] in node.all_input_nodes
+        for factor in node.all_input_nodes
+    )
 
 
 def elements_of(traced: fx.GraphModule, node: fx.Node, known: Container[fx.Node] = ()) -> tuple[set[fx.Node], bool]:
