@@ -12,8 +12,8 @@ from torch import fx, nn
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 COMPARISONS = (operator.gt, torch.gt, "gt", operator.ge, torch.ge, "ge")
 GATES = (
-    *COMPARISONS, torch.sigmoid, F.sigmoid, torch.special.expit, "sigmoid", F.hardsigmoid, torch.tanh, F.tanh, "tanh", torch.erf, torch.special.erf,
-    "erf", F.relu6,
+    *COMPARISONS, torch.sigmoid, F.sigmoid, torch.special.expit, "sigmoid", F.hardsigmoid, torch.tanh, F.tanh, "tanh",
+    torch.erf, torch.special.erf, "erf", F.relu6,
 )  # fmt: skip
 GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.ReLU6)
 ELEMENTWISE = PRODUCTS + GATES + (
