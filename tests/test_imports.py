@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 # Part -> the other parts of the package that it may import.
 ARROWS = {
     "allocator": set(),
+    "layout": set(),
     "errors": set(),
     "devices": set(),
     "files": {"errors"},
@@ -21,8 +22,8 @@ ARROWS = {
     "losses": {"devices", "errors"},
     "attacks": {"maxmargin", "errors"},
     "data": {"attacks", "devices", "files", "errors"},
-    "defenses": {"maxmargin", "metrics", "precision", "errors"},
-    "training": {"attacks", "losses", "maxmargin", "metrics", "errors"},
+    "defenses": {"layout", "maxmargin", "metrics", "precision", "errors"},
+    "training": {"attacks", "layout", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},
     "reporting": {"errors", "files"},
     "victims": {"attacks", "files", "errors"},

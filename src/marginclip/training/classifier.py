@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
+from marginclip.layout import training_layout
 from marginclip.losses import Loss
 from marginclip.training.replay import ReplayedNetwork
 
@@ -65,7 +66,8 @@ class ClassifierTraining(L.LightningModule):
             f"training.label_smoothing must be in [0, 1), got {label_smoothing}",
         )
         self.loss, self.seed = loss, seed
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = training_layout(model)
+        self.model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.cuda_graphs, self.replayed = cuda_graphs, ReplayedNetwork(self.model, enabled=cuda_graphs)
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
@@ -86,6 +88,9 @@ class ClassifierTraining(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         if self.loss is not None:
             self.loss.begin_epoch(self.current_epoch, int(self.trainer.max_epochs or 1))
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        batch["images"] = batch["images"].contiguous(memory_format=self.layout)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.batch_loss(batch["images"], batch["labels"])

@@ -1,0 +1,33 @@
+"""The order of a network's weights and images in memory while it is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+FEW_CHANNELS = 8
+
+
+def training_layout(network: nn.Module) -> torch.memory_format:
+    """Channels-last, which is the faster one, unless training ``network`` so could corrupt memory.
+
+    On CPUs without AVX-512, torch 2.14.1 writes past a buffer in the backward pass of a 1 x 1 convolution of stride 2 with fewer than
+    8 input channels, on channels-last images. The process then aborts ("double free or corruption"), at once or later::
+
+        layer = torch.nn.Conv2d(4, 8, 1, stride=2, bias=False).to(memory_format=torch.channels_last)
+        for _ in range(1000):
+            images = torch.rand(128, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+            layer(images).sum().backward()
+
+    The shortcuts of a ResNet of width 4 to 7 are such layers. Contiguous images are safe, and so are frozen weights.
+    """
+    return torch.contiguous_format if any(map(_corrupts_memory, network.modules())) else torch.channels_last
+
+
+def _corrupts_memory(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and layer.in_channels // layer.groups < FEW_CHANNELS
+    )
