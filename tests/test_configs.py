@@ -55,6 +55,47 @@ def test_every_option_composes(name, option):
     assert content["seed"] == 0
 
 
+def package_of(option):
+    """The dotted path under which the values of an option file appear: its ``@package``, or its group."""
+    header = (CONF / option).with_suffix(".yaml").read_text().partition("\n")[0]
+    package = header.removeprefix("# @package ").strip() if header.startswith("# @package ") else ".".join(option.parent.parts)
+    return "" if package == "_global_" else package
+
+
+def flat(node, path=""):
+    """Every value of nested dictionaries, by its dotted key."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+@pytest.mark.parametrize("name", ["train", "defend"])
+@pytest.mark.parametrize("option", OPTIONS, ids=choice)
+def test_every_value_written_in_an_option_file_is_the_value_composed(name, option):
+    """Nothing that an experiment or another option sets is overwritten by what stands around it."""
+    if option.parts[0] not in groups_of(name):
+        assert name == "train"
+        return
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose(name, overrides=[choice(option)], return_hydra_config=True)
+    written = OmegaConf.to_container(OmegaConf.load((CONF / option).with_suffix(".yaml")))
+    written.pop("defaults", None)
+    package = package_of(option)
+    found = dict(flat(OmegaConf.to_container(whole, resolve=False)))
+    pairs = {key: (value, found.get(key)) for key, value in flat(written, f"{package}." if package else "")}
+    lost = {key: pair for key, pair in pairs.items() if key not in found or not same(key, *pair)}
+    assert not lost
+
+
+def same(key, written, composed):
+    """Whether a value is the one written; Hydra turns the values of a sweep into text, and its mode into an enumeration."""
+    if key.startswith("hydra."):
+        return str(written) == str(getattr(composed, "name", composed))
+    return written == composed
+
+
 def targets(content):
     """Every node with a ``_target_``, at any depth."""
     if isinstance(content, dict):
@@ -228,14 +269,6 @@ def test_there_is_such_an_experiment():
 
 SMALL = sorted(name for name in options("experiment") if name.startswith("longtail_") and name.endswith("_small"))
 MAY_DIFFER = {"training.epochs", "training.scheduler.epochs", "model.width"}
-
-
-def flat(node, path=""):
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 @pytest.mark.parametrize("small", SMALL)
