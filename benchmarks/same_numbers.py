@@ -3,8 +3,8 @@
     python benchmarks/same_numbers.py write before.json      (in the code as it was)
     python benchmarks/same_numbers.py check before.json      (in the code as it is)
 
-Each run is a job of ``train.py`` or ``defend.py`` on digits, a network of width 4, fp32 on the CPU. From its folder come, to the last bit, the
-metrics, scores of classes, course of learning, findings, detection, bounds and arrays, and of its victim the weights. ``check`` names every
+Each run is a job of ``train.py`` or ``defend.py`` on digits, a network of width 4, fp32 on the CPU. From its folder come, to the last bit,
+the metrics, scores of classes, course of learning, findings, detection, bounds and arrays, and of its victim the weights. ``check`` names every
 entry that differs and exits with 1. Digests compare on one machine only: other processors round otherwise.
 """
 
@@ -31,6 +31,7 @@ COMMON = (
 POISONED = "attack.min_success=0"
 BOUNDS = "defense.steps=4 defense.check_every=2"
 ASCENT = "defense.ascent.first_steps=2 defense.ascent.steps=1 defense.ascent.starts_per_class=2"
+MMBD = "defense.detection.starts=2 defense.detection.steps=2 defense.detection.simulations=100"
 NESTED = " ".join(
     f"defense.{part}.{key}"
     for part in ("mmac", "mmom")
@@ -59,12 +60,12 @@ RUNS = {
     "post-hoc": f"defend -m {POISONED} defense=bias_only,temperature_scaling,bias_corrected_temperature,vector_scaling,lws,"
     "tau_normalisation,logit_adjustment",
     "counts known": f"defend imbalance=exponential defense=logit_adjustment defense.class_counts=known {POISONED} attack=badnet",
-    "auto": f"defend {POISONED} defense=auto {NESTED} defense.detection.starts=2 defense.detection.steps=2 defense.detection.simulations=100",
-    "auto, mmac": f"defend {POISONED} defense=auto {NESTED} defense.detection.starts=2 defense.detection.steps=2 "
-    "defense.detection.simulations=100 defense.detection.alpha=0.999 defense.max_cost=1",
+    "auto": f"defend {POISONED} defense=auto {NESTED} {MMBD}",
+    "auto, mmac": f"defend {POISONED} defense=auto {NESTED} {MMBD} "
+    "defense.detection.alpha=0.999 defense.max_cost=1",
     "mm-bd": f"defend {POISONED} defense=none detect=mmbd detect.starts=2 detect.steps=3 detect.simulations=200",
     "long tail": f"defend -m imbalance=exponential,step loss=cross_entropy,mixup,ldam,gcl defense=mmom {BOUNDS} {ASCENT}",
-    "long-tail recipe": f"defend imbalance=exponential training=long_tail training.epochs=6 training.scheduler.warm_up_epochs=1 defense=bias_only",
+    "long-tail recipe": "defend imbalance=exponential training=long_tail training.epochs=6 training.scheduler.warm_up_epochs=1 defense=bias_only",
     "train": "train attack=none seed=1",
     "checkpoint": f"defend victim=checkpoint victim.path=WEIGHTS {BOUNDS} {ASCENT}",
 }  # fmt: skip

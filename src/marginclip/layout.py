@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FEW_CHANNELS = 8
+
+
+def in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
+    """``images`` (N, C, H, W) in ``layout``, also by their strides.
+
+    Images of one channel are in both layouts at once; torch then goes by the strides, which ``contiguous`` leaves as they are.
+    """
+    if layout is torch.contiguous_format and images.stride() != _plain_strides(images):
+        return images.clone(memory_format=torch.contiguous_format)
+    return images.contiguous(memory_format=layout)
+
+
+def lay_out_for_training(network: nn.Module) -> torch.memory_format:
+    """Bring the weights of ``network`` into :func:`training_layout`, which is returned, in place."""
+    layout = training_layout(network)
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            weight.data = in_layout(weight.data, layout)
+    return layout
+
+
+def _plain_strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(int(tensor.shape[axis + 1 :].numel()) for axis in range(tensor.dim()))
 
 
 def training_layout(network: nn.Module) -> torch.memory_format:

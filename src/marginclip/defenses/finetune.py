@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from marginclip.defenses.base import Defense, check_clean_set, clean_logits
 from marginclip.errors import require
-from marginclip.layout import training_layout
+from marginclip.layout import in_layout, lay_out_for_training, training_layout
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,7 +73,7 @@ class FineTune(Defense):
             log.info(
                 "batch-norm statistics are re-estimated from %d clean images; defense.batch_norm=frozen keeps the model's", len(images)
             )  # fmt: skip
-        self.learn_from(trainable_copy(model), images.clone(memory_format=training_layout(model)), labels)
+        self.learn_from(trainable_copy(model), in_layout(images, training_layout(model)).clone(), labels)
 
     def learn_from(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         """Take the network to train, what enters it (N, ...) and labels (N,); copies of both are the caller's to make."""
@@ -172,8 +172,9 @@ class FineTune(Defense):
 def trainable_copy(model: Model) -> Model:
     """A copy of ``model`` that shares nothing with it and whose every parameter can be learned, in the layout to train it in."""
     with torch.inference_mode(False):
-        own = copy.deepcopy(model).to(memory_format=training_layout(model))  # type: ignore[call-overload]
-    return own.requires_grad_(True)  # type: ignore[no-any-return]
+        own = copy.deepcopy(model)
+        lay_out_for_training(own)
+    return own.requires_grad_(True)
 
 
 def set_training(network: nn.Module, *, batch_norm: str) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
-from marginclip.layout import training_layout
+from marginclip.layout import in_layout, lay_out_for_training
 from marginclip.losses import Loss
 from marginclip.training.replay import ReplayedNetwork
 
@@ -66,8 +66,7 @@ class ClassifierTraining(L.LightningModule):
             f"training.label_smoothing must be in [0, 1), got {label_smoothing}",
         )
         self.loss, self.seed = loss, seed
-        self.layout = training_layout(model)
-        self.model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.model, self.layout = model, lay_out_for_training(model)
         self.cuda_graphs, self.replayed = cuda_graphs, ReplayedNetwork(self.model, enabled=cuda_graphs)
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
@@ -90,7 +89,7 @@ class ClassifierTraining(L.LightningModule):
             self.loss.begin_epoch(self.current_epoch, int(self.trainer.max_epochs or 1))
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        batch["images"] = batch["images"].contiguous(memory_format=self.layout)
+        batch["images"] = in_layout(batch["images"], self.layout)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.batch_loss(batch["images"], batch["labels"])
