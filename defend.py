@@ -7,13 +7,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from marginclip.running.cli import command_line, run_job
+from marginclip.experiment.command import command_line, run_job
 
 
 def task(config: DictConfig) -> Path:
     """One run: the victim (found, or trained first), its repair, the table, the record."""
+    from marginclip.experiment.run import defend
     from marginclip.reporting import print_table
-    from marginclip.running.cell import defend
 
     record = defend(config)
     print_table(record.content)

@@ -7,17 +7,17 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from marginclip.running.cli import command_line, run_job
+from marginclip.experiment.command import command_line, run_job
 
 
 def task(config: DictConfig) -> Path:
     """Train the victim, or find it trained; returns its record."""
-    from marginclip.running.build import build_scene
-    from marginclip.running.process import prepare_process
-    from marginclip.running.victim import obtain_victim
+    from marginclip.experiment.building import build_setup
+    from marginclip.experiment.process import prepare_process
+    from marginclip.experiment.victim import obtain_victim
 
     prepare_process(config)
-    victim, _ = obtain_victim(config, build_scene(config))
+    victim, _ = obtain_victim(config, build_setup(config))
     return victim.folder / "victim.json"
 
 

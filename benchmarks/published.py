@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from marginclip.maxmargin import BoundedNetwork, margin
+from marginclip.clipping import BoundedNetwork
+from marginclip.maxmargin import margin
 
 
 def ascend_class(model: nn.Module, label: int, count: int, shape: tuple[int, ...], steps: int) -> Tensor:

@@ -28,20 +28,20 @@ def one_side(side: str, overrides: list[str]) -> dict[str, Any]:
     """Repair the victim and measure the repair alone."""
     from marginclip.defenses import fit_defense
     from marginclip.evaluation import Evaluation
-    from marginclip.running.build import build_scene
-    from marginclip.running.cell import make_defense
-    from marginclip.running.process import prepare_process
-    from marginclip.running.quiet import quiet_lightning
-    from marginclip.running.trainers import build_trainer
-    from marginclip.running.victim import obtain_victim
+    from marginclip.experiment.building import build_setup
+    from marginclip.experiment.process import prepare_process
+    from marginclip.experiment.run import make_defense
+    from marginclip.experiment.trainers import build_trainer
+    from marginclip.experiment.victim import obtain_victim
+    from marginclip.silence import silence_lightning
 
-    quiet_lightning()
+    silence_lightning()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("defend", overrides=["defense=mmac", "logger=none", *overrides])
     prepare_process(config)
-    scene = build_scene(config)
-    victim, _ = obtain_victim(config, scene)
-    model, (images, labels) = scene.model.eval(), scene.data.clean_set()
+    setup = build_setup(config)
+    victim, _ = obtain_victim(config, setup)
+    model, (images, labels) = setup.model.eval(), setup.data.clean_set()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     started = time.perf_counter()
     if side == "ours":
@@ -63,7 +63,7 @@ def one_side(side: str, overrides: list[str]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     evaluation = Evaluation({"none": model, "repaired": repaired})
-    build_trainer(config, victim.folder, **quiet).test(evaluation, scene.data, verbose=False)
+    build_trainer(config, victim.folder, **quiet).test(evaluation, setup.data, verbose=False)
     results = evaluation.results()
     return {
         "seconds": seconds,

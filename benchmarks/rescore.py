@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from marginclip.maxmargin import BoundedNetwork, margin_drop
+from marginclip.clipping import BoundedNetwork
+from marginclip.experiment.building import build_setup
+from marginclip.experiment.victim import find_victim
+from marginclip.maxmargin import margin_drop
 from marginclip.reporting import load_records
-from marginclip.running.build import build_scene
-from marginclip.running.victim import find_victim
 
 
 def decide(rule: str, logits: Tensor, bounded: Tensor, threshold: float) -> Tensor:
@@ -39,17 +40,17 @@ def decide(rule: str, logits: Tensor, bounded: Tensor, threshold: float) -> Tens
 def rescore(record: dict[str, Any], runs_dir: Path, rule: str) -> dict[str, float]:
     """ACC and, under an attack, ASR and PACC of one run, as fractions."""
     config = OmegaConf.create(record["config"] | {"runs_dir": str(runs_dir)})
-    scene = build_scene(config)
+    setup = build_setup(config)
     victim = find_victim(config)
-    model = scene.model.eval()
+    model = setup.model.eval()
     model.load_state_dict(load_file(victim.weights))
-    repaired = BoundedNetwork(model, torch.zeros(1, *scene.splits.image_shape)).to(memory_format=torch.channels_last)
+    repaired = BoundedNetwork(model, torch.zeros(1, *setup.splits.image_shape)).to(memory_format=torch.channels_last)
     repaired.load_bounds(load_file(Path(record["path"]) / "bounds.safetensors"))
     model = model.to(memory_format=torch.channels_last)
     hits: dict[str, list[Tensor]] = {"acc": [], "asr": [], "pacc": []}
-    for loader in scene.data.test_dataloader():
+    for loader in setup.data.test_dataloader():
         for raw in loader:
-            batch = scene.data.on_after_batch_transfer(raw, 0)
+            batch = setup.data.on_after_batch_transfer(raw, 0)
             with torch.autocast("cpu", torch.bfloat16, enabled=record["precision"] == "bf16-mixed"):
                 logits, bounded = model(batch["images"]).float(), repaired(batch["images"]).float()
             decisions = decide(rule, logits, bounded, record["detector"]["threshold"])

@@ -4,8 +4,8 @@
     python benchmarks/same_numbers.py check before.json      (in the code as it is)
 
 Each run is a job of ``train.py`` or ``defend.py`` on digits, a network of width 4, fp32 on the CPU. From its folder come, to the last bit,
-the metrics, scores of classes, course of learning, findings, detection, bounds and arrays, and of its victim the weights. ``check`` names every
-entry that differs and exits with 1. Digests compare on one machine only: other processors round otherwise.
+the metrics, scores of classes, course of learning, findings, detection, bounds and arrays, and of its victim the weights. ``check`` names
+every entry that differs and exits with 1. Digests compare on one machine only: other processors round otherwise.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ RUNS = {
     "x2x": f"defend -m {POISONED} {BOUNDS} {ASCENT} x2x=one2one,all2all attack=badnet",
     "input-aware": f"defend {POISONED} {BOUNDS} {ASCENT} attack=input_aware attack.mask_epochs=1 attack.width=4",
     "clean-label": f"defend {POISONED} {BOUNDS} {ASCENT} attack=clean_label attack.steps=2 attack.surrogate.epochs=1",
-    "adaptive": f"defend {POISONED} {BOUNDS} {ASCENT} attack=adaptive attack.rounds=1 attack.epochs_per_round=1 attack.max_batches=2 "
-    "attack.defender.steps=2 attack.defender.check_every=1 attack.clean_per_class=6",
+    "adaptive": f"defend attack.base.min_success=0 {BOUNDS} {ASCENT} attack=adaptive attack.rounds=1 attack.epochs_per_round=1 "
+    "attack.max_batches=2 attack.defender.steps=2 attack.defender.check_every=1 attack.clean_per_class=6",
     "schedules": f"defend -m {POISONED} defense=mmac defense/schedule=SCHEDULES {BOUNDS} {ASCENT}",
     "paper's detector": f"defend {POISONED} {BOUNDS} {ASCENT} defense/detector=paper",
     "static clip": f"defend {POISONED} defense=static_clip",
@@ -65,7 +65,8 @@ RUNS = {
     "defense.detection.alpha=0.999 defense.max_cost=1",
     "mm-bd": f"defend {POISONED} defense=none detect=mmbd detect.starts=2 detect.steps=3 detect.simulations=200",
     "long tail": f"defend -m imbalance=exponential,step loss=cross_entropy,mixup,ldam,gcl defense=mmom {BOUNDS} {ASCENT}",
-    "long-tail recipe": "defend imbalance=exponential training=long_tail training.epochs=6 training.scheduler.warm_up_epochs=1 defense=bias_only",
+    "long-tail recipe": "defend imbalance=exponential training=long_tail training.epochs=6 "
+    "training.scheduler.warm_up_epochs=1 defense=bias_only",
     "train": "train attack=none seed=1",
     "checkpoint": f"defend victim=checkpoint victim.path=WEIGHTS {BOUNDS} {ASCENT}",
 }  # fmt: skip

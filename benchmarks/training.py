@@ -99,7 +99,7 @@ def run_lightning(count: int, width: int) -> tuple[float, float]:
     import lightning as L
 
     from marginclip.precision import precision_for
-    from marginclip.running.quiet import quiet_lightning
+    from marginclip.silence import silence_lightning
 
     class Clock(L.Callback):
         seconds = (0.0, 0.0)
@@ -110,7 +110,7 @@ def run_lightning(count: int, width: int) -> tuple[float, float]:
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             self.seconds = self.watch.read()
 
-    quiet_lightning()
+    silence_lightning()
     data, training, _ = ours(count, width)
     clock = Clock()
     trainer = L.Trainer(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from marginclip.maxmargin import BoundedNetwork, margin
+from marginclip.clipping import BoundedNetwork
+from marginclip.maxmargin import margin
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

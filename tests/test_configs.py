@@ -16,9 +16,9 @@ from PIL import Image
 from marginclip.attacks import AllToOne
 from marginclip.defenses import fit_defense
 from marginclip.errors import UserError
+from marginclip.experiment.building import instantiate as make
+from marginclip.experiment.run import NOT_ARGUMENTS, defend, make_defense
 from marginclip.losses import with_cosine_head
-from marginclip.running.build import instantiate as make
-from marginclip.running.cell import NOT_ARGUMENTS, defend, make_defense
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]

@@ -53,7 +53,7 @@ def evaluate(evaluation, *parts, **settings):
 
 
 @pytest.fixture
-def scene():
+def setup():
     """Forty clean images, and the thirty of them that all2one with target 2 may flip."""
     labels = torch.arange(40) % 4
     sources = labels[labels != 2]
@@ -63,31 +63,31 @@ def scene():
 NONE = torch.empty(0, dtype=torch.long)
 
 
-def test_perfect_and_captured_networks(scene):
-    labels, sources, targets = scene
+def test_perfect_and_captured_networks(setup):
+    labels, sources, targets = setup
     perfect = Table(torch.eye(4)[torch.cat([labels, sources])])
     captured = Table(torch.eye(4)[torch.cat([labels, targets])])
     constant = Table(always(2, 70))
-    found = evaluate(Evaluation({"none": perfect, "captured": captured, "constant": constant}), *scene)
+    found = evaluate(Evaluation({"none": perfect, "captured": captured, "constant": constant}), *setup)
     assert found["none"] == {"acc": 1, "asr": 0, "pacc": 1}
     assert found["captured"] == {"acc": 1, "asr": 1, "pacc": 0}
     assert found["constant"] == {"acc": 0.25, "asr": 1, "pacc": 0}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_counts_by_loop(scene, batch_size):
-    labels, sources, targets = scene
+def test_counts_by_loop(setup, batch_size):
+    labels, sources, targets = setup
     logits = torch.randn(70, 4, generator=torch.Generator().manual_seed(0))
-    found = evaluate(Evaluation({"none": Table(logits)}), *scene, batch_size=batch_size)["none"]
+    found = evaluate(Evaluation({"none": Table(logits)}), *setup, batch_size=batch_size)["none"]
     decisions = logits.argmax(1).tolist()
     assert found["acc"] == pytest.approx(sum(map(int.__eq__, decisions[:40], labels.tolist())) / 40)
     assert found["asr"] == pytest.approx(sum(map(int.__eq__, decisions[40:], targets.tolist())) / 30)
     assert found["pacc"] == pytest.approx(sum(map(int.__eq__, decisions[40:], sources.tolist())) / 30)
 
 
-def test_cross_triggered_images_count_as_right_by_their_true_label_and_for_nothing_else(scene):
+def test_cross_triggered_images_count_as_right_by_their_true_label_and_for_nothing_else(setup):
     """Thirty more images, of which every third is taken for its true class, the others for the target."""
-    labels, sources, targets = scene
+    labels, sources, targets = setup
     crossed = torch.where(torch.arange(30) % 3 == 0, sources, targets)
     network = Table(torch.eye(4)[torch.cat([labels, targets, crossed])])
     bounded = Table(torch.eye(4)[torch.cat([labels, sources, sources])])
@@ -97,25 +97,25 @@ def test_cross_triggered_images_count_as_right_by_their_true_label_and_for_nothi
     ]
     evaluation = Evaluation({"none": network, "mmac": bounded}, {"mmdf": ("mmac", detector)})
     trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
-    trainer.test(evaluation, [*loaders(*scene), DataLoader(third, batch_size=None)], verbose=False)
+    trainer.test(evaluation, [*loaders(*setup), DataLoader(third, batch_size=None)], verbose=False)
     found = evaluation.results()
     assert found["none"] == {"acc": 1, "asr": 1, "pacc": 0, "cross_acc": pytest.approx(1 / 3)}
     assert found["mmac"] == {"acc": 1, "asr": 0, "pacc": 1, "cross_acc": 1}
     assert len(evaluation.scores()["mmdf_triggered"]) == 30
 
 
-def test_without_triggered_images_there_is_no_asr(scene):
+def test_without_triggered_images_there_is_no_asr(setup):
     logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     pair = (Table(logits), Table(logits + 0.1 * torch.randn(40, 4, generator=torch.Generator().manual_seed(2))))
     detector = MarginDropDetector.from_logits(*pair, pair[0].logits, pair[1].logits)
-    found = evaluate(Evaluation({"none": pair[0], "mmac": pair[1]}, {"mmdf": ("mmac", detector)}), scene[0], NONE, NONE)
+    found = evaluate(Evaluation({"none": pair[0], "mmac": pair[1]}, {"mmdf": ("mmac", detector)}), setup[0], NONE, NONE)
     assert set(found["none"]) == set(found["mmac"]) == {"acc"}
     assert set(found["mmdf"]) == {"acc", "fpr"}
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])  # logits of large networks go far beyond where a float32 sigmoid saturates
-def test_detectors_by_sklearn_and_by_hand(scene, scale):
-    labels, sources, targets = scene
+def test_detectors_by_sklearn_and_by_hand(setup, scale):
+    labels, sources, targets = setup
     generator = torch.Generator().manual_seed(3)
     logits = scale * torch.randn(70, 4, generator=generator)
     drop = torch.cat([torch.full((40,), 0.3), torch.full((30,), 0.8)]).unsqueeze(1)
@@ -125,7 +125,7 @@ def test_detectors_by_sklearn_and_by_hand(scene, scale):
     networks = {"none": Table(logits), "mmac": Table(bounded)}
     detector = MarginDropDetector.from_logits(*networks.values(), clean, noisy, theta=0.05, correction="exclude")
     evaluation = Evaluation(networks, {"mmdf": ("mmac", detector)})
-    found = evaluate(evaluation, *scene)["mmdf"]
+    found = evaluate(evaluation, *setup)["mmdf"]
     wanted = detector.decide(logits, bounded)
     assert 0 < int(wanted.flagged[:40].sum()) < int(wanted.flagged[40:].sum())
     assert found["fpr"] == pytest.approx(float(wanted.flagged[:40].float().mean()))
@@ -139,8 +139,8 @@ def test_detectors_by_sklearn_and_by_hand(scene, scale):
     torch.testing.assert_close(scores["mmdf_triggered"], wanted.statistic[40:])
 
 
-def test_rejected_images_are_neither_right_nor_captured(scene):
-    labels, _, targets = scene
+def test_rejected_images_are_neither_right_nor_captured(setup):
+    labels, _, targets = setup
     logits = torch.eye(4)[torch.cat([labels, targets])] * 9
     bounded = logits.clone()
     bounded[40:] = 0
@@ -148,7 +148,7 @@ def test_rejected_images_are_neither_right_nor_captured(scene):
         Table(logits), Table(bounded), draw(0), draw(0) + 0.01 * draw(1), correction="reject", null_distribution="gaussian"
     )
     networks = {"none": Table(logits), "mmac": Table(bounded)}
-    found = evaluate(Evaluation(networks, {"mmdf": ("mmac", detector)}), *scene)["mmdf"]
+    found = evaluate(Evaluation(networks, {"mmdf": ("mmac", detector)}), *setup)["mmdf"]
     assert found == {"acc": 1, "asr": 0, "pacc": 0, "fpr": 0, "tpr": 1, "auroc": 1}
 
 
@@ -158,43 +158,43 @@ def draw(seed):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["none", "mmac"])
-def test_logits_that_are_not_finite_are_refused(scene, bad, name):
+def test_logits_that_are_not_finite_are_refused(setup, bad, name):
     networks = {"none": Table(always(0, 70)), "mmac": Table(always(0, 70))}
     networks[name].logits[50, 3] = bad
     with pytest.raises(UserError, match=f"the network '{name}' gives NaN or infinite logits"):
-        evaluate(Evaluation(networks), *scene)
+        evaluate(Evaluation(networks), *setup)
 
 
-def test_one_pass_serves_everything(scene):
+def test_one_pass_serves_everything(setup):
     """Every network runs once on each batch, however many detectors look at it."""
     calls = []
     network = Table(always(1, 70))
     network.register_forward_hook(lambda *_: calls.append(1))
     other = Table(always(1, 70))
     detectors = {name: ("mmac", MarginDropDetector.from_logits(network, other, draw(0), draw(1))) for name in ("a", "b")}
-    evaluate(Evaluation({"none": network, "mmac": other}, detectors), *scene, batch_size=10)
+    evaluate(Evaluation({"none": network, "mmac": other}, detectors), *setup, batch_size=10)
     assert len(calls) == 4 + 3
 
 
-def detailed(scene, **settings):
+def detailed(setup, **settings):
     """The evaluation of a network, a repair and a rejecting detector, with the scores of every class."""
-    labels, _, targets = scene
+    labels, _, targets = setup
     logits = torch.randn(70, 4, generator=torch.Generator().manual_seed(4)) + 2 * torch.eye(4)[torch.cat([labels, targets])]
     bounded = logits.clone()
     bounded[::3] *= -1  # images whose margin drops: some of them are clean
     networks = {"none": Table(logits), "mmac": Table(bounded)}
     detector = MarginDropDetector.from_logits(*networks.values(), draw(0), draw(0) + 0.01 * draw(1), correction="reject")
     evaluation = Evaluation(networks, {"mmdf": ("mmac", detector)}, num_classes=4, **settings)
-    found = evaluate(evaluation, *scene)
+    found = evaluate(evaluation, *setup)
     return evaluation, found, {"none": logits, "mmac": bounded, "mmdf": detector.decide(logits, bounded).decisions}
 
 
 CALIBRATION = {"ece", "mce", "nll", "brier"}
 
 
-def test_scores_of_every_class_are_those_of_the_clean_images_alone(scene):
-    labels = scene[0]
-    evaluation, found, given = detailed(scene)
+def test_scores_of_every_class_are_those_of_the_clean_images_alone(setup):
+    labels = setup[0]
+    evaluation, found, given = detailed(setup)
     for name, values in given.items():
         decisions = (values if name == "mmdf" else values.argmax(1))[:40]
         expected = [
@@ -212,35 +212,35 @@ def test_scores_of_every_class_are_those_of_the_clean_images_alone(scene):
     assert evaluation.class_arrays()["confusion/none"].shape == (4, 4)
 
 
-def test_decisions_without_logits_have_no_calibration(scene):
-    evaluation, found, given = detailed(scene)
+def test_decisions_without_logits_have_no_calibration(setup):
+    evaluation, found, given = detailed(setup)
     assert set(found["none"]) == set(found["mmac"]) == {"acc", "asr", "pacc", "macro_f1", "worst_class"} | CALIBRATION
     assert set(found["mmdf"]) == {"acc", "asr", "pacc", "fpr", "tpr", "auroc", "macro_f1", "worst_class"}
     assert [name for name in evaluation.class_arrays() if "reliability" in name] == ["reliability/none", "reliability/mmac"]
-    wanted = nn.functional.cross_entropy(given["none"][:40], scene[0])
+    wanted = nn.functional.cross_entropy(given["none"][:40], setup[0])
     assert found["none"]["nll"] == pytest.approx(wanted.item(), rel=1e-5)
     assert evaluation.class_arrays()["reliability/none"][:, 0].sum() == 40
 
 
-def test_common_and_rare_classes_go_by_the_training_images(scene):
-    evaluation, found, _ = detailed(scene, training_counts=torch.tensor([500, 200, 100, 3]))
+def test_common_and_rare_classes_go_by_the_training_images(setup):
+    evaluation, found, _ = detailed(setup, training_counts=torch.tensor([500, 200, 100, 3]))
     for name, each in evaluation.per_class().items():
         assert found[name]["many"] == pytest.approx((each[0] + each[1]) / 2)
         assert (found[name]["medium"], found[name]["few"]) == (pytest.approx(each[2]), pytest.approx(each[3]))
-    assert "few" not in detailed(scene, training_counts=torch.full((4,), 50))[1]["none"]
-    assert "medium" not in detailed(scene)[1]["none"]
+    assert "few" not in detailed(setup, training_counts=torch.full((4,), 50))[1]["none"]
+    assert "medium" not in detailed(setup)[1]["none"]
 
 
-def test_a_class_without_test_images_is_null_and_a_thousand_classes_keep_no_confusion(scene):
+def test_a_class_without_test_images_is_null_and_a_thousand_classes_keep_no_confusion(setup):
     evaluation = Evaluation({"none": Table(torch.randn(40, 1000))}, num_classes=1000)
-    evaluate(evaluation, scene[0], NONE, NONE)
+    evaluate(evaluation, setup[0], NONE, NONE)
     each = evaluation.per_class()["none"]
     assert len(each) == 1000
     assert all(isinstance(value, float) for value in each[:4]) and set(each[4:]) == {None}
     assert list(evaluation.class_arrays()) == ["reliability/none"]
 
 
-def test_without_a_number_of_classes_there_are_no_scores_of_classes(scene):
+def test_without_a_number_of_classes_there_are_no_scores_of_classes(setup):
     evaluation = Evaluation({"none": Table(torch.randn(70, 4))})
-    evaluate(evaluation, *scene)
+    evaluate(evaluation, *setup)
     assert evaluation.per_class() == evaluation.class_arrays() == {}

@@ -11,23 +11,25 @@ PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 # Part -> the other parts of the package that it may import.
 ARROWS = {
     "allocator": set(),
-    "layout": set(),
     "errors": set(),
+    "silence": set(),
+    "record": {"files", "errors"},
     "devices": set(),
     "files": {"errors"},
     "precision": {"devices", "errors"},
-    "maxmargin": {"errors"},
+    "networks": {"errors"},
+    "clipping": {"networks", "errors"},
+    "maxmargin": {"networks", "errors"},
     "metrics": {"errors"},
     "models": {"errors"},
     "losses": {"devices", "errors"},
-    "attacks": {"maxmargin", "errors"},
+    "attacks": {"maxmargin", "networks", "errors"},
     "data": {"attacks", "devices", "files", "errors"},
-    "defenses": {"layout", "maxmargin", "metrics", "precision", "errors"},
-    "training": {"attacks", "layout", "losses", "maxmargin", "metrics", "errors"},
+    "defenses": {"clipping", "networks", "maxmargin", "metrics", "precision", "silence", "errors"},
+    "training": {"attacks", "clipping", "networks", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},
-    "reporting": {"errors", "files"},
-    "victims": {"attacks", "files", "errors"},
-    "__init__": {"defenses", "maxmargin", "errors"},
+    "reporting": {"record", "errors", "files"},
+    "__init__": {"clipping", "defenses", "maxmargin", "errors"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -36,8 +38,8 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def below_running():
-    return [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in FILES if part_of(path) != "running"]
+def below_experiment():
+    return [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in FILES if part_of(path) != "experiment"]
 
 
 def imports(path):
@@ -57,7 +59,7 @@ def own(path):
     return {(part, line) for part, line in found if part != part_of(path)}
 
 
-@pytest.mark.parametrize("path", below_running())
+@pytest.mark.parametrize("path", below_experiment())
 def test_arrows_point_down(path):
     part = part_of(path)
     assert part in ARROWS, f"say in ARROWS and architecture.md what '{part}' may import"
@@ -67,24 +69,24 @@ def test_arrows_point_down(path):
 
 def test_the_arrows_are_seen():
     """The reading above does find imports, including those inside functions."""
-    assert {part for part, _ in own(PACKAGE / "running" / "victim.py")} >= {"evaluation", "training", "victims"}
-    assert "reporting" in {part for part, _ in own(PACKAGE / "running" / "loggers.py")}
+    assert {part for part, _ in own(PACKAGE / "experiment" / "victim.py")} >= {"evaluation", "training"}
+    assert "reporting" in {part for part, _ in own(PACKAGE / "experiment" / "loggers.py")}
     assert len(FILES) > 30
 
 
 def test_core_needs_torch_only():
     allowed = set(sys.stdlib_module_names) | {"torch", "marginclip"}
-    for path in (PACKAGE / "maxmargin").glob("*.py"):
+    for path in [file for part in ("maxmargin", "clipping", "networks") for file in (PACKAGE / part).glob("*.py")]:
         assert {name.split(".")[0] for name, _ in imports(path)} <= allowed, path
 
 
-def test_hydra_ends_at_running():
+def test_hydra_ends_at_experiment():
     for path in FILES:
-        if part_of(path) != "running":
+        if part_of(path) != "experiment":
             assert not {name.split(".")[0] for name, _ in imports(path)} & {"hydra", "omegaconf"}, path
 
 
-@pytest.mark.parametrize("module", ["marginclip", "marginclip.running.cli"])
+@pytest.mark.parametrize("module", ["marginclip", "marginclip.experiment.command"])
 def test_command_line_starts_without_torch(module):
     heavy = "{'torch', 'lightning', 'wandb', 'matplotlib'}"
     code = f"import sys, {module}; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"

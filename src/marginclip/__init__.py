@@ -12,14 +12,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from marginclip.clipping import BoundedNetwork
     from marginclip.defenses import BoundLearning, repair
     from marginclip.errors import UserError
-    from marginclip.maxmargin import BoundedNetwork, Detection, MarginDropDetector, MaximumMargins, maximum_margin_detection
+    from marginclip.maxmargin import Detection, MarginDropDetector, MaximumMargins, maximum_margin_detection
 
 _HOMES = {
     "repair": "marginclip.defenses",
     "BoundLearning": "marginclip.defenses",
-    "BoundedNetwork": "marginclip.maxmargin",
+    "BoundedNetwork": "marginclip.clipping",
     "MarginDropDetector": "marginclip.maxmargin",
     "Detection": "marginclip.maxmargin",
     "MaximumMargins": "marginclip.maxmargin",

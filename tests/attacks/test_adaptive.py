@@ -60,7 +60,7 @@ def test_the_plan_is_rounds_of_epochs_whatever_the_training_says():
 
 
 def test_bounds_are_learned_by_what_the_workshop_gives():
-    class Workshop:
+    class TrainingAccess:
         def load_base_victim(self, base):
             self.base = base
 
@@ -68,12 +68,12 @@ def test_bounds_are_learned_by_what_the_workshop_gives():
             self.given = defender, clean_per_class
             return lambda model: {"of": model}
 
-    attack, workshop = make(clean_per_class=9), Workshop()
+    attack, access = make(clean_per_class=9), TrainingAccess()
     with pytest.raises(UserError, match="must be prepared before it trains"):
         attack.learn_bounds(None)
-    attack.prepare(workshop)
-    assert workshop.base is attack.base
-    assert workshop.given == (attack.defender, 9)
+    attack.prepare(access)
+    assert access.base is attack.base
+    assert access.given == (attack.defender, 9)
     assert attack.learn_bounds("model") == {"of": "model"}
 
 

@@ -36,7 +36,7 @@ def linear_classifier(classes=4, seed=0):
     return model.requires_grad_(False)
 
 
-class Workshop:
+class TrainingAccess:
     """Training data in memory, a surrogate, and a note of what is replaced."""
 
     def __init__(self, splits, data, surrogate):
@@ -63,7 +63,7 @@ def splits():
 
 
 def prepared(splits, **settings):
-    """The attack, its data, and the workshop after the preparation, with a surrogate trained for a moment."""
+    """The attack, its data, and the access after the preparation, with a surrogate trained for a moment."""
     attack = make(**settings)
     data = ImageData(splits, attack=attack, augment=Augment(), batch_size=80, clean_per_class=5)
     images, labels = splits.train.images.float() / 255, splits.train.labels
@@ -73,44 +73,44 @@ def prepared(splits, **settings):
         loss = F.cross_entropy(F.linear(images.flatten(1), *weights), labels)
         for value, gradient in zip(surrogate[1].parameters(), torch.autograd.grad(loss, weights), strict=True):
             value.data -= 0.05 * gradient
-    workshop = Workshop(splits, data, surrogate)
-    attack.prepare(workshop)
-    return attack, data, workshop
+    access = TrainingAccess(splits, data, surrogate)
+    attack.prepare(access)
+    return attack, data, access
 
 
 def test_only_images_of_the_target_class_change_and_no_label_does(splits):
     before = splits.train.images.clone(), splits.train.labels.clone()
-    attack, data, workshop = prepared(splits, rate=0.6)
-    assert len(workshop.index) == len(workshop.index.unique()) == 12  # of twenty
-    assert set(splits.train.labels[workshop.index].tolist()) == {2}
+    attack, data, access = prepared(splits, rate=0.6)
+    assert len(access.index) == len(access.index.unique()) == 12  # of twenty
+    assert set(splits.train.labels[access.index].tolist()) == {2}
     assert torch.equal(splits.train.images, before[0]) and torch.equal(splits.train.labels, before[1])
     (raw,) = data.train_dataloader()
     order, made = raw["labels"].clone(), data.on_after_batch_transfer(dict(raw), 0)
     assert torch.equal(made["labels"], order)
     index = next(iter(data.train_dataloader().sampler))[1]
     changed = (made["images"] != before[0][index].float() / 255).flatten(1).any(1)
-    assert sorted(index[changed].tolist()) == sorted(workshop.index.tolist())
-    hard = workshop.hard[[workshop.index.tolist().index(i) for i in index[changed].tolist()]]
+    assert sorted(index[changed].tolist()) == sorted(access.index.tolist())
+    hard = access.hard[[access.index.tolist().index(i) for i in index[changed].tolist()]]
     assert torch.equal(made["images"][changed], attack(hard))
 
 
 def test_hard_images_are_within_eps_and_in_the_unit_interval_before_the_trigger(splits):
-    _, _, workshop = prepared(splits, eps=0.2)
-    moved = (workshop.hard - workshop.training_images(workshop.index)).abs()
+    _, _, access = prepared(splits, eps=0.2)
+    moved = (access.hard - access.training_images(access.index)).abs()
     assert moved.max() <= 0.2 + 1e-6
     assert moved.mean() > 0.1
-    assert 0 <= workshop.hard.min() and workshop.hard.max() <= 1
+    assert 0 <= access.hard.min() and access.hard.max() <= 1
 
 
 def test_the_surrogate_recognises_fewer_of_the_hard_images(splits):
-    _, _, workshop = prepared(splits, rate=1.0)
+    _, _, access = prepared(splits, rate=1.0)
 
     def accuracy(images):
-        return float((workshop.surrogate(images).argmax(1) == 2).float().mean())
+        return float((access.surrogate(images).argmax(1) == 2).float().mean())
 
-    assert accuracy(workshop.training_images(workshop.index)) >= 0.8
-    assert accuracy(workshop.hard) < 0.2
-    assert workshop.asked == [Surrogate()]
+    assert accuracy(access.training_images(access.index)) >= 0.8
+    assert accuracy(access.hard) < 0.2
+    assert access.asked == [Surrogate()]
 
 
 def test_pgd_on_a_linear_classifier_of_two_classes_ends_in_the_corner():

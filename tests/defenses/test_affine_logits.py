@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import minimize, minimize_scalar
 from torch import nn
 
-from marginclip.defenses import affine_logits
-from marginclip.defenses.affine_logits import AffineLogits, fit_affine
+from marginclip.defenses.posthoc import affine_logits
+from marginclip.defenses.posthoc.affine_logits import AffineLogits, fit_affine
 from marginclip.errors import UserError
 
 FAMILIES = list(itertools.product(("none", "shared", "per_class"), (False, True)))[1:]
@@ -164,7 +164,7 @@ def test_network_is_scaled_and_shifted(victim, clean):
 def test_a_search_that_rests_too_early_begins_anew(skewed, monkeypatch):
     wanted = fit_affine(*skewed, scale="per_class", shift=True, l2=0.01)
     monkeypatch.setattr(affine_logits, "MAX_ITERATIONS", 8)
-    monkeypatch.setattr(affine_logits, "MAX_STARTS", 50)
+    monkeypatch.setattr(affine_logits, "MAX_STARTS", 200)
     found = fit_affine(*skewed, scale="per_class", shift=True, l2=0.01)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -11,13 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import binomtest
 from torch import nn
 
+from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import Auto, BoundLearning, fit_defense
-from marginclip.defenses.auto import mmom_repair
-from marginclip.defenses.evidence import Evidence, Paired, Rule, compare, sign_test
+from marginclip.defenses.choosing.auto import mmom_repair
+from marginclip.defenses.choosing.evidence import Evidence, Paired, Rule, compare, sign_test
 from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, MaximumMargins, MaximumMarginTest, PenaltyController
-from marginclip.running.cell import make_defense
+from marginclip.experiment.run import make_defense
+from marginclip.maxmargin import LambdaController, MaximumMargins, MaximumMarginTest
 
 CONF = Path(__file__).parents[2] / "conf"
 QUICK = partial(MaximumMarginTest, starts=10, steps=60)
@@ -248,7 +249,7 @@ def test_a_repair_that_costs_accuracy_is_not_kept(victim, clean, fit):
 
 def test_repairs_share_no_state(victim, clean, fit):
     """The partial of a configuration holds one controller of lambda; every fold starts from its first value all the same."""
-    penalty = PenaltyController(control="agreement", min_agreement=0.5)
+    penalty = LambdaController(control="agreement", min_agreement=0.5)
     short = partial(BoundLearning, penalty=penalty, steps=4, check_every=2)
     auto = Auto(detection=stub_margins(True, 1), mmac=short, mmom=short, max_cost=1.0)
     fit(auto, victim, clean)

@@ -12,12 +12,15 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, bound_learning, fit_defense, repair
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses import AscentPlan, BoundLearning, fit_defense, repair
+from marginclip.defenses.clipping import bound_learning
+from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, MarginDropDetector, MMACObjective, ascend_margins
-from marginclip.maxmargin.penalty import PenaltyController
-from marginclip.running.cell import make_defense
+from marginclip.experiment.run import make_defense
+from marginclip.maxmargin import MarginDropDetector, MMACObjective, ascend_margins
+from marginclip.maxmargin.lambda_control import LambdaController
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -33,7 +36,7 @@ def learning(**settings):
     }  # fmt: skip
     objective = MMACObjective(reduction=settings.pop("reduction", "mean"))
     return BoundLearning(
-        objective=objective, ascent=AscentPlan(**plan), penalty=PenaltyController(**penalty), **(stated | settings)
+        objective=objective, ascent=AscentPlan(**plan), penalty=LambdaController(**penalty), **(stated | settings)
     )
 
 

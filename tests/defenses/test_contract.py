@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from marginclip.defenses import Defense, fit_defense
 from marginclip.defenses.fit import quiet_trainer
-from marginclip.running.cell import make_defense
+from marginclip.experiment.run import make_defense
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = [f"defense={path.stem}" for path in sorted((CONF / "defense").glob("*.yaml")) if path.stem != "none"]
@@ -160,7 +160,7 @@ def test_a_defense_cannot_be_given_triggers_or_test_data(overrides):
     assert list(inspect.signature(defense.prepare).parameters) == ["model", "images", "labels"]
     settings = list(constructor_arguments(type(defense)))
     assert all(setting.kind is inspect.Parameter.KEYWORD_ONLY for setting in settings if setting.name != "self")
-    forbidden = ("attack", "trigger", "poison", "target", "x2x", "test", "eval", "scene", "cfg", "config")
+    forbidden = ("attack", "trigger", "poison", "target", "x2x", "test", "eval", "setup", "cfg", "config")
     assert not [setting.name for setting in settings if any(word in setting.name for word in forbidden)]
 
 

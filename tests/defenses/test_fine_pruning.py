@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from marginclip.defenses import FinePruning
-from marginclip.defenses.fine_pruning import channels_to_prune
 from marginclip.defenses.fit import stratified_share
-from marginclip.defenses.heads import final_linear
+from marginclip.defenses.weights.fine_pruning import channels_to_prune
 from marginclip.errors import UserError
+from marginclip.networks.heads import final_linear
 
 
 def prepared(model, clean, **settings):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from marginclip.defenses import BoundStart, StaticClip, cross_fitted_logits, fit_defense
-from marginclip.defenses.base import clean_logits
+from marginclip.defenses import StaticClip, cross_fitted_logits, fit_defense
+from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.defenses.fit import stratified_folds, stratified_share
 from marginclip.errors import UserError
+from marginclip.networks.logits import clean_logits
 
 
 class Noting(StaticClip):

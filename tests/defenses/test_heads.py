@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from marginclip.defenses.heads import final_linear, linear_inputs, new_linear, with_head
 from marginclip.errors import UserError
+from marginclip.networks.heads import final_linear, linear_inputs, new_linear, with_head
 
 ADVICE = {"needed_for": "which this needs", "instead": "defense=bias_only"}
 

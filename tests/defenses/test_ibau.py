@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from marginclip.defenses import IBAU
-from marginclip.defenses.ibau import fixed_point_hypergradient
+from marginclip.defenses.weights.ibau import fixed_point_hypergradient
 from marginclip.errors import UserError
 
 

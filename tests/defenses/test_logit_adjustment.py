@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from marginclip.defenses import LogitAdjustment, TauSearch
-from marginclip.defenses.logit_adjustment import mean_log_softmax
+from marginclip.defenses.posthoc.logit_adjustment import mean_log_softmax
 from marginclip.errors import UserError
 
 

@@ -8,18 +8,20 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from marginclip.defenses import AscentPlan, BoundLearning, BoundStart
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses import AscentPlan, BoundLearning
+from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, MMBMObjective, mmbm
-from marginclip.maxmargin.penalty import PenaltyController
+from marginclip.experiment.run import make_defense
+from marginclip.maxmargin import MMBMObjective, mmbm
+from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.models import ResNet
-from marginclip.running.cell import make_defense
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def learning(**settings):
-    penalty = PenaltyController(**({"initial": 0.5} | settings.pop("penalty", {})))
+    penalty = LambdaController(**({"initial": 0.5} | settings.pop("penalty", {})))
     stated = {"sites": "all", "start": BoundStart(constant=8.0), "steps": 4, "check_every": 2, "batch_size": 100}
     stated |= {"learning_rate": 0.1, "keep": "last", "project": False}
     return BoundLearning(objective=MMBMObjective(), penalty=penalty, **(stated | settings))

@@ -9,21 +9,23 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from marginclip.defenses import AscentPlan, BoundLearning, BoundStart, fit_defense
-from marginclip.defenses.affine_logits import fit_affine
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses import AscentPlan, BoundLearning, fit_defense
+from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.defenses.fit import quiet_trainer
+from marginclip.defenses.posthoc.affine_logits import fit_affine
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, Measured, MMOMObjective, ascend_margins, margin, mmom
-from marginclip.maxmargin.penalty import PenaltyController
+from marginclip.experiment.run import make_defense
+from marginclip.maxmargin import Measured, MMOMObjective, ascend_margins, margin, mmom
+from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.models import ResNet
-from marginclip.running.cell import make_defense
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def learning(**settings):
     """Bound learning with MMOM's objective on the whole clean set, all activations."""
-    penalty = PenaltyController(**({"initial": 1e-5, "min_agreement": 0.0} | settings.pop("penalty", {})))
+    penalty = LambdaController(**({"initial": 1e-5, "min_agreement": 0.0} | settings.pop("penalty", {})))
     ascent = AscentPlan(**({"starts_per_class": 2, "first_steps": 2, "steps": 1} | settings.pop("ascent", {})))
     stated = {"sites": "all", "start": BoundStart(share=0.6, quantile=1.0), "steps": 6, "check_every": 2, "batch_size": 500}
     stated |= {"keep": "last"}

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from marginclip.defenses import NAD, FineTune
-from marginclip.defenses.nad import TappedNetwork, attention_distance, attention_map, attention_taps
+from marginclip.defenses.weights.nad import TappedNetwork, attention_distance, attention_map, attention_taps
 from marginclip.errors import UserError
-from marginclip.maxmargin.sites import trace
 from marginclip.models import ResNet
+from marginclip.networks.tracing import trace
 
 SHORT = {
     "teacher_epochs": 2,

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from marginclip.defenses import InversionPlan, NeuralCleanse
-from marginclip.defenses.inversion import CostSchedule, InvertedTriggers, anomaly_indices, invert_triggers, paste
+from marginclip.defenses.weights.inversion import CostSchedule, InvertedTriggers, anomaly_indices, invert_triggers, paste
 from marginclip.errors import UserError
-from marginclip.running.cell import make_defense
+from marginclip.experiment.run import make_defense
 
 FEW = InversionPlan(passes=3, batches_per_pass=3, batch_size=8)
 
@@ -193,7 +193,9 @@ def test_the_trigger_comes_before_the_augmentation(victim, clean):
 
 
 def test_a_model_in_which_nothing_stands_out_is_left_exactly_as_it_was(victim, clean, fit, monkeypatch):
-    monkeypatch.setattr("marginclip.defenses.neural_cleanse.invert_triggers", lambda *_, **__: inverted([9.0, 9.5, 10.0, 10.5]))
+    monkeypatch.setattr(
+        "marginclip.defenses.weights.neural_cleanse.invert_triggers", lambda *_, **__: inverted([9.0, 9.5, 10.0, 10.5])
+    )
     defense = NeuralCleanse(epochs=2)
     repaired = fit(defense, victim, clean)
     assert all(torch.equal(value, repaired.state_dict()[name]) for name, value in victim.state_dict().items())

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from marginclip.defenses.tau_search import TauSearch, check_tau
+from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau
 from marginclip.errors import UserError
 
 LOGITS = torch.tensor([[2.0, 0.0], [2.0, 0.0], [1.05, 0.0], [3.0, 0.0], [0.6, 0.0]])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork, MarginDropDetector
+from marginclip.maxmargin import MarginDropDetector
 from marginclip.maxmargin.detector import CORRECTIONS, RULES, margin_drop
 from marginclip.maxmargin.null import NULLS
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
-from marginclip.maxmargin.bounds import BoundedNetwork
 from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
 
 CLASSES = torch.arange(4).repeat_interleave(3)

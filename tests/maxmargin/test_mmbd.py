@@ -9,9 +9,9 @@ from scipy import stats
 from torch import nn
 
 from marginclip.errors import UserError
-from marginclip.maxmargin.folding import frozen_copy
 from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMarginTest, fit_gamma, gamma_draws, largest_p_value, maximum_margin_detection
+from marginclip.networks.copies import frozen_copy
 
 FEW = {"starts": 4, "steps": 8, "step_size": 0.05, "rule": "unit_norm", "tolerance": 0.0}
 SHAPE = (3, 8, 8)

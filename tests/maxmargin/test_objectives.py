@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
-from marginclip.maxmargin.bounds import BoundedNetwork
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.objectives import mmac
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from marginclip.attacks import Adaptive, AllToOne, BadNet
+from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
-from marginclip.maxmargin import BoundedNetwork
 from marginclip.training import AdaptiveTraining
 from marginclip.training.adaptive import noted_excess
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marginclip.attacks.base import Attack, Augmentation, Workshop
+from marginclip.attacks.base import Attack, Augmentation, TrainingAccess
 from marginclip.attacks.x2x import X2X
 from marginclip.errors import UserError, require
 
@@ -77,10 +77,10 @@ class Adaptive(Attack):
         wanted = torch.cat([labels, self.poisoned_labels(labels[chosen])])
         return {"images": both, "labels": wanted, "triggered": torch.arange(len(both), device=both.device) >= len(images)}
 
-    def prepare(self, workshop: Workshop) -> None:
+    def prepare(self, access: TrainingAccess) -> None:
         """Start from the base attack's victim, and learn how the defender learns."""
-        workshop.load_base_victim(self.base)
-        self._learner = workshop.bound_learner(self.defender, self.clean_per_class)
+        access.load_base_victim(self.base)
+        self._learner = access.bound_learner(self.defender, self.clean_per_class)
 
     def learn_bounds(self, model: nn.Module) -> dict[str, Tensor]:
         """The bounds that the defender would give to ``model``, as of :meth:`~marginclip.maxmargin.BoundedNetwork.bounds_state`."""

@@ -22,7 +22,7 @@ def round_to_8_bits(images: Tensor) -> Tensor:
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
-class Workshop(Protocol):
+class TrainingAccess(Protocol):
     """What an attacker who controls training can use: made by whoever trains the victim."""
 
     def training_images(self, index: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Attack(nn.Module):
             images = augment(images, generator)
         return {"images": images, "labels": labels}
 
-    def prepare(self, workshop: Workshop) -> None:
+    def prepare(self, access: TrainingAccess) -> None:
         """What the attacker does before the victim is trained; nothing here."""
 
     def training_plan(self, epochs: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginclip.attacks.base import Workshop
+from marginclip.attacks.base import TrainingAccess
 from marginclip.attacks.patch import BadNet
 from marginclip.attacks.x2x import X2X, AllToOne
 from marginclip.errors import require
@@ -74,12 +74,12 @@ class CleanLabel(BadNet):
         mask[chosen] = True
         return mask
 
-    def prepare(self, workshop: Workshop) -> None:
+    def prepare(self, access: TrainingAccess) -> None:
         """Train the surrogate, or find it, and replace the images to poison by adversarial ones."""
-        labels = workshop.training_labels()
+        labels = access.training_labels()
         index = self.poisoned_mask(labels).nonzero().flatten()
-        surrogate = workshop.robust_surrogate(self.surrogate)
-        images = workshop.training_images(index).to(next(surrogate.parameters()).device)
+        surrogate = access.robust_surrogate(self.surrogate)
+        images = access.training_images(index).to(next(surrogate.parameters()).device)
         generator = torch.Generator().manual_seed(self.seed + 15487469)
         settings = {"eps": self.eps, "steps": self.steps, "step_size": self.step_size}
         hard = pgd(surrogate, images, labels[index], generator=generator, **settings)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ class CleanLabel(BadNet):
             log.warning(
                 "over a fifth of the images to poison are still recognised: a larger attack.eps makes the attack stronger"
             )
-        workshop.replace_training_images(index, hard)
+        access.replace_training_images(index, hard)
 
 
 def pgd(

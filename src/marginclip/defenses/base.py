@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from marginclip.errors import require
-from marginclip.maxmargin.inputs import batched_logits, check_full_precision, check_images
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class Defense(L.LightningModule):
@@ -59,35 +52,3 @@ class Defense(L.LightningModule):
     def num_epochs(self) -> int:
         """How many rounds over :meth:`batches` the repair takes."""
         return 0
-
-
-def own_copy(model: Model) -> Model:
-    """A copy of ``model`` that shares nothing with it, in evaluation mode and its own memory layout: its logits are the same bits."""
-    with torch.inference_mode(False):
-        return copy.deepcopy(model).eval()
-
-
-def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
-    """:func:`~marginclip.maxmargin.inputs.batched_logits` on clean images.
-
-    Raises :class:`UserError` for a model in half precision, one that does not take the images, and logits that are not finite.
-    """
-    check_full_precision(model)
-    require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
-    logits = batched_logits(model, images, batch_size=batch_size)
-    bad = int((~torch.isfinite(logits).all(1)).sum())
-    require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
-    return logits
-
-
-def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Raise :class:`UserError` unless images (N, C, H, W) lie in [0, 1] and labels (N,), of whole numbers, in [0, num_classes)."""
-    check_images(images)
-    require(isinstance(labels, Tensor), f"labels must be a torch tensor, got {type(labels).__name__}")
-    require(
-        labels.dim() == 1 and not labels.is_floating_point() and labels.dtype != torch.bool,
-        f"labels must be whole numbers of shape (N,), got {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}",
-    )
-    require(len(images) == len(labels), f"one label an image is needed, got {len(images)} images and {len(labels)} labels")
-    lowest, highest = int(labels.min()), int(labels.max())
-    require(0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}")

@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense, check_clean_set, clean_logits
-from marginclip.defenses.bound_learning import BoundLearning
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses.base import Defense
+from marginclip.defenses.clipping.bound_learning import BoundLearning
 from marginclip.errors import require
-from marginclip.maxmargin.bounds import BoundedNetwork
-from marginclip.maxmargin.sites import check_traceable
+from marginclip.networks.logits import check_clean_set, clean_logits
+from marginclip.networks.tracing import check_traceable
 from marginclip.precision import precision_for
 
 log = logging.getLogger(__name__)

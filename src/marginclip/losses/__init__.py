@@ -1,8 +1,8 @@
 """What training minimises in the place of the plain cross entropy."""
 
 from marginclip.losses.base import Loss, SecondStage
+from marginclip.losses.cosine import CosineLinear, final_layer, with_cosine_head
 from marginclip.losses.gcl import GCL, gcl_logits, tail_ranks
-from marginclip.losses.heads import CosineLinear, final_layer, with_cosine_head
 from marginclip.losses.ldam import LDAM
 from marginclip.losses.mixup import Mixup, mixup
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from marginclip.devices import send
 from marginclip.errors import require
 from marginclip.losses.base import Loss, Network, SecondStage
-from marginclip.losses.heads import with_cosine_head
+from marginclip.losses.cosine import with_cosine_head
 from marginclip.losses.mixup import mixup
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from marginclip.devices import send
 from marginclip.errors import require
 from marginclip.losses.base import Loss, Network, SecondStage
-from marginclip.losses.heads import with_cosine_head
+from marginclip.losses.cosine import with_cosine_head
 
 
 def ldam_margins(class_counts: Tensor, *, largest: float) -> Tensor:

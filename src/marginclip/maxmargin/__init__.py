@@ -1,8 +1,7 @@
-"""The idea: margins, the search for their maxima, bounds on activations, the objective, lambda, and the detector. Torch only."""
+"""The idea: margins, the search for their maxima, the objectives, lambda, and the detector. Torch only."""
 
-from marginclip.maxmargin.bounds import BoundedNetwork, activation_extremes
-from marginclip.maxmargin.clipping import Bound
 from marginclip.maxmargin.detector import Detection, MarginDropDetector, margin_drop
+from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection
 from marginclip.maxmargin.null import p_values
@@ -17,12 +16,9 @@ from marginclip.maxmargin.objectives import (
     mmbm,
     mmom,
 )
-from marginclip.maxmargin.penalty import PenaltyController
 
 __all__ = [
-    "Bound",
     "BoundObjective",
-    "BoundedNetwork",
     "Detection",
     "MMACObjective",
     "MMBMObjective",
@@ -33,8 +29,7 @@ __all__ = [
     "MaximumMarginTest",
     "MaximumMargins",
     "Objective",
-    "PenaltyController",
-    "activation_extremes",
+    "LambdaController",
     "ascend_margins",
     "margin",
     "margin_drop",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.errors import require
-from marginclip.maxmargin.inputs import batched_logits, check_images
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
+from marginclip.networks.logits import batched_logits, check_images
 
 log = logging.getLogger(__name__)
 RULES = ("repaired", "paper", "or_disagree")

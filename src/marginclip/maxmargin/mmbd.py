@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.errors import require
-from marginclip.maxmargin.folding import frozen_copy
-from marginclip.maxmargin.inputs import batched_logits, check_full_precision
 from marginclip.maxmargin.margin import RULES, ascend_margins, margin, random_starts
+from marginclip.networks.copies import frozen_copy
+from marginclip.networks.logits import batched_logits, check_full_precision
 
 CALIBRATIONS = ("bootstrap", "none")
 SMALLEST_SHARE = 0.01

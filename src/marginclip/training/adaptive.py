@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.attacks import Adaptive
+from marginclip.clipping import Bound, BoundedNetwork
 from marginclip.errors import UserError, require
-from marginclip.maxmargin import BoundedNetwork
-from marginclip.maxmargin.clipping import Bound
 from marginclip.training.poisoned import PoisonedTraining
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
-from marginclip.layout import in_layout, lay_out_for_training
 from marginclip.losses import Loss
+from marginclip.networks.layout import in_layout, lay_out_for_training
 from marginclip.training.replay import ReplayedNetwork
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

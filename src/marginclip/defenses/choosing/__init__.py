@@ -1,0 +1,1 @@
+"""Choosing between defenses from the clean set."""

@@ -1,0 +1,1 @@
+"""Defenses that bound activations and change no weight."""

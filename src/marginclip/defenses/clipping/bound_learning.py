@@ -1,0 +1,296 @@
+"""Bound learning: the training step alternates margin ascent, where the objective needs it, and bound descent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from marginclip.clipping import BoundedNetwork, activation_extremes
+from marginclip.clipping.fixed_part import FixedPartCache, caching_pays
+from marginclip.defenses.base import Defense
+from marginclip.defenses.clipping.feasibility import relax_until_accurate, start_offsets
+from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
+from marginclip.errors import require
+from marginclip.maxmargin.lambda_control import LambdaController
+from marginclip.maxmargin.margin import ascend_margins, margin
+from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObjective, Objective
+from marginclip.networks.logits import check_clean_set, clean_logits
+
+
+class BoundLearning(Defense):
+    """MMAC, or MMOM or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from clean images.
+
+    Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
+    ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
+    Algorithm 1) on ``batch_size`` clean images (for MMAC and MMBM, of those that the model classifies correctly). ``sites`` says
+    which activations are bounded (:func:`~marginclip.clipping.activations.choose_sites`). ``lr_scale="relative"`` multiplies the
+    learning rate at each activation by the mean of its initial bounds, so that it means the same for models of any scale. With
+    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, and with a ``scale_rate``, too,
+    one factor of all logits, the inverse of a temperature, from where they fit the clean set best at the bounds' start. Learning
+    ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every step takes the whole clean set.
+
+    Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``penalty``), and among the
+    bounds that kept it at ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned
+    (``keep="best"``) or the last (``"last"``, as the published scripts). If none kept it, the bounds are relaxed towards the clean
+    maxima until they do.
+    """
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    wanted: Tensor
+    margin_inputs: Tensor
+    last_loss: float
+    prefix: FixedPartCache | None
+
+    def __init__(
+        self,
+        *,
+        objective: BoundObjective | None = None,
+        sites: str | Sequence[str] = "all",
+        start: BoundStart | None = None,
+        ascent: AscentPlan | None = None,
+        penalty: LambdaController | None = None,
+        steps: int = 60,
+        tolerance: float | None = None,
+        batch_size: int = 100,
+        learning_rate: float = 0.02,
+        lr_scale: str = "absolute",
+        offset_rate: float | None = None,
+        scale_rate: float | None = None,
+        keep: str = "best",
+        project: bool = True,
+        check_every: int = 10,
+        channel_axis: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require(steps >= 1, f"defense.steps must be at least 1, got {steps}")
+        require(tolerance is None or tolerance > 0, f"defense.tolerance must be positive or null, got {tolerance}")
+        require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
+        require(0 < learning_rate <= 1e30, f"defense.learning_rate must be in (0, 1e30], got {learning_rate:g}")
+        require(offset_rate is None or offset_rate > 0, f"defense.offset_rate must be positive or null, got {offset_rate}")
+        require(scale_rate is None or scale_rate > 0, f"defense.scale_rate must be positive or null, got {scale_rate}")
+        require(
+            scale_rate is None or offset_rate is not None,
+            f"defense.scale_rate={scale_rate} needs defense.offset_rate, which is null; set defense.scale_rate=null too",
+        )
+        require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
+        require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
+        require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
+        named = sites if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else None
+        require(
+            named is not None and all(isinstance(name, str) for name in named),
+            f"defense.sites must be all, last, first_half or a list of names of activations, got '{sites}'",
+        )
+        self.objective: BoundObjective = objective or MMACObjective()
+        require(
+            self.objective.ascends or ascent is None,
+            f"defense.ascent has no effect: {type(self.objective).__name__} needs no margins; set it to null",
+        )
+        self.sites = sites
+        self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or LambdaController()
+        self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
+        self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
+        self.keep, self.project, self.check_every = keep, project, check_every
+        self.channel_axis, self.seed = channel_axis, seed
+        self._forget()
+
+    # -- the defense contract -------------------------------------------------------------------------------------------------
+
+    def check_model(self, model: nn.Module, image: Tensor) -> None:
+        """Whether its activations can be bounded, at these ``sites`` and this ``channel_axis``."""
+        BoundedNetwork(model, image, channel_axis=self.channel_axis, sites=self.sites)
+
+    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Bound a copy of the model and set the bounds' start from the clean set."""
+        self._forget()
+        logits = clean_logits(model, images)
+        check_clean_set(images, labels, logits.shape[1])
+        correct = logits.argmax(1).cpu() == labels.cpu()
+        require(
+            bool(correct.any()) or not self.objective.correct_only,
+            f"the model classifies none of the {len(images)} clean images correctly; are the labels right?",
+        )
+        self.bounded = BoundedNetwork(
+            model, images[:1], channel_axis=self.channel_axis, sites=self.sites,
+            offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
+        )  # fmt: skip
+        self.bounded.to(memory_format=torch.channels_last)
+        self.start.apply(self.bounded, images)
+        self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
+        kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
+        self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
+        self.register_buffer("labels", labels[kept.to(labels.device)].to(images.device), persistent=False)
+        if self.bounded.offsets is not None:
+            start_offsets(self.bounded.offsets, clean_logits(self.bounded, images[kept]), labels[kept.to(labels.device)])
+        self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
+        wanted = self.ascent.classes(logits.shape[1]) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
+        self.register_buffer("wanted", wanted, persistent=False)
+        self.register_buffer(
+            "margin_inputs", torch.zeros(len(self.wanted), *images.shape[1:], dtype=images.dtype), persistent=True
+        )
+        self.extremes = activation_extremes(self.bounded, self.images)
+
+    def batches(self) -> DataLoader[int]:
+        """One round is the steps up to the next check; which images a step takes follows from its number."""
+        return DataLoader(range(self.check_every), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+    @property
+    def num_epochs(self) -> int:
+        return -(-self.steps // self.check_every)
+
+    def repaired(self) -> BoundedNetwork:
+        """The bounded network with the bounds to keep."""
+        if self.keep == "best" and self.best_bounds:
+            self.bounded.load_bounds(self.best_bounds)
+        if self.keep == "best":
+            self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.penalty.min_agreement)
+        return self.bounded
+
+    # -- learning -------------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = []
+        for _, bound in self.bounded.each():
+            values = list(bound.values())
+            scale = float(torch.cat([value.detach().abs() for value in values]).mean()) if self.lr_scale == "relative" else 1.0
+            groups.append({"params": values, "lr": self.learning_rate * max(scale, 1e-6)})
+        if self.bounded.offsets is not None:
+            groups.append({"params": [self.bounded.offsets.value], "lr": self.offset_rate})
+            if self.bounded.offsets.scale is not None:
+                groups.append({"params": [self.bounded.offsets.scale], "lr": self.scale_rate})
+        return torch.optim.Adam(groups)
+
+    def on_fit_start(self) -> None:
+        if self.working[0] is not self.bounded:
+            self.working[0].network.to(self.device)
+        with self.trainer.precision_plugin.forward_context():
+            pays = caching_pays(self.working[0], self.images[:1], len(self.images))
+            self.prefix = FixedPartCache(self.working[0], self.images) if pays else None
+        if not self.history:
+            self._check()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """End the last round early where ``steps`` is no multiple of ``check_every``, or when the loss has come to rest."""
+        return -1 if self.global_step >= self.steps or self.stopped_at else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        step = self.global_step
+        if self.objective.ascends and step % self.ascent.refresh_every == 0:
+            self._ascend(step)
+        rows = self._minibatch(step)
+        margins = self._margins()
+        terms = self._terms(self._bounded_logits(rows), rows, margins, self.penalty.value)
+        self._log_step(terms, margins)
+        return terms.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.project:
+            self.bounded.project_()
+        if self.tolerance is not None and self.batch_size >= len(self.images):  # losses of other images do not compare
+            loss = float(outputs["loss"])
+            if self.trainer.strategy.reduce_boolean_decision(abs(loss - self.last_loss) < self.tolerance):
+                self.stopped_at, self.trainer.should_stop = self.global_step, True
+            self.last_loss = loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.checked_at != self.global_step:  # else nothing was learned: a run that had ended was resumed
+            self._check()
+
+    def findings(self) -> dict[str, Any]:
+        """How long bounds were learned and what ended it: ``tolerance`` or ``steps``."""
+        taken = self.stopped_at or self.steps
+        return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
+
+    def _forget(self) -> None:
+        """Be as new, before or after learning."""
+        self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
+        self.history: list[dict[str, float]] = []
+        self.last_loss, self.relaxed = float("nan"), 0.0
+        self.stopped_at, self.checked_at = 0, -1
+        self.prefix = None
+        self.penalty.reset()
+
+    def _margins(self) -> Tensor:
+        """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""
+        if not self.objective.ascends:
+            return torch.zeros(0, device=self.device)
+        return margin(self.working[0](self.margin_inputs).float(), self.wanted)
+
+    def _bounded_logits(self, rows: Tensor) -> Tensor:
+        """The logits (B, K) of the clean images of these rows under the present bounds."""
+        return self.prefix(rows) if self.prefix is not None else self.working[0](self.images[rows])
+
+    def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, penalty: float) -> Objective:
+        bounds = self.bounded.bound_parameters()
+        return self.objective(Measured(bounded_logits, self.targets[rows], self.labels[rows], margins, bounds), penalty)
+
+    def _ascend(self, step: int) -> None:
+        first, plan = step == 0, self.ascent
+        if first or not plan.warm_start:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            self.margin_inputs = plan.starts(self.images, self.labels, self.wanted, generator)
+        with self.bounded.unbounded() if plan.network == "original" else nullcontext():
+            found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **plan.search(first=first))
+        self.margin_inputs = found.images
+
+    def _minibatch(self, step: int) -> Tensor:
+        """The rows of the clean set of one step: whole passes in a seeded order that depends on the step alone."""
+        count = len(self.images)
+        if self.batch_size >= count:
+            return torch.arange(count, device=self.device)
+        per_pass = -(-count // self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // per_pass)
+        order = torch.randperm(count, generator=generator)
+        return order.split(self.batch_size)[step % per_pass].to(self.device)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Measure accuracy and objective on the whole clean set, move lambda, and keep the best bounds so far."""
+        self.checked_at = self.global_step
+        with self.trainer.precision_plugin.forward_context():
+            everything = torch.arange(len(self.images), device=self.device)
+            logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(250)])
+            margins = self._margins()
+        agreement = float((logits.argmax(1) == self.labels).float().mean())
+        terms = self._terms(logits, slice(None), margins, self.penalty.initial)
+        score = float(terms.loss)
+        require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")
+        # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
+        if agreement >= self.penalty.min_agreement and (score < self.best_score or len(self.history) == 1):
+            self.best_score = score if self.history else float("inf")
+            self.best_bounds = self.bounded.bounds_state()
+        if self.history:
+            self.penalty.update(agreement)
+        active = self.bounded.active_share(self.extremes)
+        largest = {"mean_margin": float(margins.mean()), "max_margin": float(margins.max())} if len(margins) else {}
+        entry = {"agreement": agreement, "data": float(terms.data), **largest, "penalty": self.penalty.value}
+        self.history.append(entry | {"active_bounds": active})
+        if len(self.history) > 1:
+            self.log_dict({"defense/agreement": agreement, "defense/active_bounds": active}, prog_bar=True, batch_size=1)
+
+    def _log_step(self, terms: Objective, margins: Tensor) -> None:
+        self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
+        if len(margins):
+            self.log_dict({"defense/mean_margin": margins.mean(), "defense/max_margin": margins.max()}, prog_bar=True)
+
+    # -- resuming -------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bound_learning"] = {
+            "penalty": self.penalty.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
+            "last_loss": self.last_loss, "stopped_at": self.stopped_at, "checked_at": self.checked_at,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["bound_learning"]
+        self.penalty.load_state_dict(state["penalty"])
+        self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]
+        self.last_loss, self.stopped_at, self.checked_at = state["last_loss"], state["stopped_at"], state["checked_at"]

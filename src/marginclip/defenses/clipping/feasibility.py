@@ -1,0 +1,50 @@
+"""States of a bounded network around its learning: where offsets start, and how far learned bounds must give way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marginclip.clipping import BoundedNetwork
+from marginclip.clipping.bounds import LogitOffsets
+from marginclip.defenses.posthoc.affine_logits import fit_affine
+from marginclip.errors import require
+from marginclip.networks.logits import clean_logits
+
+OFFSET_L2 = 1e-6
+
+
+def start_offsets(offsets: LogitOffsets, logits: Tensor, labels: Tensor) -> None:
+    """Set ``offsets``, and their scale where they have one, to what fits best with ``logits`` (N, K) to ``labels`` (N,).
+
+    ``logits`` are those under the bounds that learning starts from. Raises :class:`UserError` where no positive scale fits.
+    """
+    kind = "none" if offsets.scale is None else "shared"
+    scale, shift = fit_affine(logits, labels, scale=kind, shift=True, l2=OFFSET_L2, advice="set defense.scale_rate=null")
+    require(
+        float(scale.min()) > 0,
+        f"the best temperature on the clean set is not positive (1 / {float(scale.min()):.3g}): the model's logits say nothing about "
+        "the labels; set defense.scale_rate=null, or use defense=last_layer",
+    )
+    offsets.load({"offsets": shift, "scale": scale})
+
+
+@torch.no_grad()
+def relax_until_accurate(bounded: BoundedNetwork, images: Tensor, labels: Tensor, min_agreement: float) -> float:
+    """Move learned bounds towards the clean maxima, in tenths, until ``min_agreement`` of the ``images`` (N, C, H, W) are classified
+    as their ``labels`` (N,); at the maxima those are, which the model itself gets right. Returns the share of the way in [0, 1].
+    """
+    learned = bounded.bounds_state()
+    bounded.set_from_images(images)
+    clean = bounded.bounds_state()
+    widest = {
+        name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], learned[name]) for name in learned
+    }
+    relaxed = 0.0
+    for tenth in range(11):
+        relaxed = tenth / 10
+        bounded.load_bounds({name: torch.lerp(learned[name], widest[name], relaxed) for name in learned})
+        agreement = float((clean_logits(bounded, images).argmax(1) == labels).float().mean())
+        if agreement >= min_agreement:
+            break
+    return relaxed

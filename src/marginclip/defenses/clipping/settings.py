@@ -1,0 +1,102 @@
+"""The settings of bound learning that belong together: where bounds start, and how margins are ascended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marginclip.clipping import BoundedNetwork
+from marginclip.errors import require
+from marginclip.maxmargin.margin import RULES, random_starts
+
+
+@dataclass(frozen=True)
+class BoundStart:
+    """Where learning starts: a ``constant`` for every bound, or, when that is None, ``share`` of each map's clean maximum.
+
+    ``quantile`` over the clean images replaces the maximum by a quantile of the maps' per-image maxima.
+    """
+
+    constant: float | None = None
+    share: float = 0.5
+    quantile: float = 0.9
+
+    def __post_init__(self) -> None:
+        require(self.constant is None or self.constant > 0, f"defense.start.constant must be positive, got {self.constant}")
+        require(self.share > 0, f"defense.start.share must be positive, got {self.share:g}")
+        require(0 < self.quantile <= 1, f"defense.start.quantile must be in (0, 1], got {self.quantile:g}")
+
+    def apply(self, bounded: BoundedNetwork, images: Tensor) -> None:
+        """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W)."""
+        if self.constant is None:
+            bounded.set_from_images(images, share=self.share, quantile=self.quantile)
+        else:
+            bounded.set_constant(self.constant)
+
+
+STARTS = ("noise", "clean")
+
+
+@dataclass(frozen=True)
+class AscentPlan:
+    """How margin inputs are made: ``starts_per_class`` starts for every class and ``first_steps`` of ascent at the first
+    refresh; at every later one, each ``refresh_every`` bound steps, ``steps`` more, from where they are (``warm_start``) or from
+    new starts. Starts are ``noise``, uniform in [0, 1] as in the papers, or ``clean``: randomly chosen clean images of *other*
+    classes, from where a few small steps look for what a trigger does, a small change that flips any image to the class.
+    ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script).
+    """
+
+    network: str = "bounded"
+    start_from: str = "clean"
+    starts_per_class: int = 5
+    first_steps: int = 4
+    steps: int = 4
+    refresh_every: int = 2
+    warm_start: bool = False
+    rule: str = "sign"
+    step_size: float = 0.004
+    momentum: float = 0.0
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.network in ("bounded", "original"),
+            f"defense.ascent.network must be 'bounded' or 'original', got '{self.network}'",
+        )
+        require(
+            self.start_from in STARTS,
+            f"defense.ascent.start_from must be one of {', '.join(STARTS)}, got '{self.start_from}'",
+        )
+        require(self.rule in RULES, f"defense.ascent.rule must be one of {', '.join(RULES)}, got '{self.rule}'")
+        for key in ("starts_per_class", "refresh_every"):
+            require(getattr(self, key) >= 1, f"defense.ascent.{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("first_steps", "steps"):
+            require(getattr(self, key) >= 0, f"defense.ascent.{key} must not be negative, got {getattr(self, key)}")
+        require(self.step_size > 0, f"defense.ascent.step_size must be positive, got {self.step_size:g}")
+        require(0 <= self.momentum < 1, f"defense.ascent.momentum must be in [0, 1), got {self.momentum:g}")
+        require(self.tolerance >= 0, f"defense.ascent.tolerance must not be negative, got {self.tolerance:g}")
+
+    def classes(self, num_classes: int) -> Tensor:
+        """The class that each margin input climbs for, (starts_per_class * num_classes,)."""
+        return torch.arange(num_classes).repeat_interleave(self.starts_per_class)
+
+    def search(self, *, first: bool) -> dict[str, Any]:
+        """The settings of :func:`~marginclip.maxmargin.margin.ascend_margins` at the first refresh, or at a later one."""
+        steps = self.first_steps if first else self.steps
+        shared = {key: getattr(self, key) for key in ("step_size", "rule", "momentum", "tolerance")}
+        return {"steps": steps, **shared}
+
+    def starts(self, images: Tensor, labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+        """New margin inputs (N, C, H, W), one for each class of ``wanted`` (N,), given the clean set (M, C, H, W) and its labels (M,)."""
+        if self.start_from == "noise":
+            return random_starts(len(wanted), images.shape[1:], generator=generator, device=images.device)
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        shuffled = labels[order]
+        rows = []
+        for number, label in enumerate(wanted):
+            others = (shuffled != label).nonzero().flatten()
+            rows.append(order[others[number % len(others)]] if len(others) else order[0])
+        return images[torch.stack(rows)].clone()

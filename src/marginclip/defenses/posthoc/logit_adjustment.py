@@ -1,0 +1,113 @@
+"""Post-hoc logit adjustment (Menon et al., ICLR 2021): the training set's class frequencies taken out of the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.defenses.base import Defense
+from marginclip.defenses.posthoc.affine_logits import AffineLogits
+from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau
+from marginclip.errors import nearest, require
+from marginclip.networks.logits import check_clean_set, clean_logits
+
+SOURCES = ("estimated", "known")
+
+
+class LogitAdjustment(Defense):
+    """Subtracts ``tau`` times the logarithm of the classes' training frequencies from the logits: f_y - tau ln pi_y.
+
+    ``class_counts`` says where pi comes from: ``estimated``, the model's mean softmax over the clean set, all that a defender
+    without the training set has; or the number of training images of every class, an oracle. ``known`` asks whoever runs the
+    defense for them, and is refused where nobody tells. ``tau`` is a number, or ``auto``: the best of ``search`` on the clean set.
+    """
+
+    learns = False
+
+    def __init__(
+        self,
+        *,
+        tau: float | str = 1.0,
+        class_counts: str | Sequence[float] = "estimated",
+        search: TauSearch | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        del seed  # nothing is random
+        check_tau(tau)
+        check_counts(class_counts)
+        self.tau, self.class_counts, self.search = tau, class_counts, search or TauSearch(largest=4.0, by="nll")
+        self.history: list[dict[str, float]] = []
+        self.scores: Tensor | None = None
+
+    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Find pi and tau, and put the correction behind a copy of the model."""
+        logits = clean_logits(model, images).cpu().double()
+        check_clean_set(images, labels, logits.shape[1])
+        self.log_prior = self._log_prior(logits)
+        self.chosen_tau = self._choose(logits, labels.cpu())
+        self.network = AffineLogits(model, scale=torch.ones(1), shift=-self.chosen_tau * self.log_prior)
+
+    def repaired(self) -> AffineLogits:
+        return self.network
+
+    def findings(self) -> dict[str, Any]:
+        """The tau that was taken, the class frequencies, and where they come from."""
+        source = "estimated" if self.class_counts == "estimated" else "counts"
+        return {"tau": self.chosen_tau, "prior": self.log_prior.exp().tolist(), "prior_from": source}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The scores on the grid, where tau was searched."""
+        if self.scores is None:
+            return {}
+        return {"tau/grid": torch.tensor(self.search.grid()), "tau/score": self.scores.float()}
+
+    def _log_prior(self, logits: Tensor) -> Tensor:
+        if self.class_counts == "estimated":
+            return mean_log_softmax(logits)
+        require(
+            self.class_counts != "known",
+            "defense.class_counts=known needs the training set, which is not known here: give the number of training images of every "
+            "class as defense.class_counts=[...], or use defense.class_counts=estimated",
+        )
+        require(
+            len(self.class_counts) == logits.shape[1],
+            f"defense.class_counts must be one number for each of the {logits.shape[1]} classes, got {len(self.class_counts)}",
+        )
+        counts = torch.tensor([float(count) for count in self.class_counts], dtype=torch.float64)
+        return counts.log() - counts.sum().log()
+
+    def _choose(self, logits: Tensor, labels: Tensor) -> float:
+        if not isinstance(self.tau, str):
+            return float(self.tau)
+        self.scores = self.search.scores(lambda tau: logits - tau * self.log_prior, labels)
+        return self.search.best(self.scores)
+
+
+def mean_log_softmax(logits: Tensor) -> Tensor:
+    """The logarithm (K,) of the mean softmax of logits (N, K); it does not underflow."""
+    return logits.log_softmax(1).logsumexp(0) - math.log(len(logits))
+
+
+def check_counts(class_counts: str | Sequence[float]) -> None:
+    """Raise :class:`UserError` unless ``class_counts`` is a known word or a sequence of positive numbers."""
+    if isinstance(class_counts, str):
+        require(
+            class_counts in SOURCES,
+            f"defense.class_counts must be estimated, known or one number a class, got '{class_counts}'"
+            + nearest(class_counts, SOURCES),
+        )
+        return
+    require(
+        isinstance(class_counts, Sequence),
+        f"defense.class_counts must be estimated, known or one number a class, got {class_counts!r}",
+    )
+    positive = all(isinstance(count, (int, float)) and 0 < count < float("inf") for count in class_counts)
+    require(
+        positive and len(class_counts) > 0, f"defense.class_counts must be positive numbers, got {list(class_counts)}; a class without "
+        "training images has no logit to adjust"
+    )  # fmt: skip

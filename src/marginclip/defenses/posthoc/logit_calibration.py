@@ -1,0 +1,68 @@
+"""Scales and shifts of the logits learned from the clean set: temperature, bias, vector scaling and what lies between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marginclip.defenses.base import Defense
+from marginclip.defenses.posthoc.affine_logits import SCALES, AffineLogits, fit_affine
+from marginclip.errors import nearest, require
+from marginclip.networks.logits import check_clean_set, clean_logits
+
+
+class LogitCalibration(Defense):
+    """Replaces the logits f by ``scale * f + shift``, fitted to the clean set by its mean cross entropy.
+
+    ``scale`` is ``none``, ``shared`` (one number, the inverse of a temperature) or ``per_class``; ``shift`` adds one number a
+    class. Alone or together they are, for K classes: temperature scaling (``shared``; 1 parameter), bias only (``none`` and a
+    shift; K), bias-corrected temperature (``shared`` and a shift; K + 1), vector scaling (``per_class`` and a shift; 2 K) and
+    learnable weight scaling (``per_class``; K). ``l2`` pulls towards the identity (:func:`fit_affine`): the tiny default only
+    sees to it that there is one best fit where the model is right on every clean image.
+
+    Raises :class:`UserError` where the best shared scale is not positive: it would turn the order of the classes round.
+    """
+
+    learns = False
+
+    def __init__(self, *, scale: str = "none", shift: bool = True, l2: float = 1e-6, seed: int = 0) -> None:
+        super().__init__()
+        del seed  # nothing is random
+        require(
+            scale in SCALES, f"defense.scale must be none, shared or per_class, got '{scale}'" + nearest(str(scale), SCALES)
+        )
+        require(scale != "none" or shift, "defense.scale=none with defense.shift=false leaves nothing to learn")
+        require(0 < l2 < float("inf"), f"defense.l2 must be positive, got {l2:g}; 1e-6 is next to nothing")
+        self.scale, self.shift, self.l2 = scale, shift, l2
+        self.history: list[dict[str, float]] = []
+
+    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Fit scale and shift, and put them behind a copy of the model."""
+        logits = clean_logits(model, images).cpu().double()
+        check_clean_set(images, labels, logits.shape[1])
+        self.fitted = fit_affine(
+            logits, labels, scale=self.scale, shift=self.shift, l2=self.l2, advice=f"raise defense.l2, now {self.l2:g}"
+        )
+        scale, shift = self.fitted
+        require(
+            self.scale != "shared" or float(scale.min()) > 0,
+            f"the best temperature on the clean set is not positive (1 / {float(scale.min()):.3g}): the model's logits say nothing about "
+            "the labels; use defense=last_layer",
+        )
+        self.nll = [float(F.cross_entropy(values, labels.cpu())) for values in (logits, logits * scale + shift)]
+        self.network = AffineLogits(model, scale=scale, shift=shift)
+
+    def repaired(self) -> AffineLogits:
+        return self.network
+
+    def findings(self) -> dict[str, Any]:
+        """What was learned, and the mean cross entropy of the clean set before and after."""
+        scale, shift = self.fitted
+        found: dict[str, Any] = {"clean_nll_before": self.nll[0], "clean_nll": self.nll[1]}
+        if self.scale == "shared":
+            found["temperature"] = 1 / float(scale)
+        elif self.scale == "per_class":
+            found["scale"] = scale.tolist()
+        return found | ({"shift": shift.tolist()} if self.shift else {})

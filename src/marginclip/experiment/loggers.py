@@ -1,0 +1,102 @@
+"""Experiment loggers: Weights & Biases (offline unless a key is configured), CSV files, or none."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from marginclip.errors import require
+from marginclip.experiment.building import plain
+
+
+def wandb_mode(choice: str) -> str:
+    """``online`` or ``offline``: with ``auto``, online only where an API key is configured, so nothing ever prompts."""
+    require(choice in ("auto", "online", "offline"), f"logger.mode must be auto, online or offline, got '{choice}'")
+    if choice != "auto":
+        return choice
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+
+
+def _netrc_has_key() -> bool:
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> Any:
+    """The Lightning logger of the ``logger`` group, writing under ``folder``; False for none."""
+    kind = config.logger.kind
+    if kind == "none":
+        return False
+    if kind == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        keep_earlier_rows(folder / "csv")
+        return CSVLogger(str(folder), name="csv", version="")
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    mode = wandb_mode(config.logger.mode)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    require(
+        mode == "offline" or bool(wandb.api.api_key),
+        "logger.mode=online needs a Weights & Biases API key (wandb login, or WANDB_API_KEY); logger.mode=offline needs none",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        name=name,
+        save_dir=str(folder),
+        project=config.logger.project,
+        group=config.logger.group,
+        job_type=job,
+        offline=mode == "offline",
+        config=plain(config),
+        settings=wandb.Settings(console="off"),
+    )
+
+
+def keep_earlier_rows(folder: Path) -> None:
+    """Give ``metrics.csv`` of an interrupted run a number, as the logger of the run that goes on would remove it."""
+    file = folder / "metrics.csv"
+    if file.exists():
+        file.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*.csv')))}.csv")
+
+
+def finish_logger(logger: Any) -> None:
+    """Close a W&B run, so that the next job of a sweep in this process starts a run of its own."""
+    if type(logger).__name__ == "WandbLogger":
+        import wandb
+
+        wandb.finish()
+
+
+def publish(logger: Any, record: Any, *, draw: bool) -> None:
+    """Draw the run's figures (``draw``) and send its metrics, table and figures to the logger."""
+    from marginclip.reporting import draw_figures
+
+    figures = draw_figures(record.folder) if draw else []
+    if not logger:
+        return
+    flat = {f"{row}/{name}": value for row, values in record.content["metrics"].items() for name, value in values.items()}
+    flat |= {f"seconds/{phase}": seconds for phase, seconds in record.content["seconds"].items()}
+    detection = record.content.get("detection") or {}
+    flat |= {f"detection/{name}": float(detection[name]) for name in ("p_value", "detected", "suspect") if name in detection}
+    logger.log_metrics(flat)
+    if type(logger).__name__ != "WandbLogger":
+        logger.save()
+        return
+    import wandb
+
+    columns = ["method", *sorted({name for values in record.content["metrics"].values() for name in values})]
+    rows = [[row, *(values.get(name) for name in columns[1:])] for row, values in record.content["metrics"].items()]
+    logger.experiment.log({"results": wandb.Table(columns=columns, data=rows)})
+    logger.experiment.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
+    logger.experiment.summary.update(flat | {"status": record.content["status"]})

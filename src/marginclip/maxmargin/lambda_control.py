@@ -1,0 +1,59 @@
+"""The controller of lambda, the weight of the margin term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marginclip.errors import require
+
+CONTROLS = ("fixed", "agreement")
+
+
+class LambdaController:
+    """Keeps lambda, and moves it by the repaired network's accuracy on the clean samples that the model classified correctly.
+
+    With ``control="agreement"`` each check from the ``first_check``-th on multiplies lambda by ``factor`` when the accuracy is at
+    least ``min_agreement`` (pi) and divides it otherwise (Algorithm 1, lines 11-14), within [``smallest``, ``largest``]. With
+    ``"fixed"`` lambda stays. On *correctly classified* samples the model itself scores 1, so pi = 0.95 is a bound on what the
+    repair may lose; on all samples a model of 91 % would never reach it and lambda would only shrink.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial: float = 0.1,
+        control: str = "fixed",
+        factor: float = 1.2,
+        min_agreement: float = 0.95,
+        first_check: int = 1,
+        smallest: float = 1e-5,
+        largest: float = 50.0,
+    ) -> None:
+        require(initial >= 0, f"defense.penalty.initial (lambda) must not be negative, got {initial:g}")
+        require(control in CONTROLS, f"defense.penalty.control must be one of {', '.join(CONTROLS)}, got '{control}'")
+        require(factor > 1, f"defense.penalty.factor must be greater than 1, got {factor:g}")
+        require(0 <= min_agreement <= 1, f"defense.penalty.min_agreement (pi) must be in [0, 1], got {min_agreement:g}")
+        require(0 <= smallest <= largest, f"defense.penalty.smallest must be in [0, largest={largest:g}], got {smallest:g}")
+        self.initial, self.control, self.factor, self.min_agreement = initial, control, factor, min_agreement
+        self.first_check, self.smallest, self.largest = first_check, smallest, largest
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as new."""
+        self.value, self.checks = self.initial, 0
+
+    def update(self, agreement: float) -> float:
+        """Take the accuracy of one check, a fraction, and return lambda for the steps that follow."""
+        self.checks += 1
+        if self.control == "agreement" and self.checks >= self.first_check:
+            moved = self.value * self.factor if agreement >= self.min_agreement else self.value / self.factor
+            self.value = min(max(moved, self.smallest), self.largest)
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted run needs to go on."""
+        return {"value": self.value, "checks": self.checks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.value, self.checks = float(state["value"]), int(state["checks"])

@@ -1,0 +1,99 @@
+"""The smallest runs: digits of 16 x 16 pixels, a ResNet of width 4, fp32, two epochs; composed as the entry points do."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+
+ROOT = Path(__file__).parents[2]
+TINY = ["dataset=digits", "logger=none", "trainer=exact"]
+# Set where the composed configuration has the key and the test's own overrides do not set it.
+SMALL = {
+    "trainer.enable_progress_bar": False,
+    "training.epochs": 2,
+    "model.width": 4,
+    "clean_per_class": 6,
+    "figures": False,
+    "defense.steps": 4,
+    "defense.check_every": 2,
+    "defense.ascent.first_steps": 2,
+    "defense.ascent.steps": 1,
+    "defense.ascent.starts_per_class": 2,
+    "attack.min_success": 0,
+}
+
+
+def make_config(runs_dir, *overrides, name="defend"):
+    """The configuration of a command line, written below ``runs_dir`` and made small."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(name, overrides=[*TINY, f"runs_dir={runs_dir}", *overrides], return_hydra_config=True)
+    given = {override.partition("=")[0] for override in overrides}
+    for key, value in SMALL.items():
+        if key not in given and OmegaConf.select(config, key) is not None:
+            OmegaConf.update(config, key, value)
+    return config
+
+
+def load_script(name):
+    """The entry script ``name``.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def configure_at():
+    """Makes a tiny configuration whose runs live in a folder of the test's choice: ``configure_at(folder, "attack=blend")``."""
+
+    def configure_at(runs_dir, *overrides, name="defend"):
+        config = make_config(runs_dir, *overrides, name=name)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    return configure_at
+
+
+@pytest.fixture
+def configure(tmp_path, configure_at):
+    """Makes a tiny configuration whose runs live in this test's own folder: ``configure("attack=blend")``."""
+
+    def configure(*overrides, runs_dir=None, name="defend"):
+        return configure_at(runs_dir or tmp_path / "runs", *overrides, name=name)
+
+    return configure
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, capsys, caplog):
+    """Runs one job of defend.py (or ``script``) in this process as its command line does: (exit code, stdout, stderr)."""
+    from marginclip.experiment import command
+
+    def job(*overrides, script="defend"):
+        config = make_config(tmp_path / "runs", *overrides, name=script)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        failures = []
+        monkeypatch.setattr(command, "_failures", failures)
+        command.run_job(config, load_script(script).task)
+        out, err = capsys.readouterr()
+        assert not [record for record in caplog.records if record.exc_info], "a traceback was logged"
+        return (1 if failures else 0), out, err
+
+    return job
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, configure_at):
+    """One complete tiny run, done once: (its runs_dir, its record). Tests must not write there."""
+    from marginclip.experiment.run import defend
+
+    runs_dir = tmp_path_factory.mktemp("finished") / "runs"
+    return runs_dir, defend(configure_at(runs_dir))
