@@ -77,7 +77,7 @@ class FineTune(Defense):
 
     def learn_from(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         """Take the network to train, what enters it (N, ...) and labels (N,); copies of both are the caller's to make."""
-        self.network, self.history = network, []
+        self.network, self.layout, self.history = network, training_layout(network), []
         self.register_buffer("images", inputs, persistent=False)
         self.register_buffer("labels", labels.clone().to(inputs.device), persistent=False)
         self.totals: list[Tensor] = []
@@ -137,6 +137,8 @@ class FineTune(Defense):
         rows = self._rows(self.current_epoch, batch_idx)
         generator = torch.Generator().manual_seed(self._draw(self.current_epoch, 1 + batch_idx))
         images, labels = self.augmented(self.images[rows], self.labels[rows], generator)
+        if images.dim() == 4:
+            images = in_layout(images, self.layout)  # augmentation gives channels-last images
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws the same in a resumed run, and nobody else draws differently
             torch.manual_seed(self._draw(self.current_epoch, 1 + batch_idx))
