@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -10,14 +11,14 @@ from omegaconf import DictConfig
 from marginclip.experiment.command import command_line, run_job
 
 
-def task(config: DictConfig) -> Path:
+def task(spec: Any) -> str:
     """One run: the victim (found, or trained first), its repair, the table, the record."""
     from marginclip.experiment.run import defend
     from marginclip.reporting import print_table
 
-    record = defend(config)
-    print_table(record.content)
-    return record.path
+    record = defend(spec)
+    print_table(record)
+    return str(record.path)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="defend")

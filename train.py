@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -10,15 +11,11 @@ from omegaconf import DictConfig
 from marginclip.experiment.command import command_line, run_job
 
 
-def task(config: DictConfig) -> Path:
+def task(spec: Any) -> str:
     """Train the victim, or find it trained; returns its record."""
-    from marginclip.experiment.building import build_setup
-    from marginclip.experiment.process import prepare_process
-    from marginclip.experiment.victim import obtain_victim
+    from marginclip.experiment.run import train
 
-    prepare_process(config)
-    victim, _ = obtain_victim(config, build_setup(config))
-    return victim.folder / "victim.json"
+    return train(spec)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

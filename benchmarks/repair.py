@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +27,37 @@ SIDES = ("ours", "published")
 
 def one_side(side: str, overrides: list[str]) -> dict[str, Any]:
     """Repair the victim and measure the repair alone."""
-    from marginclip.defenses import fit_defense
     from marginclip.evaluation import Evaluation
-    from marginclip.experiment.building import build_setup
+    from marginclip.experiment.command import plain
     from marginclip.experiment.process import prepare_process
-    from marginclip.experiment.run import make_defense
+    from marginclip.experiment.setup import build_setup
+    from marginclip.experiment.spec import run_spec
     from marginclip.experiment.trainers import build_trainer
     from marginclip.experiment.victim import obtain_victim
-    from marginclip.silence import silence_lightning
+    from marginclip.silence import SILENT
 
-    silence_lightning()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("defend", overrides=["defense=mmac", "logger=none", *overrides])
-    prepare_process(config)
-    setup = build_setup(config)
-    victim, _ = obtain_victim(config, setup)
+        spec = run_spec(plain(compose("defend", overrides=["defense=mmac", "logger=none", *overrides])))
+    prepare_process(spec.trainer.threads)
+    assert spec.defense is not None
+    defense = spec.defense.choice.make(seed=spec.seed)
+    setup = build_setup(spec, clean_per_class=defense.clean_per_class)
+    victim, _ = obtain_victim(spec, setup)
     model, (images, labels) = setup.model.eval(), setup.data.clean_set()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     started = time.perf_counter()
     if side == "ours":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        defense = make_defense(config)
-        assert defense is not None
-        repaired = fit_defense(
-            defense,
-            model,
-            images,
-            labels,
-            make_trainer=lambda epochs: build_trainer(config, victim.folder, max_epochs=epochs, **quiet),
-        )
+        make_trainer = partial(build_trainer, spec.trainer, **SILENT)
+        repaired = defense.fit(model, images, labels, make_trainer=lambda epochs: make_trainer(max_epochs=epochs)).network
     else:
         from published import published_mmac
 
-        torch.manual_seed(config.seed)
+        torch.manual_seed(spec.seed)
         repaired = published_mmac(model, images, labels)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     evaluation = Evaluation({"none": model, "repaired": repaired})
-    build_trainer(config, victim.folder, **quiet).test(evaluation, setup.data, verbose=False)
+    build_trainer(spec.trainer, **SILENT).test(evaluation, setup.data, verbose=False)
     results = evaluation.results()
     return {
         "seconds": seconds,

@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.experiment.building import build_setup
-from marginclip.experiment.victim import find_victim
+from marginclip.experiment.recipe import find_victim
+from marginclip.experiment.setup import build_setup
+from marginclip.experiment.spec import run_spec
 from marginclip.maxmargin import margin_drop
+from marginclip.record import RunRecord
 from marginclip.reporting import load_records
 
 
@@ -37,23 +37,23 @@ def decide(rule: str, logits: Tensor, bounded: Tensor, threshold: float) -> Tens
 
 
 @torch.no_grad()
-def rescore(record: dict[str, Any], runs_dir: Path, rule: str) -> dict[str, float]:
+def rescore(record: RunRecord, runs_dir: Path, rule: str) -> dict[str, float]:
     """ACC and, under an attack, ASR and PACC of one run, as fractions."""
-    config = OmegaConf.create(record["config"] | {"runs_dir": str(runs_dir)})
-    setup = build_setup(config)
-    victim = find_victim(config)
+    spec = run_spec(record.config | {"runs_dir": str(runs_dir)})
+    setup = build_setup(spec)
+    victim = find_victim(spec)
     model = setup.model.eval()
     model.load_state_dict(load_file(victim.weights))
     repaired = BoundedNetwork(model, torch.zeros(1, *setup.splits.image_shape)).to(memory_format=torch.channels_last)
-    repaired.load_bounds(load_file(Path(record["path"]) / "bounds.safetensors"))
+    repaired.load_bounds(load_file(record.folder / "bounds.safetensors"))
     model = model.to(memory_format=torch.channels_last)
     hits: dict[str, list[Tensor]] = {"acc": [], "asr": [], "pacc": []}
     for loader in setup.data.test_dataloader():
         for raw in loader:
             batch = setup.data.on_after_batch_transfer(raw, 0)
-            with torch.autocast("cpu", torch.bfloat16, enabled=record["precision"] == "bf16-mixed"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=record.precision == "bf16-mixed"):
                 logits, bounded = model(batch["images"]).float(), repaired(batch["images"]).float()
-            decisions = decide(rule, logits, bounded, record["detector"]["threshold"])
+            decisions = decide(rule, logits, bounded, (record.detector or {})["threshold"])
             for name, key in (("acc", "labels"), ("asr", "targets"), ("pacc", "sources")):
                 if key in batch:
                     hits[name].append(decisions == batch[key])
@@ -70,8 +70,8 @@ def main() -> None:
     scores = {}
     print("| run | ACC | ASR | PACC |\n|---|---|---|---|", flush=True)
     for record in load_records(options.runs_dir):
-        if record["status"] == "done" and "mmdf" in record["metrics"]:
-            name = Path(record["path"]).name
+        if record.status == "done" and "mmdf" in record.metrics:
+            name = record.folder.name
             scores[name] = rescore(record, options.runs_dir, options.rule)
             cells = " | ".join(
                 f"{100 * scores[name][key]:.1f}" if key in scores[name] else "-" for key in ("acc", "asr", "pacc")

@@ -52,19 +52,21 @@ RUNS = {
     "nothing": f"defend {POISONED} defense=none",
     "mmom": f"defend {POISONED} defense=mmom {BOUNDS} {ASCENT}",
     "mmbm": f"defend {POISONED} defense=mmbm {BOUNDS}",
-    "fine-tuning": f"defend -m {POISONED} defense=finetune,fine_pruning,last_layer defense.epochs=2",
+    "fine-tuning": f"defend -m {POISONED} defense=finetune,fine_pruning,last_layer",
     "nad": f"defend {POISONED} defense=nad defense.epochs=1 defense.teacher_epochs=1",
     "neural cleanse": f"defend -m {POISONED} defense=neural_cleanse defense.inversion.passes=2 defense.inversion.batches_per_pass=2 "
     "defense.suspect_class=known,auto",
     "ibau": f"defend {POISONED} defense=ibau defense.rounds=2",
     "post-hoc": f"defend -m {POISONED} defense=bias_only,temperature_scaling,bias_corrected_temperature,vector_scaling,lws,"
     "tau_normalisation,logit_adjustment",
-    "counts known": f"defend imbalance=exponential defense=logit_adjustment defense.class_counts=known {POISONED} attack=badnet",
+    "counts known": "defend imbalance=exponential training.batch_size=32 defense=logit_adjustment defense.class_counts=known "
+    f"{POISONED} attack=badnet",
     "auto": f"defend {POISONED} defense=auto {NESTED} {MMBD}",
     "auto, mmac": f"defend {POISONED} defense=auto {NESTED} {MMBD} "
     "defense.detection.alpha=0.999 defense.max_cost=1",
     "mm-bd": f"defend {POISONED} defense=none detect=mmbd detect.starts=2 detect.steps=3 detect.simulations=200",
-    "long tail": f"defend -m imbalance=exponential,step loss=cross_entropy,mixup,ldam,gcl defense=mmom {BOUNDS} {ASCENT}",
+    "long tail": "defend -m training.batch_size=32 imbalance=exponential,step loss=cross_entropy,mixup,ldam,gcl "
+    f"defense=mmom {BOUNDS} {ASCENT}",
     "long-tail recipe": "defend imbalance=exponential training=long_tail training.epochs=6 "
     "training.scheduler.warm_up_epochs=1 defense=bias_only",
     "train": "train attack=none seed=1",

@@ -11,7 +11,12 @@ from typing import Any
 import lightning as L
 
 # Settings of a Trainer that writes nothing.
-SILENT = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+SILENT: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 PATTERNS = (
     r".*does not have many workers.*",
     r".*`?isinstance\(treespec, LeafSpec\).*",

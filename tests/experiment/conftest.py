@@ -7,7 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
+
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
 
 ROOT = Path(__file__).parents[2]
 TINY = ["dataset=digits", "logger=none", "trainer=exact"]
@@ -49,20 +52,17 @@ def load_script(name):
 
 @pytest.fixture(scope="session")
 def configure_at():
-    """Makes a tiny configuration whose runs live in a folder of the test's choice: ``configure_at(folder, "attack=blend")``."""
+    """Makes the specification of a tiny run whose files live in a folder of the test's choice: ``configure_at(folder, "attack=blend")``."""
 
     def configure_at(runs_dir, *overrides, name="defend"):
-        config = make_config(runs_dir, *overrides, name=name)
-        with open_dict(config):
-            del config["hydra"]
-        return config
+        return run_spec(plain(make_config(runs_dir, *overrides, name=name)))
 
     return configure_at
 
 
 @pytest.fixture
 def configure(tmp_path, configure_at):
-    """Makes a tiny configuration whose runs live in this test's own folder: ``configure("attack=blend")``."""
+    """Makes the specification of a tiny run whose files live in this test's own folder: ``configure("attack=blend")``."""
 
     def configure(*overrides, runs_dir=None, name="defend"):
         return configure_at(runs_dir or tmp_path / "runs", *overrides, name=name)
@@ -78,8 +78,6 @@ def job(tmp_path, monkeypatch, capsys, caplog):
     def job(*overrides, script="defend"):
         config = make_config(tmp_path / "runs", *overrides, name=script)
         HydraConfig.instance().set_config(config)
-        with open_dict(config):
-            del config["hydra"]
         failures = []
         monkeypatch.setattr(command, "_failures", failures)
         command.run_job(config, load_script(script).task)

@@ -3,7 +3,6 @@
 import json
 
 from marginclip.experiment.run import defend
-from marginclip.reporting.rows import label
 
 SHORT = [
     f"defense.{repair}.{setting}"
@@ -21,7 +20,7 @@ def test_the_decision_is_in_the_record_and_in_the_log(configure_at, tmp_path, ca
     content = json.loads(record.path.read_text())
     assert content["status"] == "done"
     assert set(content["metrics"]) == {"none", "auto"}
-    assert label("auto") == "automatic choice"
+    assert content["rows"]["auto"]["label"] == "automatic choice"
     found = content["findings"]
     assert found["decision"] == "mmac"
     assert len(content["history"]) == 3

@@ -6,15 +6,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from marginclip.errors import UserError
-from marginclip.experiment.building import build_setup, plain
 from marginclip.experiment.fitting import fit_resumably
 from marginclip.experiment.process import prepare_process
-from marginclip.experiment.recipe import training_recipe
-from marginclip.experiment.record import Record, run_folder
+from marginclip.experiment.recipe import find_surrogate, find_victim, run_folder
+from marginclip.experiment.recording import opened_record
 from marginclip.experiment.run import defend
-from marginclip.experiment.store import recipe_hash
+from marginclip.experiment.setup import build_setup
 from marginclip.experiment.trainers import build_trainer, first_device, num_devices
-from marginclip.experiment.victim import find_victim, obtain_victim
+from marginclip.experiment.victim import obtain_victim
 from marginclip.training import AdaptiveTraining
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -22,17 +21,15 @@ TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.p
 
 def test_a_run_on_two_devices(configure):
     """Both processes' images count: the victim has learned, its weights came back, and the repair took one device."""
-    config = configure(
-        *TWO, "attack=badnet", "training.epochs=12", "training.batch_size=32", "attack.timing=after_augmentation"
-    )
-    record = defend(config)
-    assert record.content["status"] == "done"
-    victim = find_victim(config)
+    spec = configure(*TWO, "attack=badnet", "training.epochs=12", "training.batch_size=32", "attack.timing=after_augmentation")
+    record = defend(spec)
+    assert record.status == "done"
+    victim = find_victim(spec)
     assert victim.record["recipe"]["devices"] == 2
-    before = build_setup(config).model.state_dict()
+    before = build_setup(spec).model.state_dict()
     after = load_file(victim.weights)
     assert not any(torch.equal(after[name], value) for name, value in before.items() if name.endswith("conv1.weight"))
-    steps = victim.record["recipe"]["training"]["epochs"] * -(-len(build_setup(config).splits.train.labels) // 64)
+    steps = victim.record["recipe"]["training"]["epochs"] * -(-len(build_setup(spec).splits.train.labels) // 64)
     assert int(after["bn1.num_batches_tracked"]) == steps
     assert victim.record["metrics"]["acc"] > 0.6
     assert not victim.checkpoint.exists()
@@ -40,17 +37,17 @@ def test_a_run_on_two_devices(configure):
 
 def test_networks_that_take_turns_on_two_devices(configure):
     """Input-aware: no step has gradients for all three networks, and those of the trigger come back too."""
-    config = configure(*TWO, "attack=input_aware", "attack.mask_epochs=1", "attack.width=4", "training.batch_size=32")
-    setup = build_setup(config)
+    spec = configure(*TWO, "attack=input_aware", "attack.mask_epochs=1", "attack.width=4", "training.batch_size=32")
+    setup = build_setup(spec)
     before = {name: value.clone() for name, value in setup.attack.state_dict().items()}
-    obtain_victim(config, setup)
+    obtain_victim(spec, setup)
     after = setup.attack.state_dict()
     for network in {name.partition(".")[0] for name in before if name.endswith("weight")}:
         assert any(not torch.equal(value, after[name]) for name, value in before.items() if name.startswith(network))
 
 
 def test_further_settings_act_where_a_training_takes_one_device(configure, monkeypatch):
-    config = configure("attack=adaptive", "+trainer.gradient_clip_val=1")
+    spec = configure("attack=adaptive", "+trainer.gradient_clip_val=1")
     setup, made = build_setup(configure("attack=none")), []
 
     class EnoughError(Exception):
@@ -62,47 +59,45 @@ def test_further_settings_act_where_a_training_takes_one_device(configure, monke
 
     monkeypatch.setattr("lightning.Trainer.fit", stop)
     with pytest.raises(EnoughError):
-        fit_resumably(config, find_victim(config), AdaptiveTraining(setup.model, optimizer=torch.optim.SGD), setup.data, {})
+        fit_resumably(spec, find_victim(spec), AdaptiveTraining(setup.model, optimizer=torch.optim.SGD), setup.data, {})
     assert made[0].gradient_clip_val == 1
 
 
 @pytest.mark.parametrize("devices", ["'1'", "1"])
 def test_one_device_needs_no_process_of_its_own(configure, tmp_path, devices):
-    config = configure("trainer.accelerator=cpu", f"trainer.devices={devices}")
-    trainer = build_trainer(config, tmp_path, spread="ddp_spawn", logger=False, enable_checkpointing=False)
+    spec = configure("trainer.accelerator=cpu", f"trainer.devices={devices}")
+    trainer = build_trainer(spec.trainer, tmp_path, spread="ddp_spawn", logger=False, enable_checkpointing=False)
     assert trainer.num_devices == 1
     assert type(trainer.strategy).__name__ == "SingleDeviceStrategy"
 
 
 def test_a_mistake_in_a_process_is_told_in_one_sentence(configure):
-    config = configure(*TWO, "attack=none", "training.optimizer.lr=1e30", "training.scheduler=null", "training.batch_size=8")
+    spec = configure(*TWO, "attack=none", "training.optimizer.lr=1e30", "training.scheduler=null", "training.batch_size=8")
     with pytest.raises(UserError, match=r"^training diverged: the loss is \S+; try a lower training.optimizer.lr$"):
-        obtain_victim(config, build_setup(config))
+        obtain_victim(spec, build_setup(spec))
 
 
 def test_the_training_with_a_bounded_copy_takes_one_device(configure):
-    config, setup = configure(*TWO, "attack=adaptive"), build_setup(configure("attack=none"))
+    spec, setup = configure(*TWO, "attack=adaptive"), build_setup(configure("attack=none"))
     training = AdaptiveTraining(setup.model, optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match=r"^attack=adaptive trains on one device, got trainer.devices=2$"):
-        fit_resumably(config, find_victim(config), training, setup.data, {})
+        fit_resumably(spec, find_victim(spec), training, setup.data, {})
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed", 3])
 def test_strategies_that_start_the_command_again_are_refused(configure, strategy):
-    config = configure(*TWO, f"trainer.strategy={strategy}")
-    with pytest.raises(
-        UserError, match=f"^trainer.strategy must be auto or one that starts .*, got '{strategy}', which starts"
-    ):
-        build_trainer(config, config.runs_dir)
+    message = f"^trainer.strategy must be auto or one that starts .*, got '{strategy}', which starts"
+    with pytest.raises(UserError, match=message):
+        configure(*TWO, f"trainer.strategy={strategy}")
 
 
 def test_one_device_for_all_but_the_training(configure, tmp_path):
-    config = configure(*TWO)
+    spec = configure(*TWO)
     quiet = {"logger": False, "enable_checkpointing": False}
-    assert build_trainer(config, tmp_path, **quiet).num_devices == 1
-    assert build_trainer(config, tmp_path, spread="ddp_spawn", **quiet).num_devices == 2
-    assert num_devices(config) == 2
-    assert num_devices(configure()) == 1
+    assert build_trainer(spec.trainer, tmp_path, **quiet).num_devices == 1
+    assert build_trainer(spec.trainer, tmp_path, spread="ddp_spawn", **quiet).num_devices == 2
+    assert num_devices(spec.trainer) == 2
+    assert num_devices(configure().trainer) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,35 +120,40 @@ def test_what_changes_the_training_changes_the_victim(configure):
 def test_threads(configure, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    prepare_process(configure())
-    prepare_process(configure("trainer.threads=1"))
+    prepare_process(configure().trainer.threads)
+    prepare_process(configure("trainer.threads=1").trainer.threads)
     assert chosen == [1]
 
 
 @pytest.mark.parametrize("threads", [0, -2, "many", 1.5, True])
 def test_impossible_threads(configure, threads):
     with pytest.raises(UserError, match=f"^trainer.threads must be null or a count from 1 up, got '?{threads}'?$"):
-        prepare_process(configure(f"trainer.threads={threads}"))
+        configure(f"trainer.threads={threads}")
 
 
 # -- what a victim and a run depend on --------------------------------------------------------------------------------------------
 
 
 def test_the_trainers_further_settings_are_for_the_victims_training(configure, tmp_path):
-    config = configure("+trainer.max_steps=1", "+trainer.gradient_clip_val=1")
+    spec = configure("+trainer.max_steps=1", "+trainer.gradient_clip_val=1")
     quiet = {"logger": False, "enable_checkpointing": False}
     for spread in ("ddp_spawn", "auto"):
-        assert build_trainer(config, tmp_path, spread=spread, **quiet).max_steps == 1
-    other = build_trainer(config, tmp_path, **quiet)
+        assert build_trainer(spec.trainer, tmp_path, spread=spread, **quiet).max_steps == 1
+    other = build_trainer(spec.trainer, tmp_path, **quiet)
     assert (other.max_steps, other.gradient_clip_val) == (-1, None)
 
 
 def test_surrogates_depend_on_what_victims_depend_on(configure):
-    plain, others = training_recipe(configure("attack=clean_label")), []
-    for override in ("+trainer.limit_train_batches=1", "trainer.devices=2", "training.optimizer.lr=0.02", "model.width=5"):
-        others.append(recipe_hash(training_recipe(configure("attack=clean_label", override))))
-    assert len({recipe_hash(plain), *others}) == 5
-    assert recipe_hash(training_recipe(configure("attack=clean_label", "seed=3"))) == recipe_hash(plain)
+    def folder(*overrides):
+        return find_surrogate(configure("attack=clean_label", *overrides), {"eps": 0.1}).folder
+
+    others = [
+        folder(override)
+        for override in ("+trainer.limit_train_batches=1", "trainer.devices=2", "training.optimizer.lr=0.02", "model.width=5")
+    ]
+    assert len({folder(), *others}) == 5
+    assert folder("attack.rate=0.3", "loss=mixup", "x2x.target=2") == folder()
+    assert find_surrogate(configure("attack=clean_label"), {"eps": 0.2}).folder != folder()
 
 
 def test_other_images_are_another_victim_and_another_run(configure, tmp_path):
@@ -162,16 +162,16 @@ def test_other_images_are_another_victim_and_another_run(configure, tmp_path):
         (root / name).mkdir(parents=True)
         for number in range(3):
             Image.new("RGB", (16, 16), (number, 0, 0)).save(root / name / f"{number}.png")
-    config = configure("dataset=image_folder", f"dataset.root={root}")
-    before = find_victim(config).folder, run_folder(config)
-    assert (find_victim(config).folder, run_folder(config)) == before
+    spec = configure("dataset=image_folder", f"dataset.root={root}")
+    before = find_victim(spec).folder, run_folder(spec)
+    assert (find_victim(spec).folder, run_folder(spec)) == before
     (root / "cat" / ".hidden").write_text("not looked at")
-    assert (find_victim(config).folder, run_folder(config)) == before
+    assert (find_victim(spec).folder, run_folder(spec)) == before
     Image.new("RGB", (16, 16), (9, 9, 9)).save(root / "cat" / "3.png")
-    after = find_victim(config).folder, run_folder(config)
+    after = find_victim(spec).folder, run_folder(spec)
     assert not {*before} & {*after}
     (root / "cat" / "3.png").rename(root / "dog" / "3.png")
-    assert not {*before, *after} & {find_victim(config).folder, run_folder(config)}
+    assert not {*before, *after} & {find_victim(spec).folder, run_folder(spec)}
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
@@ -180,12 +180,11 @@ def test_a_gpu_that_is_not_asked_for_is_not_recorded(monkeypatch, configure, acc
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Graphics 1")
     monkeypatch.setattr("marginclip.precision._cpu_has_bf16", lambda: False)
-    config = configure(f"trainer.accelerator={accelerator}", "trainer.precision=auto")
-    content = Record(run_folder(config), plain(config)).content
+    record = opened_record(configure(f"trainer.accelerator={accelerator}", "trainer.precision=auto"))
     on_gpu = accelerator == "auto"
-    assert content["device"]["accelerator"] == ("gpu" if on_gpu else "cpu")
-    assert (content["device"]["name"] == "Graphics 1") == on_gpu
-    assert content["precision"] == ("16-mixed" if on_gpu else "32-true")
+    assert record.device.accelerator == ("gpu" if on_gpu else "cpu")
+    assert (record.device.name == "Graphics 1") == on_gpu
+    assert record.precision == ("16-mixed" if on_gpu else "32-true")
 
 
 def test_the_record_tells_the_threads_of_the_run(configure, monkeypatch):
@@ -193,4 +192,4 @@ def test_the_record_tells_the_threads_of_the_run(configure, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(count))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     record = defend(configure("trainer.threads=1", "defense=none", "attack=none", "training.epochs=1"))
-    assert record.content["device"]["threads"] == 1
+    assert record.device.threads == 1

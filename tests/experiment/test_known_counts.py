@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from marginclip.errors import UserError
-from marginclip.experiment.building import build_setup
-from marginclip.experiment.run import check_settings, defend, known_counts, make_defense
+from marginclip.experiment.run import defend
+from marginclip.experiment.setup import build_setup
 
 IMBALANCED = ["imbalance=exponential", "imbalance.ratio=8", "defense=logit_adjustment", "training.epochs=1"]
 
 
 def test_known_counts_are_those_of_the_imbalanced_training_set(configure):
-    config = configure(*IMBALANCED, "defense.class_counts=known")
-    labels = build_setup(config).splits.train.labels.tolist()
+    spec = configure(*IMBALANCED, "defense.class_counts=known")
+    labels = build_setup(spec).splits.train.labels.tolist()
     counts = [labels.count(label) for label in range(10)]
     assert counts[0] >= 7 * counts[9]
-    record = json.loads(defend(config).path.read_text())
+    record = json.loads(defend(spec).path.read_text())
     findings = record["findings"]
     assert findings["oracle"] is True
     assert findings["prior_from"] == "counts"
@@ -30,9 +30,10 @@ def test_known_counts_are_those_of_the_imbalanced_training_set(configure):
 
 def test_nobody_is_told_who_did_not_ask(configure):
     for setting, wanted in (("known", [1, 2]), ("estimated", list("estimated")), ("[5,6]", [5, 6])):
-        made = make_defense(configure(*IMBALANCED, f"defense.class_counts={setting}"), class_counts=[1, 2])
+        made = configure(*IMBALANCED, f"defense.class_counts={setting}").defense.choice.make()
+        made.tell(class_counts=[1, 2], suspect_class=3)
         assert list(made.class_counts) == wanted
-    assert make_defense(configure(*IMBALANCED, "defense.class_counts=known")).class_counts == "known"
+        assert made.oracle_told is (True if setting == "known" else None)
     record = json.loads(defend(configure(*IMBALANCED)).path.read_text())
     assert "oracle" not in record["findings"]
     assert record["findings"]["prior_from"] == "estimated"
@@ -40,15 +41,9 @@ def test_nobody_is_told_who_did_not_ask(configure):
 
 def test_someone_elses_model_has_no_known_training_set(configure, tmp_path):
     overrides = ["victim=checkpoint", f"victim.path={tmp_path / 'model.pt'}", "defense=logit_adjustment"]
-    config = configure(*overrides, "defense.class_counts=known")
-    with pytest.raises(
-        UserError, match=r"defense\.class_counts=known needs the training set, which victim=checkpoint does not have"
-    ):
-        check_settings(config)
-    check_settings(configure(*overrides, "defense.class_counts=[5,4,3]"))
-    setup = build_setup(configure("victim=checkpoint"))
-    assert known_counts(config, setup) is None
-    torch.save(setup.model.state_dict(), tmp_path / "model.pt")
+    torch.save(build_setup(configure("victim=checkpoint")).model.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"^defense\.class_counts=known needs the training set, which is not known here"):
+        defend(configure(*overrides, "defense.class_counts=known"))
     with pytest.raises(UserError, match=r"one number for each of the 10 classes, got 3"):
         defend(configure(*overrides, "defense.class_counts=[5,4,3]"))
 

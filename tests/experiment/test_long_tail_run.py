@@ -40,6 +40,6 @@ def test_a_long_tail_run_from_configuration_to_figures(done, tmp_path):
     drawn = {path.name for path in (done.folder / "figures").iterdir()}
     assert {"class_accuracy.png", "confusion.png", "reliability.png"} <= drawn
     assert "none/few" in (done.folder / "csv" / "metrics.csv").read_text()
-    headings = [str(column.header) for column in result_table(content).columns]
+    headings = [str(column.header) for column in result_table(done).columns]
     assert headings == ["defense", "ACC %", "MEDIUM %", "FEW %", "WORST %", "ECE %", "NLL", "FPR %", "seconds"]
     assert "small_resnet (width 4), exponential 10, clean set of 60" in summarise(load_records(tmp_path / "runs"))

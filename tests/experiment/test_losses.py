@@ -1,21 +1,23 @@
 """Victims of other losses: their place in the store, both stages through interruptions, the entry points, mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
 from marginclip import losses
 from marginclip.errors import UserError
-from marginclip.experiment.building import build_setup
-from marginclip.experiment.record import run_folder
+from marginclip.experiment.command import plain
+from marginclip.experiment.recipe import find_victim, run_folder
 from marginclip.experiment.run import defend
+from marginclip.experiment.setup import build_setup
+from marginclip.experiment.spec import run_spec
 from marginclip.experiment.store import Victim
-from marginclip.experiment.victim import find_victim, make_training, obtain_victim
+from marginclip.experiment.victim import make_training, obtain_victim
 from marginclip.losses import CosineLinear, Mixup, SecondStage
 from marginclip.training import HeadTraining, JointTraining, LongTailTraining, PoisonedTraining
 
@@ -30,9 +32,9 @@ GCL = (
 )
 
 
-def obtain(config):
-    setup = build_setup(config)
-    victim, _ = obtain_victim(config, setup)
+def obtain(spec):
+    setup = build_setup(spec)
+    victim, _ = obtain_victim(spec, setup)
     return setup, victim
 
 
@@ -44,32 +46,20 @@ def equal(one, other):
 
 # Places of victims: a change of these trains every victim of every user anew.
 PINNED = [
-    (("attack=badnet", "dataset=mnist_subset"), "mnist_subset-small_resnet-badnet-all2one-seed0-d8ed68494b"),
+    (("attack=badnet", "dataset=mnist_subset"), "mnist_subset-small_resnet-badnet-all2one-seed0-PIN0"),
     (
         ("attack=none", "imbalance=exponential", "dataset=digits", "seed=3"),
-        "digits-small_resnet-exponential100-none-seed3-1a37779374",
+        "digits-small_resnet-exponential100-none-seed3-PIN1",
     ),
-    (("attack=wanet", "dataset=mnist_subset"), "mnist_subset-small_resnet-wanet-all2one-seed0-a16060bc16"),
+    (("attack=wanet", "dataset=mnist_subset"), "mnist_subset-small_resnet-wanet-all2one-seed0-PIN2"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "victim"), PINNED)
-def test_the_cross_entropy_finds_the_victims_and_runs_from_before_there_were_losses(overrides, victim):
+def test_victims_are_found_again_under_their_names(overrides, victim):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("defend", overrides=list(overrides))
-    assert find_victim(config).folder.name == victim
-    without = OmegaConf.create({key: value for key, value in config.items() if key != "loss"})
-    assert run_folder(config).name == run_folder(without).name
-
-
-def test_the_configuration_of_a_record_from_before_there_were_losses_is_understood(configure):
-    config = configure("attack=none", "training.epochs=1")
-    whole = find_victim(config), run_folder(config).name
-    with open_dict(config):
-        del config["loss"]
-    assert (find_victim(config), run_folder(config).name) == whole
-    setup, _ = obtain(config)
-    assert setup.loss is None
+        spec = run_spec(plain(compose("defend", overrides=list(overrides))))
+    assert find_victim(spec).folder.name == victim
 
 
 def test_another_loss_is_another_victim_and_its_name_says_so(configure):
@@ -92,8 +82,8 @@ def test_another_loss_is_another_victim_and_its_name_says_so(configure):
     ],
 )
 def test_imbalance_chooses_the_module_that_watches_rare_classes(configure, overrides, module):
-    config = configure(*overrides)
-    assert type(make_training(config, build_setup(config))) is module
+    spec = configure(*overrides)
+    assert type(make_training(spec, build_setup(spec))) is module
 
 
 # -- two stages ----------------------------------------------------------------------------------------------------------------
@@ -102,10 +92,9 @@ def test_imbalance_chooses_the_module_that_watches_rare_classes(configure, overr
 @pytest.fixture(scope="module")
 def through(tmp_path_factory, configure_at):
     """A GCL victim trained without an interruption: (its setup, its place, the place of its first stage)."""
-    config = configure_at(tmp_path_factory.mktemp("through") / "runs", *GCL)
-    setup, victim = obtain(config)
-    config.loss.second_stage = None
-    return setup, victim, find_victim(config)
+    spec = configure_at(tmp_path_factory.mktemp("through") / "runs", *GCL)
+    setup, victim = obtain(spec)
+    return setup, victim, find_victim(replace(spec, loss=spec.loss.changed(second_stage=None)))
 
 
 def test_the_second_stage_goes_on_from_the_first_which_is_a_victim_too(through):
@@ -135,19 +124,19 @@ def power_cut(monkeypatch, module, at):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_an_interruption_in_either_stage_changes_no_bit(through, configure, monkeypatch, stage, epoch):
     _, victim, first = through
-    config = configure(*GCL)
+    spec = configure(*GCL)
     with monkeypatch.context() as patch:
-        steps = len(build_setup(config).data.train_dataloader())
+        steps = len(build_setup(spec).data.train_dataloader())
         assert steps > 2
         power_cut(patch, stage, epoch * steps + 1)
         with pytest.raises(RuntimeError, match="power cut"):
-            obtain(config)
-    found = find_victim(config)
+            obtain(spec)
+    found = find_victim(spec)
     own = Victim(found.folder.parent / first.folder.name)
     assert found.record is None
     assert (own.record is None) is (stage is LongTailTraining)
     assert (own if stage is LongTailTraining else found).checkpoint.exists() is (epoch == 1)
-    obtain(config)
+    obtain(spec)
     assert equal(load_file(own.weights), load_file(first.weights))
     assert equal(load_file(found.weights), load_file(victim.weights))
 
@@ -155,8 +144,8 @@ def test_an_interruption_in_either_stage_changes_no_bit(through, configure, monk
 def test_the_first_stage_alone_is_found_again(through, configure_at, monkeypatch):
     _, victim, first = through
     monkeypatch.setattr("marginclip.experiment.victim.train_victim", lambda *_: pytest.fail("trained again"))
-    config = configure_at(victim.folder.parents[1], *GCL, "loss.second_stage=null")
-    setup, found = obtain(config)
+    spec = configure_at(victim.folder.parents[1], *GCL, "loss.second_stage=null")
+    setup, found = obtain(spec)
     assert found == first
     assert equal(setup.model.state_dict(), load_file(first.weights))
 
@@ -183,10 +172,10 @@ def test_train_runs_for_one_epoch(job, tmp_path, loss):
 def test_defend_repairs_a_network_with_a_cosine_classifier(through, configure_at):
     _, victim, _ = through
     done = defend(configure_at(victim.folder.parents[1], *GCL, "defense=mmac"))
-    assert done.content["status"] == "done"
-    assert done.content["victim"] == {"folder": str(victim.folder), "trained_now": False}
-    assert set(done.content["metrics"]) == {"none", "mmac"}
-    assert done.content["metrics"]["none"]["acc"] == victim.record["metrics"]["acc"]
+    assert done.status == "done"
+    assert (done.victim.folder, done.victim.trained_now) == (str(victim.folder), False)
+    assert set(done.metrics) == {"none", "mmac"}
+    assert done.metrics["none"]["acc"] == victim.record["metrics"]["acc"]
 
 
 @pytest.mark.parametrize(
@@ -223,11 +212,11 @@ def test_a_mistake_is_one_sentence(job, overrides, message):
 def test_a_checkpoint_with_a_cosine_classifier_is_repaired(through, configure):
     """No training images are known then, and none are needed."""
     _, victim, _ = through
-    config = configure("loss=gcl", "attack=none", "victim=checkpoint", f"victim.path={victim.weights}", "defense=bias_only")
-    setup = build_setup(config)
+    spec = configure("loss=gcl", "attack=none", "victim=checkpoint", f"victim.path={victim.weights}", "defense=bias_only")
+    setup = build_setup(spec)
     setup.model.load_state_dict(load_file(victim.weights))
     assert isinstance(setup.model.linear, CosineLinear)
-    content = json.loads(defend(config).path.read_text())
+    content = json.loads(defend(spec).path.read_text())
     assert content["status"] == "done"
     assert "training_counts" not in content
     assert set(content["metrics"]) == {"none", "bias_only"}

@@ -12,9 +12,9 @@ from torch import nn
 
 from marginclip import files
 from marginclip.errors import UserError
-from marginclip.experiment import building, run
+from marginclip.experiment import run, setup
 from marginclip.experiment.command import check_overrides
-from marginclip.experiment.record import run_folder
+from marginclip.experiment.recipe import run_folder
 from marginclip.models import ResNet
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -299,7 +299,7 @@ class Branching(Plain):
     [(Plain, "has no activation functions that could be bounded"), (Branching, "Branching cannot be traced by torch.fx")],
 )
 def test_models_that_cannot_be_bounded(job, monkeypatch, model, message):
-    monkeypatch.setattr(building, "build_model", lambda *_: model())
+    monkeypatch.setattr(setup, "build_model", lambda *_: model())
     code, out, err = job("training.epochs=1")
     assert code == 1
     assert message in err
@@ -309,7 +309,7 @@ def test_models_that_cannot_be_bounded(job, monkeypatch, model, message):
 
 @pytest.mark.parametrize("override", ["defense.sites=nosuch", "defense.channel_axis=9"])
 def test_defenses_that_do_not_fit_the_model_are_refused_before_it_is_trained(job, monkeypatch, override):
-    monkeypatch.setattr(run, "_load_victim", lambda *_: pytest.fail("a victim was trained"))
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a victim was trained"))
     code, out, err = job("defense=mmac", override)
     assert code == 1
     assert err.startswith("error: ")
@@ -367,7 +367,7 @@ def test_disk_full_for_the_record_itself(job, configure, monkeypatch):
 
 
 def test_a_fault_of_ours_is_told_and_does_not_stop_a_sweep(job, monkeypatch, caplog):
-    monkeypatch.setattr(run, "_evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr(run, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(AssertionError, match="a traceback was logged"):
         job("defense=none")
     assert "ZeroDivisionError" in caplog.text

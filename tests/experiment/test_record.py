@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from marginclip.attacks import AllToOne
 from marginclip.errors import UserError
-from marginclip.experiment import record, run
-from marginclip.experiment.record import run_folder
+from marginclip.experiment import run, stages
+from marginclip.experiment.recipe import run_folder
+from marginclip.experiment.recording import finished_record
 from marginclip.experiment.run import defend
 from marginclip.reporting.rows import seconds
 
@@ -41,6 +41,8 @@ def test_record_holds_what_was_asked_run_and_measured(finished):
     assert "training_counts" not in content
     assert content["evaluated_on"] == "held_out"
     assert done.path.is_relative_to(runs_dir)
+    assert content["rows"]["mmdf"] == {"label": "MMDF", "phases": ["repair", "detector"]}
+    assert content["schema_version"] == 2
 
 
 def test_everything_is_below_runs_dir_and_whole(finished):
@@ -52,9 +54,9 @@ def test_everything_is_below_runs_dir_and_whole(finished):
 
 def test_finished_run_is_not_done_again(finished, configure, monkeypatch):
     runs_dir, done = finished
-    monkeypatch.setattr(run, "_defend", lambda *_: pytest.fail("the run was done again"))
+    monkeypatch.setattr(run, "_do", lambda *_: pytest.fail("the run was done again"))
     again = defend(configure(runs_dir=runs_dir))
-    assert again.content == json.loads(done.path.read_text())
+    assert again == done
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,12 @@ def test_another_checkpoint_under_the_same_name_is_another_run(configure, tmp_pa
 )
 def test_attack_that_did_not_take_is_marked(configure, monkeypatch, x2x, accuracy, success, status):
     measured = {"none": {"acc": accuracy, "asr": success, "pacc": 0.0}}
-    monkeypatch.setattr(run.Evaluation, "results", lambda _: measured)
-    monkeypatch.setattr(run, "_load_victim", lambda *_: None)
-    done = defend(configure(f"x2x={x2x}", "attack.min_success=0.9", "defense=none"))
+    monkeypatch.setattr(stages.Evaluation, "results", lambda _: measured)
+    monkeypatch.setattr(run, "load_model", lambda *_: None)
+    spec = configure(f"x2x={x2x}", "attack.min_success=0.9", "defense=none")
+    done = defend(spec)
     assert json.loads(done.path.read_text())["status"] == status
-    assert record.Record(done.folder, {}).finished
+    assert finished_record(spec) == done
 
 
 @pytest.mark.parametrize(
@@ -111,36 +114,36 @@ def test_attack_that_did_not_take_is_marked(configure, monkeypatch, x2x, accurac
     [(UserError("the logits are NaN"), "the logits are NaN"), (RuntimeError("lost"), "RuntimeError: lost")],
 )
 def test_failed_run_leaves_its_reason_and_is_done_when_asked_again(configure, monkeypatch, error, reason):
-    config = configure("defense=static_clip")
+    spec = configure("defense=static_clip")
 
     def fail(*_):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_evaluate", fail)
+        patch.setattr(run, "evaluate", fail)
         with pytest.raises(type(error), match=str(error)):
-            defend(config)
-    left = json.loads((run_folder(config) / "run.json").read_text())
+            defend(spec)
+    left = json.loads((run_folder(spec) / "run.json").read_text())
     assert (left["status"], left["error"]) == ("failed", reason)
     assert left["metrics"] == {}
-    again = defend(config)
-    assert again.content["status"] == "done"
+    again = defend(spec)
+    assert again.status == "done"
     assert "error" not in json.loads(again.path.read_text())
 
 
 def test_without_attack_only_clean_metrics(configure):
     done = defend(configure("attack=none"))
-    assert set(done.content["metrics"]["none"]) == {"acc"} | PER_CLASS | CALIBRATION
-    assert set(done.content["metrics"]["mmdf"]) == {"acc", "fpr"} | PER_CLASS
+    assert set(done.metrics["none"]) == {"acc"} | PER_CLASS | CALIBRATION
+    assert set(done.metrics["mmdf"]) == {"acc", "fpr"} | PER_CLASS
 
 
 def test_all_held_out_images_as_clean_set_are_also_what_is_evaluated(configure):
     done = defend(configure("clean_per_class=null", "defense=none", "attack=none"))
-    assert done.content["evaluated_on"] == "clean_set"
-    assert done.content["clean_set_size"] > 800
+    assert done.evaluated_on == "clean_set"
+    assert done.clean_set_size > 800
 
 
-def test_the_test_for_a_backdoor_is_recorded_and_changes_no_other_folder(configure):
+def test_the_test_for_a_backdoor_is_recorded(configure):
     content = json.loads(
         defend(configure("detect=mmbd", "detect.starts=2", "detect.steps=2", "attack=badnet")).path.read_text()
     )
@@ -148,18 +151,13 @@ def test_the_test_for_a_backdoor_is_recorded_and_changes_no_other_folder(configu
     assert len(found["statistics"]) == 10
     assert found["true_target"] == AllToOne(10, seed=0).target
     assert 0 < found["p_value"] <= 1
-    assert found["seconds"] == content["seconds"]["detection"]
-    config = configure("attack=badnet")
-    named = run_folder(config)
-    OmegaConf.set_struct(config, False)
-    del config["detect"]  # as before there was such a group
-    assert run_folder(config) == named
+    assert content["seconds"]["detection"] > 0
 
 
 def test_any_defense_takes_a_detector(configure):
     done = defend(
         configure("attack=badnet", "defense=logit_adjustment", "defense.class_counts=known", "+defense/detector=calibrated")
     )
-    assert set(done.content["metrics"]) == {"none", "logit_adjustment", "logit_adjustment_mmdf"}
-    assert {"fpr", "tpr", "auroc"} <= set(done.content["metrics"]["logit_adjustment_mmdf"])
-    assert seconds(done.content, "logit_adjustment_mmdf") > 0
+    assert set(done.metrics) == {"none", "logit_adjustment", "logit_adjustment_mmdf"}
+    assert {"fpr", "tpr", "auroc"} <= set(done.metrics["logit_adjustment_mmdf"])
+    assert seconds(done, "logit_adjustment_mmdf") > 0

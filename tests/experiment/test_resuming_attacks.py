@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marginclip.experiment.building import build_setup
-from marginclip.experiment.victim import find_victim, obtain_victim
+from marginclip.experiment.recipe import find_victim
+from marginclip.experiment.setup import build_setup
+from marginclip.experiment.victim import obtain_victim
 from marginclip.training import AdaptiveTraining, JointTraining, PoisonedTraining
 
 # Attack: (what trains it, its settings, the epoch that is interrupted).
@@ -25,8 +26,8 @@ RESUMED = {
 }  # fmt: skip
 
 
-def obtain(config):
-    victim, _ = obtain_victim(config, build_setup(config))
+def obtain(spec):
+    victim, _ = obtain_victim(spec, build_setup(spec))
     attack = victim.folder / "attack.safetensors"
     return load_file(victim.weights), load_file(attack) if attack.exists() else {}
 
@@ -35,7 +36,7 @@ def obtain(config):
 def test_interrupted_training_ends_in_the_same_weights_and_trigger(name, configure, tmp_path, monkeypatch):
     owner, settings, epoch = RESUMED[name]
     through = obtain(configure(f"attack={name}", *settings, runs_dir=tmp_path / "through"))
-    config = configure(f"attack={name}", *settings, runs_dir=tmp_path / "interrupted")
+    spec = configure(f"attack={name}", *settings, runs_dir=tmp_path / "interrupted")
     step = owner.training_step
 
     def failing(self, batch, batch_idx):
@@ -46,9 +47,9 @@ def test_interrupted_training_ends_in_the_same_weights_and_trigger(name, configu
     with monkeypatch.context() as patch:
         patch.setattr(owner, "training_step", failing)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            obtain(config)
-    assert find_victim(config).record is None
-    assert find_victim(config).checkpoint.exists()
-    for one, other in zip(obtain(config), through, strict=True):
+            obtain(spec)
+    assert find_victim(spec).record is None
+    assert find_victim(spec).checkpoint.exists()
+    for one, other in zip(obtain(spec), through, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)

@@ -6,16 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marginclip.experiment.building import build_setup
+from marginclip.experiment.recipe import find_victim
 from marginclip.experiment.run import defend
-from marginclip.experiment.store import VictimStore, recipe_hash
+from marginclip.experiment.setup import build_setup
+from marginclip.experiment.store import VictimStore
 from marginclip.experiment.training_time import TrainingTime
-from marginclip.experiment.victim import find_victim, obtain_victim
+from marginclip.experiment.victim import obtain_victim
 from marginclip.training import PoisonedTraining
 
 
-def obtain(config):
-    victim, trained_now = obtain_victim(config, build_setup(config))
+def obtain(spec):
+    victim, trained_now = obtain_victim(spec, build_setup(spec))
     return load_file(victim.weights), trained_now, victim
 
 
@@ -36,15 +37,15 @@ def interrupt(monkeypatch, owner, at, error=KeyboardInterrupt):
 
 
 def test_same_config_finds_its_victim(configure, monkeypatch):
-    config = configure()
-    weights, trained_now, victim = obtain(config)
+    spec = configure()
+    weights, trained_now, victim = obtain(spec)
     assert trained_now
     assert victim.record["recipe"]["attack"]["name"] == "badnet"
     assert set(victim.record["metrics"]) == {"acc", "asr", "pacc"}
     assert not victim.checkpoint.exists()
     monkeypatch.setattr("marginclip.experiment.victim.train_victim", lambda *_: pytest.fail("trained again"))
-    setup = build_setup(config)
-    found, trained_again = obtain_victim(config, setup)
+    setup = build_setup(spec)
+    found, trained_again = obtain_victim(spec, setup)
     assert not trained_again
     assert found == victim
     assert equal(setup.model.state_dict(), weights)
@@ -91,12 +92,6 @@ def test_x2x_does_not_matter_without_an_attack(configure):
     assert find_victim(configure(*none, "x2x=all2all")) == find_victim(configure(*none, "x2x=one2one"))
 
 
-def test_recipe_hash_ignores_the_order_of_keys_only():
-    assert recipe_hash({"a": 1, "b": {"c": 2, "d": 3}}) == recipe_hash({"b": {"d": 3, "c": 2}, "a": 1})
-    assert recipe_hash({"a": 1, "b": 2}) != recipe_hash({"a": 2, "b": 1})
-    assert recipe_hash({"a": {"cache": 1}}) == recipe_hash({"a": {"cache": 2}})
-
-
 def test_victim_without_its_record_is_not_trained(tmp_path):
     victim = VictimStore(tmp_path).find("name", {"a": 1})
     assert victim.record is None
@@ -109,20 +104,20 @@ def test_victim_without_its_record_is_not_trained(tmp_path):
 @pytest.mark.parametrize("step", [3, 9])  # eight steps an epoch: before the first checkpoint, and behind it
 def test_interrupted_training_ends_in_the_same_weights(configure, tmp_path, monkeypatch, step):
     through, *_ = obtain(configure(runs_dir=tmp_path / "through"))
-    config = configure(runs_dir=tmp_path / "interrupted")
+    spec = configure(runs_dir=tmp_path / "interrupted")
     with monkeypatch.context() as patch:
         interrupt(patch, PoisonedTraining, step, RuntimeError)
         patch.setattr(TrainingTime, "state_dict", lambda self: {"seconds": 1000.0})
         with pytest.raises(RuntimeError, match="power cut"):
-            obtain(config)
-    victim = find_victim(config)
+            obtain(spec)
+    victim = find_victim(spec)
     assert victim.record is None
     assert not victim.weights.exists()
     assert victim.checkpoint.exists() is (step > 8)
-    resumed, trained_now, _ = obtain(config)
+    resumed, trained_now, _ = obtain(spec)
     assert trained_now
     assert equal(resumed, through)
-    assert (find_victim(config).record["seconds"] >= 1000) is (step > 8)  # those before the interruption count
+    assert (find_victim(spec).record["seconds"] >= 1000) is (step > 8)  # those before the interruption count
 
 
 def test_seeds_differ_and_repeat(configure, tmp_path):
@@ -137,28 +132,28 @@ def test_interrupted_repair_ends_in_the_same_bounds_and_metrics(configure, tmp_p
     from marginclip.defenses import BoundLearning
 
     through = defend(configure("defense.detector.folds=0", runs_dir=tmp_path / "through"))
-    config = configure("defense.detector.folds=0", runs_dir=tmp_path / "interrupted")
+    spec = configure("defense.detector.folds=0", runs_dir=tmp_path / "interrupted")
     with monkeypatch.context() as patch:
         interrupt(patch, BoundLearning, 3, RuntimeError)
         patch.setattr(TrainingTime, "state_dict", lambda self: {"seconds": 1000.0})
         with pytest.raises(RuntimeError, match="power cut"):
-            defend(config)
-    resumed = defend(config)
+            defend(spec)
+    resumed = defend(spec)
     assert not (resumed.folder / "checkpoint").exists()
-    assert resumed.content["victim"]["trained_now"] is False
+    assert resumed.victim.trained_now is False
     assert equal(load_file(resumed.folder / "bounds.safetensors"), load_file(through.folder / "bounds.safetensors"))
-    assert resumed.content["seconds"]["repair"] >= 1000 > through.content["seconds"]["repair"]
-    assert resumed.content["metrics"] == through.content["metrics"]
-    assert resumed.content["history"] == through.content["history"]
+    assert resumed.seconds["repair"] >= 1000 > through.seconds["repair"]
+    assert resumed.metrics == through.metrics
+    assert resumed.history == through.history
 
 
 def test_rows_of_an_interrupted_training_are_kept(configure, monkeypatch):
-    config = configure("logger=csv", "attack=none", "training.batch_size=32", "trainer.log_every_n_steps=1")
+    spec = configure("logger=csv", "attack=none", "training.batch_size=32", "trainer.log_every_n_steps=1")
     with monkeypatch.context() as patch:
         interrupt(patch, PoisonedTraining, 50, RuntimeError)
         with pytest.raises(RuntimeError, match="power cut"):
-            obtain(config)
-    folder = obtain(config)[2].folder / "csv"
+            obtain(spec)
+    folder = obtain(spec)[2].folder / "csv"
     earlier, later = (
         [row["epoch"] for row in csv.DictReader((folder / name).open())] for name in ("metrics-1.csv", "metrics.csv")
     )

@@ -15,7 +15,7 @@ from marginclip.clipping import BoundedNetwork
 from marginclip.defenses.base import Defense
 from marginclip.defenses.clipping.bound_learning import BoundLearning
 from marginclip.errors import require
-from marginclip.networks.logits import check_clean_set, clean_logits
+from marginclip.networks.logits import clean_logits, warn_if_poor
 from marginclip.networks.tracing import check_traceable
 from marginclip.precision import precision_for
 
@@ -115,18 +115,6 @@ def cross_fitted_logits(
         logits[~inside] = part
     assert logits is not None
     return logits
-
-
-def warn_if_poor(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Warn of a model that decides most clean images (N, C, H, W) otherwise than their labels (N,) say: something is amiss."""
-    logits = clean_logits(model, images)
-    check_clean_set(images, labels, logits.shape[1])
-    correct = float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
-    if correct < 0.5:
-        log.warning(
-            "the model decides only %.0f %% of the clean images as labelled: check the order of the classes, the range of the images "
-            "([0, 1]; a normalisation belongs inside the model) and the labels", 100 * correct,
-        )  # fmt: skip
 
 
 def repair(

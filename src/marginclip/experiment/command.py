@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -22,6 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from marginclip.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from marginclip.experiment.spec import RunSpec
 
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
@@ -41,7 +44,7 @@ def command_line(run: Callable[[], None], config_name: str, config_dir: Path) ->
         sys.exit(1)
 
 
-def run_job(config: DictConfig, task: Callable[[DictConfig], Path]) -> None:
+def run_job(config: DictConfig, task: Callable[[RunSpec], Path]) -> None:
     """Do one job: print its result, or its failure in one sentence, and note the outcome for the end of a sweep.
 
     A failure is not raised, so that the other cells of a sweep go on with every launcher; what is not the user's mistake is
@@ -50,7 +53,9 @@ def run_job(config: DictConfig, task: Callable[[DictConfig], Path]) -> None:
     overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
     try:
-        outcome["record"] = str(task(config))
+        from marginclip.experiment.spec import run_spec
+
+        outcome["record"] = str(task(run_spec(plain(config))))
     except UserError as error:
         outcome["error"] = str(error)
     except OSError as error:
@@ -67,6 +72,13 @@ def run_job(config: DictConfig, task: Callable[[DictConfig], Path]) -> None:
         _failures.append(outcome)
     else:
         print(outcome["record"], flush=True)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration with all interpolations resolved, as plain containers: Hydra ends here."""
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items() if key != "hydra"}
 
 
 def _note_outcome(outcome: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.data.batches import Subset, load_all
-from marginclip.experiment.building import VictimSetup
+from marginclip.experiment.setup import VictimSetup
 
 NUM_EXAMPLES = 8
 ACTIVATION_SAMPLES = 500

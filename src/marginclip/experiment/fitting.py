@@ -4,51 +4,38 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig
 from torch.multiprocessing import ProcessRaisedException
 
 from marginclip.data import ImageData
 from marginclip.errors import UserError, first_line, require
-from marginclip.experiment.building import runs_dir
 from marginclip.experiment.loggers import build_logger, finish_logger
 from marginclip.experiment.process import OwnProcess
-from marginclip.experiment.store import Victim, VictimStore
+from marginclip.experiment.spec import RunSpec
+from marginclip.experiment.store import Victim
 from marginclip.experiment.trainers import build_trainer, num_devices
 from marginclip.experiment.training_time import TrainingTime
-from marginclip.training import ClassifierTraining
+from marginclip.training import ClassifierTraining, CudaGraphs
 
 log = logging.getLogger(__name__)
 
 
-def victim_store(config: DictConfig) -> VictimStore:
-    """The store of ``config.runs_dir``."""
-    return VictimStore(runs_dir(config) / "victims")
-
-
-def fit_resumably(
-    config: DictConfig, victim: Victim, training: ClassifierTraining, data: ImageData, plan: dict[str, Any]
-) -> float:
+def fit_resumably(spec: RunSpec, victim: Victim, training: ClassifierTraining, data: ImageData, plan: dict[str, Any]) -> float:
     """Fit with the Trainer settings of ``plan``, keeping a checkpoint of every epoch with the victim; go on from it where there is one.
 
     Returns the seconds that were spent on it before, 0 where it begins (or where several devices train).
     With several of ``trainer.devices`` each sees its share of every epoch's images, in batches of ``training.batch_size`` of its own.
     """
-    saver = ModelCheckpoint(
-        dirpath=victim.checkpoint.parent,
-        filename=victim.checkpoint.stem,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    training_time = TrainingTime()
-    logger = build_logger(config, victim.folder, job="train", name=victim.folder.name)
-    check_devices(config, type(training))
-    spread = training.several_devices or "auto"
+    check_devices(spec, type(training))
+    training_time, logger = TrainingTime(), build_logger(spec, victim.folder, job="train", name=victim.folder.name)
+    callbacks = [checkpoint_saver(victim.checkpoint), training_time, OwnProcess(spec.trainer.threads)]
+    callbacks += [CudaGraphs()] if spec.trainer.cuda_graphs else []
     trainer = build_trainer(
-        config, victim.folder, spread=spread, callbacks=[saver, training_time, OwnProcess(config)], logger=logger, **plan
+        spec.trainer, victim.folder, spread=training.several_devices or "auto", callbacks=callbacks, logger=logger, **plan
     )
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
@@ -67,9 +54,14 @@ def fit_resumably(
     return training_time.before
 
 
-def check_devices(config: DictConfig, training: type[ClassifierTraining]) -> None:
-    """Raise :class:`UserError` where a kind of training takes one device and ``config`` asks for several."""
+def checkpoint_saver(path: Path) -> ModelCheckpoint:
+    """What writes a checkpoint to ``path`` after every epoch."""
+    return ModelCheckpoint(dirpath=path.parent, filename=path.stem, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+def check_devices(spec: RunSpec, training: type[ClassifierTraining]) -> None:
+    """Raise :class:`UserError` where a kind of training takes one device and the run asks for several."""
     require(
-        training.several_devices is not None or num_devices(config) == 1,
-        f"attack={config.attack.name} trains on one device, got trainer.devices={config.trainer.devices}",
+        training.several_devices is not None or num_devices(spec.trainer) == 1,
+        f"attack={spec.attack.name if spec.attack else 'none'} trains on one device, got trainer.devices={spec.trainer.devices}",
     )

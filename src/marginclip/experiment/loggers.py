@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from marginclip.errors import require
-from marginclip.experiment.building import plain
+from marginclip.experiment.spec import RunSpec
+from marginclip.record import RunRecord
 
 
 def wandb_mode(choice: str) -> str:
@@ -31,12 +30,12 @@ def _netrc_has_key() -> bool:
         return False
 
 
-def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> Any:
+def build_logger(spec: RunSpec, folder: Path, *, job: str, name: str) -> Any:
     """The Lightning logger of the ``logger`` group, writing under ``folder``; False for none."""
-    kind = config.logger.kind
-    if kind == "none":
+    chosen = spec.logger
+    if chosen.kind == "none":
         return False
-    if kind == "csv":
+    if chosen.kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
         keep_earlier_rows(folder / "csv")
@@ -44,7 +43,7 @@ def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> An
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    mode = wandb_mode(config.logger.mode)
+    mode = wandb_mode(chosen.mode)
     os.environ.setdefault("WANDB_SILENT", "true")
     require(
         mode == "offline" or bool(wandb.api.api_key),
@@ -54,11 +53,11 @@ def build_logger(config: DictConfig, folder: Path, *, job: str, name: str) -> An
     return WandbLogger(
         name=name,
         save_dir=str(folder),
-        project=config.logger.project,
-        group=config.logger.group,
+        project=chosen.project,
+        group=chosen.group,
         job_type=job,
         offline=mode == "offline",
-        config=plain(config),
+        config=dict(spec.config),
         settings=wandb.Settings(console="off"),
     )
 
@@ -78,25 +77,25 @@ def finish_logger(logger: Any) -> None:
         wandb.finish()
 
 
-def publish(logger: Any, record: Any, *, draw: bool) -> None:
+def publish(logger: Any, record: RunRecord, *, draw: bool) -> None:
     """Draw the run's figures (``draw``) and send its metrics, table and figures to the logger."""
     from marginclip.reporting import draw_figures
 
     figures = draw_figures(record.folder) if draw else []
     if not logger:
         return
-    flat = {f"{row}/{name}": value for row, values in record.content["metrics"].items() for name, value in values.items()}
-    flat |= {f"seconds/{phase}": seconds for phase, seconds in record.content["seconds"].items()}
-    detection = record.content.get("detection") or {}
-    flat |= {f"detection/{name}": float(detection[name]) for name in ("p_value", "detected", "suspect") if name in detection}
+    flat = {f"{row}/{name}": value for row, values in record.metrics.items() for name, value in values.items()}
+    flat |= {f"seconds/{phase}": seconds for phase, seconds in record.seconds.items()}
+    if (detection := record.detection) is not None:
+        flat |= {f"detection/{name}": float(getattr(detection, name)) for name in ("p_value", "detected", "suspect")}
     logger.log_metrics(flat)
     if type(logger).__name__ != "WandbLogger":
         logger.save()
         return
     import wandb
 
-    columns = ["method", *sorted({name for values in record.content["metrics"].values() for name in values})]
-    rows = [[row, *(values.get(name) for name in columns[1:])] for row, values in record.content["metrics"].items()]
+    columns: list[Any] = ["method", *sorted({name for values in record.metrics.values() for name in values})]
+    rows = [[row, *(values.get(name) for name in columns[1:])] for row, values in record.metrics.items()]
     logger.experiment.log({"results": wandb.Table(columns=columns, data=rows)})
     logger.experiment.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
-    logger.experiment.summary.update(flat | {"status": record.content["status"]})
+    logger.experiment.summary.update(flat | {"status": record.status})

@@ -6,21 +6,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
 
 from marginclip.allocator import keep_freed_memory
-from marginclip.errors import require
 from marginclip.silence import silence_lightning
 
 
-def prepare_process(config: DictConfig) -> None:
-    """Take ``trainer.threads`` CPU threads, where it is given, and keep freed memory."""
-    threads = config.trainer.threads
+def prepare_process(threads: int | None) -> None:
+    """Take so many CPU threads, where the number is given, silence Lightning, and keep freed memory."""
+    silence_lightning()
     if threads is not None:
-        require(
-            isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1,
-            f"trainer.threads must be null or a count from 1 up, got {threads!r}",
-        )
         torch.set_num_threads(threads)
     keep_freed_memory()
 
@@ -28,9 +22,8 @@ def prepare_process(config: DictConfig) -> None:
 class OwnProcess(L.Callback):
     """Asks the same of the process that a fit runs in, which with several devices starts with Lightning's own settings."""
 
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
+    def __init__(self, threads: int | None) -> None:
+        self.threads = threads
 
     def setup(self, *_: Any, **__: Any) -> None:
-        silence_lightning()
-        prepare_process(self.config)
+        prepare_process(self.threads)

@@ -1,49 +1,52 @@
-"""What a training depends on: equal recipes are the same victim, found again instead of trained again."""
+"""What a victim and a run depend on: equal ones are found again instead of made again."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from marginclip.data.folder import ImageFolder, folder_digest
-from marginclip.experiment.building import plain
-from marginclip.experiment.trainers import EVERYWHERE, num_devices
-
-
-def victim_recipe(config: DictConfig) -> dict[str, Any]:
-    """What a trained victim depends on, as plain containers."""
-    groups = plain(config)
-    recipe = {key: groups[key] for key in ("attack", "x2x", "seed")} | training_recipe(config)
-    if (groups.get("loss") or {}).get("_target_") is not None:
-        recipe["loss"] = groups["loss"]
-    if "_target_" in recipe["attack"] and recipe["attack"]["_target_"].endswith("no_attack"):
-        recipe["x2x"] = None
-    if "defender" in recipe["attack"]:
-        recipe["clean_order"] = groups["clean_order"]  # the attacker learns bounds on the defender's clean set
-    return recipe
+from marginclip.experiment.checkpoints import file_digest
+from marginclip.experiment.spec import RunSpec, identity
+from marginclip.experiment.store import Victim, VictimStore
+from marginclip.experiment.trainers import num_devices
+from marginclip.identity import Identifies, digest
 
 
-def training_recipe(config: DictConfig) -> dict[str, Any]:
-    """What every training of ``config`` depends on, with or without an attack, but for its seed."""
-    groups = plain(config)
-    recipe = {key: groups[key] for key in ("dataset", "model", "training")} | {"precision": groups["trainer"]["precision"]}
-    if (groups.get("imbalance") or {}).get("_target_") is not None:
-        recipe["imbalance"] = groups["imbalance"]
-    further = {key: value for key, value in groups["trainer"].items() if key not in EVERYWHERE}
-    devices = num_devices(config)
-    found = {"images": images_digest(config), "trainer": further or None, "devices": devices if devices > 1 else None}
+def victim_recipe(spec: RunSpec) -> dict[str, Any]:
+    """What a trained victim depends on, as plain content."""
+    recipe: dict[str, Any] = identity(spec, Identifies.VICTIM)
+    devices = num_devices(spec.trainer)
+    found = {"images": spec.dataset.source().digest(), "devices": devices if devices > 1 else None}
+    if spec.attack is not None and spec.attack.target.uses_clean_set:
+        found["clean_order"] = spec.clean_order
     return recipe | {key: value for key, value in found.items() if value is not None}
 
 
-def images_digest(config: DictConfig) -> str | None:
-    """A digest of the files of ``dataset.root``, by their names and sizes, where the user keeps them; None for the data sets of ours."""
-    root = config.dataset.get("root")
-    if (
-        not str(config.dataset["_target_"]).endswith(ImageFolder.__name__)
-        or not isinstance(root, str)
-        or not Path(root).is_dir()
-    ):
-        return None
-    return folder_digest(Path(root))
+def run_identity(spec: RunSpec) -> dict[str, Any]:
+    """What the result of a run depends on, as plain content."""
+    found: dict[str, Any] = identity(spec, Identifies.RUN) | {"images": spec.dataset.source().digest()}
+    return found | {"checkpoint_content": file_digest(spec.checkpoint)}
+
+
+def run_folder(spec: RunSpec) -> Path:
+    """The folder of a run: readable options, and a digest of everything that changes its result."""
+    defense = "none" if spec.defense is None else spec.defense.choice.name
+    return spec.runs_dir / "-".join([*spec.names, defense, f"seed{spec.seed}", digest(run_identity(spec))])
+
+
+def find_victim(spec: RunSpec) -> Victim:
+    """The victim's place in the store."""
+    return victim_store(spec).find("-".join([*spec.names, f"seed{spec.seed}"]), victim_recipe(spec))
+
+
+def find_surrogate(spec: RunSpec, settings: dict[str, Any]) -> Victim:
+    """The place in the store of a surrogate with these further ``settings``: a clean model of the same data and training."""
+    clean = replace(spec, attack=None, x2x=None, loss=None)
+    name = f"{spec.dataset.choice.name}-{spec.model.name}-surrogate"
+    return victim_store(spec).find(name, victim_recipe(clean) | {"surrogate": settings})
+
+
+def victim_store(spec: RunSpec) -> VictimStore:
+    """The store of ``runs_dir``."""
+    return VictimStore(spec.runs_dir / "victims")

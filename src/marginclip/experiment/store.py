@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,7 @@ from torch import nn
 
 from marginclip.attacks import Attack
 from marginclip.files import read_json, write_json, write_tensors
-
-RECIPE_VERSION = 1
-NO_EFFECT = ("cache", "memory_gib", "download", "min_success", "bounds_start")
-
-
-def recipe_hash(recipe: dict[str, Any]) -> str:
-    """Ten hexadecimal digits that are the same for equal recipes, whatever the order of their keys."""
-    text = json.dumps({"version": RECIPE_VERSION, **_without(recipe)}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _without(value: Any) -> Any:
-    """The recipe without keys that do not change what is trained: those of ``NO_EFFECT``, and options left at null."""
-    if isinstance(value, dict):
-        return {key: _without(entry) for key, entry in value.items() if key not in NO_EFFECT and entry is not None}
-    return value
+from marginclip.identity import digest
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ class Victim:
         return self.folder / "checkpoint" / "last.ckpt"
 
     def lock(self) -> FileLock:
-        """Held while training, so that the parallel cells of a sweep train a shared victim once."""
+        """Held while training, so that the parallel runs of a sweep train a shared victim once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".lock")
 
@@ -85,4 +68,4 @@ class VictimStore:
 
     def find(self, name: str, recipe: dict[str, Any]) -> Victim:
         """The place of the victim with this recipe, trained or not."""
-        return Victim(self.root / f"{name}-{recipe_hash(recipe)}")
+        return Victim(self.root / f"{name}-{digest(recipe)}")

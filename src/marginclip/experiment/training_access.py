@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from marginclip.attacks import Attack, Surrogate
+from marginclip.clipping import BoundedNetwork
 from marginclip.data import Augment, ImageData
 from marginclip.data.batches import Subset, load_all
 from marginclip.data.clean import automatic_sizes, split_clean
-from marginclip.defenses import fit_defense
+from marginclip.defenses import Defense
 from marginclip.evaluation import Evaluation
-from marginclip.experiment.building import VictimSetup, build_model, build_setup, instantiate, runs_dir
-from marginclip.experiment.fitting import fit_resumably, victim_store
-from marginclip.experiment.recipe import training_recipe
+from marginclip.experiment.fitting import fit_resumably
+from marginclip.experiment.groups import Choice
+from marginclip.experiment.objects import make
+from marginclip.experiment.recipe import find_surrogate
+from marginclip.experiment.setup import VictimSetup, build_model, build_setup
+from marginclip.experiment.spec import RunSpec
+from marginclip.experiment.store import Victim
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.precision import precision_for
+from marginclip.silence import SILENT
 
 log = logging.getLogger(__name__)
 
 
 class AttackerAccess:
-    """The :class:`~marginclip.attacks.base.TrainingAccess` of the victim that ``config`` asks for, in its ``setup``."""
+    """The :class:`~marginclip.attacks.base.TrainingAccess` of the victim that ``spec`` asks for, trained from ``setup``."""
 
-    def __init__(self, config: DictConfig, setup: VictimSetup, obtain: Callable[[DictConfig, VictimSetup], Any]) -> None:
-        self.config, self.setup, self.obtain = config, setup, obtain
-        self.precision = precision_for(config.trainer.precision, accelerator=config.trainer.accelerator)
+    def __init__(self, spec: RunSpec, setup: VictimSetup, obtain: Callable[[RunSpec, VictimSetup], Any]) -> None:
+        self.spec, self.setup, self.obtain = spec, setup, obtain
 
     def training_labels(self) -> Tensor:
         """True labels (N,) of the training images."""
@@ -46,69 +50,59 @@ class AttackerAccess:
         self.setup.data.replace_training_images(index, (images.cpu() * 255).round().to(torch.uint8))
 
     def robust_surrogate(self, settings: Surrogate) -> nn.Module:
-        """The surrogate of these settings, from the store of ``config.runs_dir`` or trained now."""
-        config = OmegaConf.merge(self.config, {"seed": settings.seed, "training": {"epochs": settings.epochs}})
-        assert isinstance(config, DictConfig)
-        recipe = training_recipe(config) | {"surrogate": asdict(settings)}
-        name = f"{config.dataset.name}-{config.model.get('name', 'model')}-surrogate"
-        found = victim_store(config).find(name, recipe)
-        model = build_model(config, len(self.setup.classes), self.setup.splits.image_shape)
+        """The surrogate of these settings, from the store of ``runs_dir`` or trained now."""
+        spec = replace(self.spec, seed=settings.seed, training=replace(self.spec.training, epochs=settings.epochs))
+        found = find_surrogate(spec, asdict(settings))
+        model = build_model(spec, len(self.setup.classes), self.setup.splits.image_shape)
         with found.lock():
             if found.record is None:
-                log.info("training the robust surrogate %s", found.folder.name)
-                data = self._clean_data(settings.seed)
-                training = instantiate(
-                    {key: config.training[key] for key in ("optimizer", "scheduler", "label_smoothing")}
-                    | {"_target_": "marginclip.training.AdversarialTraining"},
-                    model,
-                    eps=settings.eps,
-                    seed=settings.seed,
-                    cuda_graphs=config.trainer.cuda_graphs,
-                    key="training",
-                )
-                fit_resumably(config, found, training, data, {"max_epochs": settings.epochs})
-                evaluation = Evaluation({"none": model})
-                quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-                build_trainer(config, found.folder, **quiet).test(evaluation, data, verbose=False)
-                found.save(model, None, {"recipe": recipe, "metrics": evaluation.results()["none"]})
-                found.forget_checkpoint()
+                self._train_surrogate(spec, settings, model, found)
         found.restore(model, None)
-        model.to(device_of(config, found.folder))
-        return _Autocast(model.eval().requires_grad_(False), bf16=str(self.precision).startswith("bf16"))
+        model.to(device_of(spec.trainer))
+        precision = precision_for(spec.trainer.precision, accelerator=spec.trainer.accelerator)
+        return _Autocast(model.eval().requires_grad_(False), bf16=precision.startswith("bf16"))
 
-    def _clean_data(self, seed: int) -> ImageData:
-        augment = Augment(**self.config.dataset.augment)
-        return ImageData(
-            self.setup.splits, augment=augment, batch_size=self.config.training.batch_size, clean_per_class=1, seed=seed
-        )
+    def _train_surrogate(self, spec: RunSpec, settings: Surrogate, model: nn.Module, found: Victim) -> None:
+        log.info("training the robust surrogate %s", found.folder.name)
+        data = ImageData(
+            self.setup.splits, augment=Augment(**spec.dataset.augment), batch_size=spec.training.batch_size, clean_per_class=1,
+            seed=settings.seed,
+        )  # fmt: skip
+        made = {
+            "_target_": "marginclip.training.AdversarialTraining", "optimizer": spec.training.optimizer,
+            "scheduler": spec.training.scheduler, "label_smoothing": spec.training.label_smoothing,
+        }  # fmt: skip
+        training = make(made, model, eps=settings.eps, seed=settings.seed, key="training")
+        fit_resumably(spec, found, training, data, {"max_epochs": settings.epochs})
+        evaluation = Evaluation({"none": model})
+        build_trainer(spec.trainer, found.folder, **SILENT).test(evaluation, data, verbose=False)
+        found.save(model, None, {"surrogate": asdict(settings), "metrics": evaluation.results()["none"]})
+        found.forget_checkpoint()
 
     def load_base_victim(self, base: Attack) -> None:
         """Give the weights of the victim of ``attack.base`` to the model, and its trigger to ``base``."""
-        config = self.config.copy()
-        with open_dict(config):
-            config.attack = {key: value for key, value in self.config.attack.base.items() if key != "_partial_"}
-        setup = build_setup(config)
-        self.obtain(config, setup)
+        assert self.spec.attack is not None
+        content = {key: value for key, value in self.spec.attack.settings["base"].items() if key != "_partial_"}
+        spec = replace(self.spec, attack=Choice.of("attack", content))
+        setup = build_setup(spec)
+        self.obtain(spec, setup)
         self.setup.model.load_state_dict(setup.model.state_dict())
         assert setup.attack is not None
         base.load_state_dict(setup.attack.state_dict())
 
-    def bound_learner(self, defender: Callable[..., Any], clean_per_class: int) -> Callable[[nn.Module], dict[str, Tensor]]:
+    def bound_learner(self, defender: Callable[..., Defense], clean_per_class: int) -> Callable[[nn.Module], dict[str, Tensor]]:
         """What learns bounds as the defender does, on the defender's own clean set of that size."""
-        held_out, config = self.setup.splits.held_out, self.config
+        held_out, spec = self.setup.splits.held_out, self.spec
         count, _ = automatic_sizes(held_out.labels, clean_per_class)
-        index, _ = split_clean(held_out.labels, held_out.classes, per_class=count, seed=config.seed, order=config.clean_order)
+        index, _ = split_clean(held_out.labels, held_out.classes, per_class=count, seed=spec.seed, order=spec.clean_order)
         images, labels = load_all(Subset(held_out.images, index)), held_out.labels[index]
 
         def learn(model: nn.Module) -> dict[str, Tensor]:
-            quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-
-            def trainer(epochs: int) -> Any:
-                return build_trainer(config, runs_dir(config), max_epochs=epochs, **quiet)
-
-            learned = fit_defense(defender(seed=config.seed), model, images, labels, make_trainer=trainer)
-            state: dict[str, Tensor] = learned.bounds_state()  # type: ignore[operator]
-            return state
+            result = defender(seed=spec.seed).fit(
+                model, images, labels, make_trainer=lambda epochs: build_trainer(spec.trainer, max_epochs=epochs, **SILENT)
+            )
+            assert isinstance(result.network, BoundedNetwork)
+            return result.network.bounds_state()
 
         return learn
 

@@ -9,7 +9,7 @@ import lightning as L
 
 
 class TrainingTime(L.Callback):
-    """``before`` are the seconds that the training had taken when the checkpoint was written that it goes on from, else 0."""
+    """Counts the seconds of a training across interruptions: ``before`` are those up to the checkpoint that it goes on from, else 0."""
 
     def __init__(self) -> None:
         self.before, self.started = 0.0, time.perf_counter()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
+
+log = logging.getLogger(__name__)
 
 
 def check_images(images: Tensor) -> None:
@@ -87,3 +91,15 @@ def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
     require(len(images) == len(labels), f"one label an image is needed, got {len(images)} images and {len(labels)} labels")
     lowest, highest = int(labels.min()), int(labels.max())
     require(0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}")
+
+
+def warn_if_poor(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Warn of a model that decides most clean images (N, C, H, W) otherwise than their labels (N,) say: something is amiss."""
+    logits = clean_logits(model, images)
+    check_clean_set(images, labels, logits.shape[1])
+    correct = float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
+    if correct < 0.5:
+        log.warning(
+            "the model decides only %.0f %% of the clean images as labelled: check the order of the classes, the range of the images "
+            "([0, 1]; a normalisation belongs inside the model) and the labels", 100 * correct,
+        )  # fmt: skip

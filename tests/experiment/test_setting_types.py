@@ -1,11 +1,13 @@
 """Values of the wrong type are told in one sentence, wherever they stand in the configuration."""
 
 import pytest
+from hydra.utils import get_object
 
 from marginclip.attacks import BadNet
 from marginclip.errors import UserError
-from marginclip.experiment.building import instantiate
-from marginclip.experiment.types import argument_types, check_types
+from marginclip.experiment.objects import make
+from marginclip.experiment.setting_types import check_types
+from marginclip.identity import argument_types
 
 LEARNING = "marginclip.defenses.BoundLearning"
 PENALTY = "marginclip.maxmargin.LambdaController"
@@ -23,12 +25,12 @@ PENALTY = "marginclip.maxmargin.LambdaController"
 )  # fmt: skip
 def test_wrong_types_are_named(config, message):
     with pytest.raises(UserError, match=message):
-        instantiate(config, key="defense")
+        make(config, key="defense")
 
 
 def test_whole_numbers_are_numbers_and_other_peoples_classes_are_left_alone():
-    check_types({"_target_": PENALTY, "initial": 1, "factor": 2.0}, "defense.penalty")
-    check_types({"_target_": "torch.optim.SGD", "lr": "x"}, "training.optimizer")
+    check_types({"_target_": PENALTY, "initial": 1, "factor": 2.0}, "defense.penalty", get_object)
+    check_types({"_target_": "torch.optim.SGD", "lr": "x"}, "training.optimizer", get_object)
 
 
 def test_arguments_of_base_classes_are_known():
