@@ -49,7 +49,7 @@ def detection_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
 
 
 def threshold_of(record: RunRecord) -> float | None:
-    """The statistic above which the detector flags, in logits; None where there is no detector or it flags nothing."""
+    """The statistic above which the detector flags, in logits; None where there is no detector or it is infinite."""
     return None if record.detector is None else record.detector["threshold"]
 
 
