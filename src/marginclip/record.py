@@ -121,6 +121,22 @@ class RunRecord(_Part):
         """Whether the run is through: whether its attack took, too, is another question."""
         return self.status in FINISHED
 
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key of the configuration, as ``model.width``; None where it has none."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def choice(self, group: str) -> str | None:
+        """The name of what was chosen of a group of the configuration, as ``attack``; None where nothing was."""
+        name = self.setting(f"{group}.name")
+        return None if name is None else str(name)
+
+    def class_name(self, number: int) -> str:
+        """The name of a class, or its number where it has none."""
+        return self.classes[number] if 0 <= number < len(self.classes) else str(number)
+
     def at(self, folder: Path) -> RunRecord:
         """The record itself, which has its place in ``folder`` from now on."""
         self._folder = Path(folder)
@@ -135,8 +151,8 @@ class RunRecord(_Part):
 def read_record(folder: Path) -> RunRecord:
     """The record in ``folder``.
 
-    Raises :class:`UserError`, naming the file, where there is none, it cannot be read, is the record of another schema, or holds
-    something else than the schema says.
+    Raises :class:`UserError`, which names the file, where there is none, where it cannot be read, where it is the record of
+    another schema, and where it holds something else than the schema says.
     """
     path = Path(folder) / FILE_NAME
     try:
@@ -153,7 +169,7 @@ def read_record(folder: Path) -> RunRecord:
             f"'{path}' is a record of schema {version}, and this version of marginclip reads schema {SCHEMA_VERSION}: do the run again"
         )
     try:
-        return RunRecord.model_validate(content).at(path.parent)
+        return RunRecord.model_validate(content, strict=True).at(path.parent)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -169,3 +185,7 @@ def find_records(root: Path) -> Iterator[Path]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of ``run.json``."""
     return RunRecord.model_json_schema()
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +16,18 @@ from sklearn.metrics import roc_curve as sklearn_roc_curve
 from marginclip.errors import UserError
 from marginclip.reporting import area_under, draw_figures, roc_curve
 from marginclip.reporting.activations import activation_figures, spread
-from marginclip.reporting.detection import detection_figures, threshold_of
+from marginclip.reporting.detection import detection_figures
 from marginclip.reporting.examples import amplification, example_figures
 from marginclip.reporting.inverted import inverted_figures
 from marginclip.reporting.learning import learning_figures
 from marginclip.reporting.margins import margin_figures
 
-CONFIG = {"dataset": {"name": "digits"}, "model": {"name": "small"}, "attack": {"name": "badnet"}, "x2x": {"name": "all2one"}}
 
-
-def record_of(**changes: object) -> dict:
-    history = [
-        {"agreement": 1.0, "data": 0.1, "mean_margin": 3.0, "max_margin": None, "penalty": 0.1, "active_bounds": 0.2}
-    ] * 3
-    return {"config": CONFIG, "classes": list("abc"), "detector": {"threshold": 1.5}, "history": history} | changes
+@pytest.fixture
+def record_of(make_record):
+    """Makes a record with a detector and a history."""
+    history = [{"agreement": 1.0, "data": 0.1, "mean_margin": 3.0, "lambda": 0.1, "active_bounds": 0.2}] * 3
+    return partial(make_record, classes=list("abc"), detector={"threshold": 1.5}, history=history)
 
 
 def arrays_of(*, attack: bool = True, leaky: bool = False, num_sites: int = 5, channels: int = 1) -> dict[str, np.ndarray]:
@@ -50,13 +48,6 @@ def arrays_of(*, attack: bool = True, leaky: bool = False, num_sites: int = 5, c
     return arrays
 
 
-def save(folder: Path, record: dict, arrays: dict[str, np.ndarray]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(record))
-    save_file({name: torch.from_numpy(values).contiguous() for name, values in arrays.items()}, folder / "arrays.safetensors")
-    return folder
-
-
 # -- the folder ---------------------------------------------------------------------------------------------------------------
 
 
@@ -67,25 +58,32 @@ def save(folder: Path, record: dict, arrays: dict[str, np.ndarray]) -> Path:
         (False, ["activations.png", "detection_mmdf.png", "learning.png"]),
     ],
 )
-def test_a_folder_gives_whole_pngs_and_nothing_else(attack: bool, expected: list[str], tmp_path: Path) -> None:
-    paths = draw_figures(save(tmp_path / "run", record_of(), arrays_of(attack=attack)))
+def test_a_folder_gives_whole_pngs_and_nothing_else(
+    attack: bool, expected: list[str], record_of, save_run, tmp_path: Path
+) -> None:
+    paths = draw_figures(save_run(tmp_path / "run", record_of(), arrays_of(attack=attack)))
     assert [path.name for path in paths] == expected
     assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == sorted(expected)
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.read_bytes()[-8:-4] == b"IEND" for path in paths)
 
 
-def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
+def test_drawing_leaves_pyplot_alone(record_of, save_run, tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
-    draw_figures(save(tmp_path, record_of(), {"scores/mmdf_clean": np.arange(3.0)}))
+    draw_figures(save_run(tmp_path, record_of(), {"scores/mmdf_clean": np.arange(3.0)}))
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
-def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
-    assert draw_figures(tmp_path) == []
-    assert [path.name for path in draw_figures(save(tmp_path, {"status": "failed"}, {"scores/x_clean": np.zeros(4)}))] == [
-        "detection_x.png"
+def test_what_is_missing_is_left_out(make_record, save_run, tmp_path: Path) -> None:
+    assert draw_figures(save_run(tmp_path, make_record())) == []
+    failed = make_record(status="failed")
+    assert [path.name for path in draw_figures(save_run(tmp_path, failed, {"scores/mmdf_clean": np.zeros(4)}))] == [
+        "detection_mmdf.png"
     ]
+
+
+def test_arrays_of_an_earlier_run_in_the_folder_are_left_out(make_record, save_run, tmp_path: Path) -> None:
+    arrays = {"scores/mmdf_clean": np.zeros(4), "confusion/none": np.eye(3), "reliability/none": np.ones((15, 3))}
+    assert draw_figures(save_run(tmp_path, make_record(status="failed", rows={}, repaired_row=None), arrays)) == []
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
@@ -96,8 +94,8 @@ def test_no_readable_record_is_an_error_of_the_user(content: str | None, tmp_pat
         draw_figures(tmp_path)
 
 
-def test_half_precision_arrays_are_read(tmp_path: Path) -> None:
-    save(tmp_path, record_of(history=None), {})
+def test_half_precision_arrays_are_read(record_of, save_run, tmp_path: Path) -> None:
+    save_run(tmp_path, record_of(history=[]))
     save_file({"scores/mmdf_clean": torch.arange(5.0).bfloat16()}, tmp_path / "arrays.safetensors")
     assert [path.name for path in draw_figures(tmp_path)] == ["detection_mmdf.png"]
 
@@ -128,31 +126,22 @@ def test_a_curve_needs_scores_of_both_kinds() -> None:
         roc_curve(np.zeros(3), np.empty(0))
 
 
-@pytest.mark.parametrize(
-    ("detector", "alone", "entries", "expected"),
-    [
-        ("mmdf", False, {"threshold": 2.0}, 2.0),
-        ("other", True, {"threshold": 2.0}, 2.0),
-        ("other", False, {"threshold": 2.0}, None),
-        ("other", False, {"threshold": 2.0, "other": {"threshold": 3}}, 3.0),
-        ("mmdf", True, {"threshold": None}, None),
-        ("mmdf", True, None, None),
-    ],
-)
-def test_a_threshold_is_drawn_only_for_its_own_detector(
-    detector: str, alone: bool, entries: dict | None, expected: float | None
-) -> None:
-    assert threshold_of({"detector": entries}, detector, alone=alone) == expected
+@pytest.mark.parametrize(("detector", "lines"), [({"threshold": 2.0}, [2.0]), ({"threshold": None}, []), (None, [])])
+def test_a_threshold_is_drawn_where_there_is_one(detector: dict | None, lines: list[float], record_of) -> None:
+    axes = detection_figures(record_of(detector=detector), arrays_of())["detection_mmdf"].axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines] == lines
 
 
-def test_detection_figure_of_each_detector_with_its_panels() -> None:
+def test_detection_figure_of_each_detector_with_its_panels(record_of) -> None:
     arrays = {"scores/a_clean": np.arange(9.0), "scores/a_triggered": np.arange(5.0, 9.0), "scores/b_clean": np.ones(4)}
-    figures = detection_figures(record_of(), arrays)
+    rows = {row: {"label": row.upper()} for row in ("none", "a", "b")}
+    figures = detection_figures(record_of(rows=rows), arrays)
     assert {name: len(figure.axes) for name, figure in figures.items()} == {"detection_a": 2, "detection_b": 1}
     assert figures["detection_a"].axes[1].get_title() == "ROC curve, AUC 0.778"  # 28 of 36 pairs, ties counting one half
+    assert figures["detection_b"].get_suptitle() == "Detection by B: digits, small_resnet, badnet all2one"
 
 
-def test_histograms_are_shares_of_their_own_kind() -> None:
+def test_histograms_are_shares_of_their_own_kind(record_of) -> None:
     axes = detection_figures(record_of(), arrays_of())["detection_mmdf"].axes[0]
     assert [patch.get_data().values.sum() for patch in axes.patches] == pytest.approx([100, 100])
     assert axes.lines[0].get_xdata()[0] == 1.5
@@ -169,13 +158,13 @@ def test_chosen_sites_are_spread_over_depth(count: int, chosen: list[int]) -> No
 
 
 @pytest.mark.parametrize(("attack", "leaky", "lines"), [(True, False, 3), (False, False, 2), (True, True, 6), (False, True, 4)])
-def test_minima_and_triggered_images_are_drawn_where_there_are_any(attack: bool, leaky: bool, lines: int) -> None:
+def test_minima_and_triggered_images_are_drawn_where_there_are_any(attack: bool, leaky: bool, lines: int, record_of) -> None:
     figure = activation_figures(record_of(), arrays_of(attack=attack, leaky=leaky))["activations"]
     assert [len(axes.lines) for axes in figure.axes] == [lines] * 4
     assert len(figure.legends[0].get_texts()) == lines
 
 
-def test_feature_maps_are_sorted_by_the_clean_maximum_together() -> None:
+def test_feature_maps_are_sorted_by_the_clean_maximum_together(record_of) -> None:
     arrays = arrays_of(num_sites=1)
     axes = activation_figures(record_of(), arrays)["activations"].axes[0]
     drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
@@ -195,7 +184,7 @@ def test_amplification_nearly_fills_the_range(largest: float, factor: float) -> 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_examples_have_three_rows_and_class_names(channels: int) -> None:
+def test_examples_have_three_rows_and_class_names(channels: int, record_of) -> None:
     arrays = arrays_of(channels=channels)
     arrays["examples/triggered"] = np.clip(arrays["examples/clean"] - 0.1, 0, 1)
     axes = example_figures(record_of(), arrays)["examples"].axes
@@ -203,38 +192,39 @@ def test_examples_have_three_rows_and_class_names(channels: int) -> None:
     assert [each.get_title() for each in axes[:2]] == ["a\n→ b", "7\n→ b"]
 
 
-def test_at_most_eight_examples_are_drawn_and_odd_channels_are_left_out() -> None:
+def test_at_most_eight_examples_are_drawn_and_odd_channels_are_left_out(record_of) -> None:
     images = np.random.default_rng(0).random((11, 3, 4, 4))
-    figure = example_figures({}, {"examples/clean": images, "examples/triggered": images})["examples"]
+    figure = example_figures(record_of(), {"examples/clean": images, "examples/triggered": images})["examples"]
     assert len(figure.axes) == 24
-    assert example_figures({}, {"examples/clean": images[:, :2], "examples/triggered": images[:, :2]}) == {}
+    assert example_figures(record_of(), {"examples/clean": images[:, :2], "examples/triggered": images[:, :2]}) == {}
 
 
 # -- learning -----------------------------------------------------------------------------------------------------------------
 
 
-def test_learning_has_a_panel_for_each_quantity_that_has_values() -> None:
+def test_learning_has_a_panel_for_each_quantity_that_has_values(record_of) -> None:
     axes = learning_figures(record_of(), {})["learning"].axes
-    assert len(axes) == 5  # max_margin has no values
+    assert len(axes) == 5  # no check has max_margin
     assert list(axes[0].lines[0].get_ydata()) == [100, 100, 100]
 
 
-@pytest.mark.parametrize(("penalties", "scale"), [([0.1, 0.3], "linear"), ([0.1, 1.5], "log"), ([0.0, 5.0], "linear")])
-def test_lambda_is_on_a_log_scale_only_over_a_decade(penalties: list[float], scale: str) -> None:
-    history = [{"penalty": penalty} for penalty in penalties]
-    assert learning_figures({"history": history}, {})["learning"].axes[0].get_yscale() == scale
+@pytest.mark.parametrize(("values", "scale"), [([0.1, 0.3], "linear"), ([0.1, 1.5], "log"), ([0.0, 5.0], "linear")])
+def test_lambda_is_on_a_log_scale_only_over_a_decade(values: list[float], scale: str, record_of) -> None:
+    history = [{"lambda": value} for value in values]
+    assert learning_figures(record_of(history=history), {})["learning"].axes[0].get_yscale() == scale
 
 
-@pytest.mark.parametrize("history", [None, [], [{}], [{"agreement": None}]])
-def test_no_history_no_figure(history: list | None) -> None:
-    assert learning_figures({"history": history}, {}) == {}
+@pytest.mark.parametrize("history", [[], [{}], [{"loss": 1.0}]])
+def test_no_history_no_figure(history: list, record_of) -> None:
+    assert learning_figures(record_of(history=history), {}) == {}
 
 
 # -- maximum margins ----------------------------------------------------------------------------------------------------------
 
 
-def test_maximum_margins_are_the_bars_and_the_suspect_stands_out() -> None:
+def test_maximum_margins_are_the_bars_and_the_suspect_stands_out(record_of) -> None:
     found = {"statistics": [3.0, -1.0, 40.0], "suspect": 2, "true_target": 2, "detected": True, "p_value": 1e-4}
+    found |= {"test": "mmbd", "uncalibrated_p_value": 1e-4, "alpha": 0.05, "shape": 1.0, "scale": 1.0, "seconds": 1.0}
     (axes,) = margin_figures(record_of(detection=found), {})["maximum_margins"].axes
     assert [bar.get_height() for bar in axes.patches] == found["statistics"]
     assert [bar.get_hatch() for bar in axes.patches] == [None, None, "//"]
@@ -249,7 +239,7 @@ def test_maximum_margins_are_the_bars_and_the_suspect_stands_out() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_inverted_triggers_are_drawn_as_they_are_used(channels: int) -> None:
+def test_inverted_triggers_are_drawn_as_they_are_used(channels: int, record_of) -> None:
     random = np.random.default_rng(0)
     masks, patterns = 0.3 * random.random((2, 1, 6, 6)), random.random((2, channels, 6, 6))
     arrays = {"inverted/masks": masks, "inverted/patterns": patterns, "inverted/classes": np.array([2, 0])}

@@ -1,28 +1,26 @@
 """The gallery: which runs it shows, in which order, and the numbers in its pictures."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from marginclip.reporting.__main__ import main
 from marginclip.reporting.gallery import gallery_figure
 
 
-def save(folder, attack, *, seed=0, status="done", examples=True, asr=0.97):
-    folder.mkdir(parents=True)
-    record = {
-        "config": {"attack": {"name": attack}, "seed": seed},
-        "status": status,
-        "metrics": {"none": {"acc": 0.9, "asr": asr, "pacc": 0.0}},
-    }
-    (folder / "run.json").write_text(json.dumps(record))
-    clean = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) / 2
-    arrays = {"examples/clean": clean, "examples/triggered": clean + 0.1} if examples else {"scores/x": clean}
-    save_file(arrays, folder / "arrays.safetensors")
-    return record, {name: value.numpy() for name, value in arrays.items()}
+@pytest.fixture
+def save(make_record, save_run):
+    """Writes the run of an attack; returns its record and arrays."""
+
+    def save(folder, attack, *, seed=0, status="done", examples=True):
+        metrics = {"none": {"acc": 0.9, "asr": 0.97, "pacc": 0.0}}
+        record = make_record(config={"attack": {"name": attack}}, seed=seed, status=status, metrics=metrics)
+        clean = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).numpy() / 2
+        arrays = {"examples/clean": clean, "examples/triggered": clean + np.float32(0.1)} if examples else {"scores/x": clean}
+        save_run(folder, record, arrays)
+        return record, arrays
+
+    return save
 
 
 def blocks(figure):
@@ -42,7 +40,7 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_attacks_stand_in_a_fixed_order_each_by_its_first_seed(tmp_path, drawn, capsys):
+def test_attacks_stand_in_a_fixed_order_each_by_its_first_seed(save, tmp_path, drawn, capsys):
     for attack in ("zebra", "adaptive", "wanet", "badnet", "input_aware", "another"):
         save(tmp_path / "runs" / f"1-{attack}", attack, seed=1)
     first, _ = save(tmp_path / "runs" / "2-wanet", "wanet", seed=0)
@@ -51,13 +49,13 @@ def test_attacks_stand_in_a_fixed_order_each_by_its_first_seed(tmp_path, drawn, 
     assert main([str(tmp_path / "runs"), "--gallery", str(tmp_path / "gallery.png")]) == 0
     ((figure, runs),) = drawn
     assert blocks(figure) == ["badnet", "wanet", "input_aware", "adaptive", "another", "zebra"]
-    assert runs[1][0]["config"] == first["config"]
-    assert runs[0][0]["config"]["seed"] == 1  # seed 0's attack failed
+    assert runs[1][0] == first
+    assert runs[0][0].seed == 1  # seed 0's attack failed
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
     assert "gallery.png" in capsys.readouterr().err
 
 
-def test_a_block_holds_clean_and_triggered_images_and_the_amplified_difference(tmp_path):
+def test_a_block_holds_clean_and_triggered_images_and_the_amplified_difference(save, tmp_path):
     record, arrays = save(tmp_path / "run", "wanet")
     (part,) = gallery_figure([(record, arrays)]).subfigs
     assert part.get_suptitle() == "wanet\nASR 97.0 %"
@@ -72,7 +70,7 @@ def test_a_block_holds_clean_and_triggered_images_and_the_amplified_difference(t
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_cannot_be_drawn_is_one_sentence(folder, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_one_sentence(folder, save, tmp_path, capsys):
     save(tmp_path / "runs" / "run", "none" if not folder else "wanet", examples=folder)
     path = tmp_path if folder else tmp_path / "gallery.png"
     assert main([str(tmp_path / "runs"), "--gallery", str(path)]) == 1

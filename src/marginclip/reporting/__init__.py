@@ -1,6 +1,6 @@
 """Tables, summaries and figures of finished runs.
 
-Everything here is made from the files that a run leaves, ``run.json`` and ``arrays.safetensors``, never from objects in memory.
+Everything here is made from what a run leaves: its record (:mod:`marginclip.record`) and ``arrays.safetensors``.
 
 - :func:`result_table`, :func:`print_table`: the metrics of one run, for the terminal.
 - :func:`load_records`, :func:`summarise`: the runs below a folder, as means over seeds in Markdown.

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
+from marginclip.record import RunRecord
 from marginclip.reporting.comparisons import draw_lambdas, draw_over_training
 from marginclip.reporting.figures import draw_figures
 from marginclip.reporting.gallery import draw_gallery
-from marginclip.reporting.rows import Record
 from marginclip.reporting.summary import load_records, summarise
 
-Drawing = Callable[[list[Record], Path], Path]
+Drawing = Callable[[list[RunRecord], Path], Path]
 # Option -> what draws its PNG from all records, and what that shows.
 ACROSS: dict[str, tuple[Drawing, str]] = {
     "gallery": (draw_gallery, "draw the triggers of all attacks side by side, as a PNG"),
@@ -27,9 +27,12 @@ ACROSS: dict[str, tuple[Drawing, str]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the summary; the exit status is 0, or 1 after a one-line message on the standard error."""
-    parser = argparse.ArgumentParser(prog="python -m marginclip.reporting", description="Summarise all runs below a folder.")
+def main(arguments: list[str] | None = None, *, prog: str = "python -m marginclip.reporting") -> int:
+    """Print the summary; the exit status is 0, or 1 after a one-line message on the standard error.
+
+    ``arguments`` are those of the command line, of which ``prog`` is what comes before them.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description="Summarise all runs below a folder.")
     parser.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder that holds the run folders, at any depth")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the summary, as Markdown, to this file")
     parser.add_argument("--figures", action="store_true", help="redraw the figures of every run folder")
@@ -52,7 +55,7 @@ def report(runs_dir: Path, *, output: Path | None, figures: bool, across: dict[s
     """
     require(runs_dir.is_dir(), f"there is no folder '{runs_dir}'")
     records = load_records(runs_dir)
-    require(bool(records), f"there is no run.json of a run in '{runs_dir}' or below it")
+    require(bool(records), f"there is no run.json that can be read in '{runs_dir}' or below it")
     text = summarise(records)
     print(text, end="")
     if output is not None:
@@ -61,7 +64,7 @@ def report(runs_dir: Path, *, output: Path | None, figures: bool, across: dict[s
     for option, path in across.items():
         draw, _ = ACROSS[option]
         print(f"{draw(records, path)}", file=sys.stderr)
-    return max([redraw(Path(record["path"])) for record in records], default=0) if figures else 0
+    return max([redraw(record.folder) for record in records], default=0) if figures else 0
 
 
 def redraw(folder: Path) -> int:

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from marginclip.reporting.rows import Record, describe
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import describe
 from marginclip.reporting.style import BOUND, CLEAN, TRIGGERED, Arrays, new_figure, tidy
 
 MAX_PANELS = 4
@@ -15,7 +16,7 @@ KEYS = ("clean_max", "clean_min", "triggered_max", "triggered_min", "upper", "lo
 SIDES = {"max": "upper", "min": "lower"}
 
 
-def activation_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
+def activation_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
     """``activations``: a panel for each of up to four activation calls, spread over depth; nothing without ``clean_max``.
 
     Reads ``KEYS`` below ``activations/<site>/``, all (channels,) in activation units; all but ``clean_max`` may be missing. The

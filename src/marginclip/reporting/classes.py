@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from marginclip.reporting.rows import Record, before_and_after, describe, label
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import before_and_after, describe, label
 from marginclip.reporting.style import AFTER, BEFORE, BOUND, Arrays, new_figure, tidy
 
 MAX_NAMES = 20
@@ -33,12 +34,11 @@ class Series:
         return f"{self.text} (mean {100 * np.nanmean(self.accuracy):.1f} %)"
 
 
-def class_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
-    """``class_accuracy`` from ``record["per_class"]``: the model as given and its repair, over ``record["training_counts"]``."""
-    per_class = record.get("per_class") or {}
+def class_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
+    """``class_accuracy`` from ``record.per_class``: the model as given and its repair, over ``record.training_counts``."""
     colours = (BEFORE, AFTER)
-    rows = before_and_after(record, per_class)
-    series = [Series(label(row), colour, accuracies(record, row)) for row, colour in zip(rows, colours, strict=False)]
+    rows = before_and_after(record, record.per_class)
+    series = [Series(label(record, row), colour, accuracies(record, row)) for row, colour in zip(rows, colours, strict=False)]
     if not series or np.isnan(series[0].accuracy).all():
         return {}
     num_classes = len(series[0].accuracy)
@@ -46,25 +46,23 @@ def class_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
     axes = figure.add_subplot()
     draw_classes(axes, series, class_names(record, num_classes))
     handles, texts = axes.get_legend_handles_labels()
-    counts = record.get("training_counts") or []
-    if len(counts) == num_classes:
-        handles.append(_draw_counts(axes, np.asarray(counts)))
+    if record.training_counts is not None:
+        handles.append(_draw_counts(axes, np.asarray(record.training_counts)))
         texts.append("training images (right axis)")
     figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False)
     return {"class_accuracy": figure}
 
 
-def accuracies(record: Record, row: str) -> np.ndarray:
-    """The accuracies (K,) of all classes in a row of ``record["per_class"]``, fractions; NaN where there is none."""
-    return np.array([np.nan if value is None else value for value in record["per_class"][row]], dtype=float)
+def accuracies(record: RunRecord, row: str) -> np.ndarray:
+    """The accuracies (K,) of all classes in a row of ``record.per_class``, fractions; NaN where there is none."""
+    return np.array([np.nan if value is None else value for value in record.per_class[row]], dtype=float)
 
 
-def class_names(record: Record, num_classes: int) -> list[str] | None:
+def class_names(record: RunRecord, num_classes: int) -> list[str] | None:
     """Names for the classes on an axis; None for too many to be read."""
     if num_classes > MAX_NAMES:
         return None
-    known = [str(name) for name in record.get("classes") or []]
-    return known if len(known) == num_classes else [str(number) for number in range(num_classes)]
+    return [record.class_name(number) for number in range(num_classes)]
 
 
 def class_width(num_classes: int) -> float:

@@ -15,17 +15,18 @@ from matplotlib.figure import Figure
 
 from marginclip.errors import require
 from marginclip.files import write_whole
+from marginclip.record import RunRecord
 from marginclip.reporting.classes import Series, accuracies, class_names, class_width, draw_classes
 from marginclip.reporting.figures import save_png
 from marginclip.reporting.groups import LEFT_OUT, SWEPT, Group, cell, section, section_title, swept, swept_text
-from marginclip.reporting.rows import Record, before_and_after, label
+from marginclip.reporting.rows import before_and_after, label
 from marginclip.reporting.style import AFTER, BEFORE, TRIGGERED, new_figure
 
 Setting = tuple[Group, Group, tuple[float | None, ...]]
-Sweep = dict[float, list[Record]]
+Sweep = dict[float, list[RunRecord]]
 
 
-def draw_over_training(records: Iterable[Record], path: Path) -> Path:
+def draw_over_training(records: Iterable[RunRecord], path: Path) -> Path:
     """Write the accuracy of every class after short and after long training, before and after the repair, to the PNG ``path``.
 
     A row for each setting whose runs differ in ``training.epochs``, of which the fewest and the most are shown. Raises
@@ -34,15 +35,15 @@ def draw_over_training(records: Iterable[Record], path: Path) -> Path:
     return _draw_sweeps(records, path, option="--over-training", varied="epochs", figure_of=over_training_figure)
 
 
-def draw_lambdas(records: Iterable[Record], path: Path) -> Path:
-    """Write the accuracy of every class after a repair with each lambda (``defense.penalty.initial``) to the PNG ``path``.
+def draw_lambdas(records: Iterable[RunRecord], path: Path) -> Path:
+    """Write the accuracy of every class after a repair with each lambda (``defense.lambda_.initial``) to the PNG ``path``.
 
     A panel for each setting whose runs differ in lambda. Raises :class:`UserError` when there is none.
     """
     return _draw_sweeps(records, path, option="--lambdas", varied="λ", figure_of=lambda_figure)
 
 
-def sweeps(records: Iterable[Record], varied: str) -> dict[Setting, Sweep]:
+def sweeps(records: Iterable[RunRecord], varied: str) -> dict[Setting, Sweep]:
     """The settings whose finished runs with per-class accuracy have several values of ``varied``, one of ``SWEPT``.
 
     A setting is all that a row of the summary tells apart, but ``varied``; each value has its runs, which differ by seed.
@@ -50,7 +51,7 @@ def sweeps(records: Iterable[Record], varied: str) -> dict[Setting, Sweep]:
     found: dict[Setting, Sweep] = {}
     for record in records:
         value = swept(record, varied)
-        if value is None or record.get("status") in LEFT_OUT or not before_and_after(record, record.get("per_class") or {}):
+        if value is None or record.status in LEFT_OUT or not before_and_after(record, record.per_class):
             continue
         others = tuple(swept(record, name) for name in SWEPT if name != varied)
         found.setdefault((section(record), cell(record), others), {}).setdefault(value, []).append(record)
@@ -67,7 +68,7 @@ def over_training_figure(settings: dict[Setting, Sweep]) -> Figure:
         for row, axes in zip(rows[setting], line, strict=False):
             ends = ((min(runs), BEFORE), (max(runs), AFTER))
             series = [_series(runs[epochs], row, swept_text("epochs", epochs), colour) for epochs, colour in ends]
-            _draw(axes, series, runs, f"{label(row)}\n{_title(setting, 'epochs')}")
+            _draw(axes, series, runs, f"{_row_label(runs, row)}\n{_title(setting, 'epochs')}")
             axes.set(ylim=(0, 118), yticks=range(0, 101, 20))  # room for the legend above the bars
             axes.legend(loc="upper right", ncols=2, frameon=False)
         for axes in line[len(rows[setting]) :]:
@@ -85,8 +86,10 @@ def lambda_figure(settings: dict[Setting, Sweep]) -> Figure:
         series = [
             _series(runs[value], row, swept_text("λ", value), to_hex(shade)) for value, shade in zip(runs, shades, strict=True)
         ]
-        _draw(axes, series, runs, f"{label(row)}\n{_title(setting, 'λ')}")
-        given = _series([record for records in runs.values() for record in records], "none", label("none"), TRIGGERED)
+        _draw(axes, series, runs, f"{_row_label(runs, row)}\n{_title(setting, 'λ')}")
+        given = _series(
+            [record for records in runs.values() for record in records], "none", _row_label(runs, "none"), TRIGGERED
+        )
         places = np.arange(len(given.accuracy))
         axes.hlines(100 * given.accuracy, places - 0.42, places + 0.42, color=TRIGGERED, linewidth=2, label=given.caption)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -94,7 +97,7 @@ def lambda_figure(settings: dict[Setting, Sweep]) -> Figure:
 
 
 def _draw_sweeps(
-    records: Iterable[Record], path: Path, *, option: str, varied: str, figure_of: Callable[[dict[Setting, Sweep]], Figure]
+    records: Iterable[RunRecord], path: Path, *, option: str, varied: str, figure_of: Callable[[dict[Setting, Sweep]], Figure]
 ) -> Path:
     require(not path.is_dir(), f"{option} must be a file, but '{path}' is a folder")
     found = sweeps(records, varied)
@@ -104,11 +107,11 @@ def _draw_sweeps(
 
 def _rows_of_all(runs: Sweep) -> list[str]:
     """The rows, before and after the repair, that every run has."""
-    each = [before_and_after(record, record["per_class"]) for records in runs.values() for record in records]
+    each = [before_and_after(record, record.per_class) for records in runs.values() for record in records]
     return [row for row in each[0] if all(row in rows for rows in each)]
 
 
-def _series(records: list[Record], row: str, text: str, colour: str) -> Series:
+def _series(records: list[RunRecord], row: str, text: str, colour: str) -> Series:
     """Mean over the runs, with the sample deviation where there are several."""
     values = np.stack([accuracies(record, row) for record in records])
     deviation = values.std(0, ddof=1) if len(values) > 1 else None
@@ -117,15 +120,22 @@ def _series(records: list[Record], row: str, text: str, colour: str) -> Series:
 
 def _panels(title: str, settings: dict[Setting, Sweep], num_columns: int) -> tuple[Figure, np.ndarray]:
     num_classes = max(
-        len(record["per_class"]["none"]) for runs in settings.values() for records in runs.values() for record in records
+        len(record.per_class["none"]) for runs in settings.values() for records in runs.values() for record in records
     )
     figure = new_figure(class_width(num_classes) * num_columns, 4.2 * len(settings) + 0.4, title)
     return figure, figure.subplots(len(settings), num_columns, squeeze=False)
 
 
 def _draw(axes: Axes, series: list[Series], runs: Sweep, title: str) -> None:
-    record = next(iter(runs.values()))[0]
-    draw_classes(axes, series, class_names(record, len(series[0].accuracy)), title=title)
+    draw_classes(axes, series, class_names(_first(runs), len(series[0].accuracy)), title=title)
+
+
+def _row_label(runs: Sweep, row: str) -> str:
+    return label(_first(runs), row)
+
+
+def _first(runs: Sweep) -> RunRecord:
+    return next(iter(runs.values()))[0]
 
 
 def _title(setting: Setting, varied: str) -> str:

@@ -8,8 +8,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from marginclip.record import RunRecord
 from marginclip.reporting.classes import class_names
-from marginclip.reporting.rows import Record, before_and_after, describe, label
+from marginclip.reporting.rows import before_and_after, describe, label
 from marginclip.reporting.style import Arrays, new_figure
 
 MAX_WRITTEN = 12
@@ -17,7 +18,7 @@ DARK = 45  # percent, from which on white numbers are easier to read
 SIDE = 4.6
 
 
-def confusion_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
+def confusion_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
     """``confusion`` from ``confusion/<row>`` (K, K), images, rows the true class: a panel before and one after the repair."""
     rows = before_and_after(record, [name.partition("/")[2] for name in arrays if name.startswith("confusion/")])
     if not rows:
@@ -25,7 +26,7 @@ def confusion_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
     figure = new_figure(SIDE * len(rows) + 1.4, SIDE + 0.6, f"Confusion: {describe(record)}")
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, row in zip(panels, rows, strict=True):
-        picture = _draw(axes, arrays[f"confusion/{row}"], record, label(row))
+        picture = _draw(axes, arrays[f"confusion/{row}"], record, label(record, row))
     ticks = [0, 1, 5, 10, 25, 50, 75, 100]
     figure.colorbar(
         picture, ax=list(panels), label="% of the true class's images (square-root scale)", ticks=ticks, shrink=0.85
@@ -39,7 +40,7 @@ def shares(confusion: np.ndarray) -> np.ndarray:
     return 100 * confusion / np.where(total > 0, total, np.nan)
 
 
-def _draw(axes: Axes, confusion: np.ndarray, record: Record, text: str) -> AxesImage:
+def _draw(axes: Axes, confusion: np.ndarray, record: RunRecord, text: str) -> AxesImage:
     percent, num_classes = shares(confusion), len(confusion)
     picture = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if num_classes <= MAX_WRITTEN:

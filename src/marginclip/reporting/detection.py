@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from marginclip.reporting.rows import Record, describe, label
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import describe, label
 from marginclip.reporting.style import BOUND, CLEAN, NEUTRAL, TRIGGERED, Arrays, new_figure, tidy
 
 NUM_BINS = 40
@@ -34,37 +33,24 @@ def area_under(false_rates: np.ndarray, true_rates: np.ndarray) -> float:
     return float(np.trapezoid(true_rates, false_rates))
 
 
-def detection_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
-    """``detection_<detector>`` for each detector with ``scores/<detector>_clean`` (N,), in logits.
+def detection_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
+    """``detection_<row>`` for each row with ``scores/<row>_clean`` (N,), in logits.
 
-    Histograms of clean and triggered statistics with the threshold, and the ROC curve; without ``scores/<detector>_triggered``
-    (M,), the clean histogram alone.
+    Histograms of clean and triggered statistics with the threshold, and the ROC curve; without ``scores/<row>_triggered`` (M,),
+    the clean histogram alone.
     """
-    detectors = [
-        found[1] for name in sorted(arrays) if (found := re.fullmatch("scores/(.+)_clean", name)) and len(arrays[name])
-    ]
     figures = {}
-    for detector in detectors:
-        clean, triggered = arrays[f"scores/{detector}_clean"], arrays.get(f"scores/{detector}_triggered", np.empty(0))
-        threshold = threshold_of(record, detector, alone=len(detectors) == 1)
-        title = f"Detection by {label(detector)}: {describe(record)}"
-        figures[f"detection_{detector}"] = _draw(title, clean, triggered, threshold)
+    for row in record.rows:
+        clean, triggered = (arrays.get(f"scores/{row}_{kind}", np.empty(0)) for kind in ("clean", "triggered"))
+        if len(clean):
+            title = f"Detection by {label(record, row)}: {describe(record)}"
+            figures[f"detection_{row}"] = _draw(title, clean, triggered, threshold_of(record))
     return figures
 
 
-def threshold_of(record: Record, detector: str, *, alone: bool) -> float | None:
-    """The statistic above which a detector flags, in logits; None when the record has none.
-
-    It is ``record["detector"][<detector>]["threshold"]`` or else, for ``mmdf`` and for an only detector,
-    ``record["detector"]["threshold"]``.
-    """
-    entries = record.get("detector") or {}
-    own = entries.get(detector)
-    if isinstance(own, dict):
-        threshold = own.get("threshold")
-    else:
-        threshold = entries.get("threshold") if alone or detector == "mmdf" else None
-    return float(threshold) if isinstance(threshold, (int, float)) and np.isfinite(threshold) else None
+def threshold_of(record: RunRecord) -> float | None:
+    """The statistic above which the detector flags, in logits; None where there is no detector or it is infinite."""
+    return None if record.detector is None else record.detector["threshold"]
 
 
 def _draw(title: str, clean: np.ndarray, triggered: np.ndarray, threshold: float | None) -> Figure:

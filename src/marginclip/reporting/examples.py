@@ -7,7 +7,8 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from marginclip.reporting.rows import Record, describe
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import describe
 from marginclip.reporting.style import Arrays, new_figure
 
 MAX_IMAGES = 8
@@ -15,10 +16,10 @@ LONGEST_NAME = 14
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def example_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
+def example_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
     """``examples`` from ``examples/clean`` and ``examples/triggered`` (n, C, H, W) in [0, 1], C 1 or 3; nothing without both.
 
-    ``examples/labels`` and ``examples/targets`` (n,), if there, head the columns, by their names in ``record["classes"]``.
+    ``examples/labels`` and ``examples/targets`` (n,), if there, head the columns, by their names in ``record.classes``.
     """
     if "examples/clean" not in arrays or "examples/triggered" not in arrays:
         return {}
@@ -57,14 +58,13 @@ def _draw(rows: dict[str, np.ndarray], headings: list[str], title: str) -> Figur
     return figure
 
 
-def _headings(record: Record, arrays: Arrays, num_images: int) -> list[str]:
+def _headings(record: RunRecord, arrays: Arrays, num_images: int) -> list[str]:
     """A heading for each image, ``label`` and below it ``→ target``; empty strings where neither is known."""
     parts = [(arrays.get("examples/labels"), ""), (arrays.get("examples/targets"), "→ ")]
     known = [(values[:num_images], mark) for values, mark in parts if values is not None and len(values) >= num_images]
-    return ["\n".join(mark + _class_name(record, int(values[image])) for values, mark in known) for image in range(num_images)]
+    return ["\n".join(mark + _short_name(record, int(values[image])) for values, mark in known) for image in range(num_images)]
 
 
-def _class_name(record: Record, number: int) -> str:
-    classes = record.get("classes") or []
-    name = str(classes[number]) if 0 <= number < len(classes) else str(number)
+def _short_name(record: RunRecord, number: int) -> str:
+    name = record.class_name(number)
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from marginclip.errors import UserError
 from marginclip.files import write_whole
+from marginclip.record import read_record
 from marginclip.reporting.activations import activation_figures
 from marginclip.reporting.classes import class_figures
 from marginclip.reporting.confusion import confusion_figures
@@ -21,7 +21,6 @@ from marginclip.reporting.inverted import inverted_figures
 from marginclip.reporting.learning import learning_figures
 from marginclip.reporting.margins import margin_figures
 from marginclip.reporting.reliability import reliability_figures
-from marginclip.reporting.rows import Record
 from marginclip.reporting.style import Arrays
 
 # Each makes the figures, by file stem, for which the record and the arrays hold what they need.
@@ -44,10 +43,10 @@ def draw_figures(folder: Path) -> list[Path]:
     They are in ``folder/figures/``: ``examples.png``, ``activations.png``, ``detection_<detector>.png`` for each detector,
     ``learning.png``, ``maximum_margins.png``, ``inverted_trigger.png``, ``class_accuracy.png``, ``confusion.png`` and
     ``reliability.png``. A figure whose data the files do not hold is left out.
-    Raises :class:`UserError` when there is no run.json or a file is not readable.
+    Raises :class:`UserError` when there is no run.json or a file cannot be read.
     """
     folder = Path(folder)
-    record, arrays = _read_record(folder / "run.json"), read_arrays(folder / "arrays.safetensors")
+    record, arrays = read_record(folder), read_arrays(folder / "arrays.safetensors")
     figures = {stem: figure for draw in DRAWERS for stem, figure in draw(record, arrays).items()}
     return [write_whole(folder / "figures" / f"{stem}.png", partial(save_png, figure)) for stem, figure in figures.items()]
 
@@ -55,18 +54,6 @@ def draw_figures(folder: Path) -> list[Path]:
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
     figure.savefig(path, format="png")
-
-
-def _read_record(path: Path) -> Record:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no '{path}' to draw figures from") from None
-    except ValueError as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"'{path}' is not the record of a run")
-    return record
 
 
 def read_arrays(path: Path) -> Arrays:

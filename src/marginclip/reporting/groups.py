@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from marginclip.reporting.rows import Record, group_name, imbalance, loss
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import imbalance, loss
 
 Group = tuple[str, ...]
 LEFT_OUT = {"attack_failed": "attack failed", "failed": "run failed"}
 # Settings that a sweep varies within a row's other names -> their dotted key.
-SWEPT = {"epochs": "training.epochs", "λ": "defense.penalty.initial"}
+SWEPT = {"epochs": "training.epochs", "λ": "defense.lambda_.initial"}
 
 
-def section(record: Record) -> Group:
+def section(record: RunRecord) -> Group:
     """Data set, model (with width and, where it is not ReLU, activation), imbalance, its ratio, loss, clean-set size and what was
     evaluated on; imbalance, ratio and loss are empty strings for all images and cross entropy.
     """
-    model = record["config"].get("model") or {}
-    details = [f"width {model['width']}"] if model.get("width") is not None else []
-    if model.get("activation") not in (None, "relu"):
-        details.append(str(model["activation"]))
+    width, activation = record.setting("model.width"), record.setting("model.activation")
+    details = [] if width is None else [f"width {width}"]
+    if activation not in (None, "relu"):
+        details.append(str(activation))
     described = named(record, "model") + (f" ({', '.join(details)})" if details else "")
-    evaluated = ", evaluated on the clean set itself" if record.get("evaluated_on") == "clean_set" else ""
+    evaluated = ", evaluated on the clean set itself" if record.evaluated_on == "clean_set" else ""
     profile, _, ratio = imbalance(record).partition(" ")
-    clean = str(record.get("clean_set_size", "-"))
+    clean = "-" if record.clean_set_size is None else str(record.clean_set_size)
     return named(record, "dataset"), described, profile, ratio, loss(record), clean, evaluated
 
 
@@ -35,22 +35,20 @@ def section_title(group: Group) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def cell(record: Record) -> Group:
+def cell(record: RunRecord) -> Group:
     """Attack, X2X setting (none without an attack) and defense."""
     attack = named(record, "attack")
     return attack, "-" if attack == "none" else named(record, "x2x"), named(record, "defense")
 
 
-def named(record: Record, group: str) -> str:
+def named(record: RunRecord, group: str) -> str:
     """The name of what was chosen of a group of the configuration, or "-"."""
-    return group_name(record, group) or "-"
+    return record.choice(group) or "-"
 
 
-def swept(record: Record, name: str) -> float | None:
+def swept(record: RunRecord, name: str) -> float | None:
     """The value of a setting of ``SWEPT``; None where the run has none."""
-    value: Any = record["config"]
-    for key in SWEPT[name].split("."):
-        value = value.get(key) if isinstance(value, dict) else None
+    value = record.setting(SWEPT[name])
     return None if value is None else float(value)
 
 
@@ -59,12 +57,12 @@ def swept_text(name: str, value: float) -> str:
     return f"{value:g} {name}" if name == "epochs" else f"{name} = {value:g}"
 
 
-def split_swept(records: Iterable[Record]) -> dict[str, list[Record]]:
+def split_swept(records: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
     """The records by what a sweep varied among them, in words, in its order; all under "" where nothing was."""
     records = list(records)
     varied = [name for name in SWEPT if len({swept(record, name) for record in records}) > 1]
     values = {id(record): [swept(record, name) for name in varied] for record in records}
-    found: dict[str, list[Record]] = {}
+    found: dict[str, list[RunRecord]] = {}
     for record in sorted(records, key=lambda each: [(value is not None, value or 0.0) for value in values[id(each)]]):
         known = zip(varied, values[id(record)], strict=True)
         text = ", ".join(swept_text(name, value) for name, value in known if value is not None)

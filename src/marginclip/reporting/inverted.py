@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from marginclip.reporting.rows import Record, describe
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import describe
 from marginclip.reporting.style import Arrays, new_figure
 
 MAX_CLASSES = 10
 
 
-def inverted_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
+def inverted_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
     """``inverted_trigger`` from ``inverted/masks`` (n, 1, H, W), ``inverted/patterns`` (n, C, H, W) and ``inverted/classes`` (n,).
 
     Upper row the masks, lower row mask times pattern, values in [0, 1] as they are used, never stretched; of more than ten
@@ -40,7 +41,6 @@ def inverted_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
     return {"inverted_trigger": figure}
 
 
-def _heading(record: Record, number: int) -> str:
-    classes = record.get("classes") or []
-    name = str(classes[number]) if number < len(classes) else str(number)
-    return f"{name} (suspect)" if number in ((record.get("findings") or {}).get("suspects") or []) else name
+def _heading(record: RunRecord, number: int) -> str:
+    name = record.class_name(number)
+    return f"{name} (suspect)" if number in record.findings.get("suspects", []) else name

@@ -8,11 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from marginclip.reporting.rows import Record, before_and_after, describe, label
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import before_and_after, describe, label
 from marginclip.reporting.style import AFTER, BEFORE, BOUND, Arrays, new_figure, tidy
 
 
-def reliability_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
+def reliability_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
     """``reliability`` from ``reliability/<row>`` (bins, 3): number of images, mean confidence and accuracy of equal bins.
 
     Above, accuracy by confidence and the gap between the two, with the ECE; below, the share of images in each bin.
@@ -29,7 +30,10 @@ def reliability_figures(record: Record, arrays: Arrays) -> dict[str, Figure]:
         _draw_shares(panels[1, column], bins, colour)
         error = 100 * calibration_error(bins)
         tidy(
-            panels[0, column], title=f"{label(row)}: ECE {error:.1f} %", xlabel="", ylabel="accuracy (%)" if not column else ""
+            panels[0, column],
+            title=f"{label(record, row)}: ECE {error:.1f} %",
+            xlabel="",
+            ylabel="accuracy (%)" if not column else "",
         )
         tidy(panels[1, column], title="", xlabel="confidence (%)", ylabel="images (%)" if not column else "")
     entries = {text: handle for handle, text in zip(*panels[0, 0].get_legend_handles_labels(), strict=True)}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from marginclip.errors import UserError
+from marginclip.record import RunRecord, find_records, read_record
 from marginclip.reporting.groups import LEFT_OUT, Group, cell, section, section_title, split_swept
-from marginclip.reporting.rows import METRICS, NATS, Record, columns, label, metric, seconds
+from marginclip.reporting.rows import METRICS, NATS, columns, label, metric, seconds, success_before
 
 log = logging.getLogger(__name__)
 
@@ -21,26 +22,21 @@ DATA_SEEDS = ("subset_seed", "split_seed")  # another one is other data
 MAX_SETTINGS = 6
 
 
-def load_records(runs_dir: Path) -> list[Record]:
-    """The content of every ``run.json`` below ``runs_dir``, in the order of their paths, each with its folder as ``path``.
+def load_records(runs_dir: Path) -> list[RunRecord]:
+    """Every record below ``runs_dir``, in the order of their paths.
 
-    A file that cannot be read or that holds no run record is skipped with a logged warning that names it.
+    A file that cannot be read as a record is skipped with a logged warning that names it and says why.
     """
     records = []
-    for file in sorted(Path(runs_dir).rglob("run.json")):
+    for folder in find_records(runs_dir):
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            log.warning("skipped %s: it cannot be read (%s)", file, error)
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-            log.warning("skipped %s: it is not the record of a run (no 'config')", file)
-            continue
-        records.append(record | {"path": str(file.parent)})
+            records.append(read_record(folder))
+        except UserError as error:
+            log.warning("skipped: %s", error)
     return records
 
 
-def summarise(records: Iterable[Record]) -> str:
+def summarise(records: Iterable[RunRecord]) -> str:
     """The records as Markdown: a section for each data set, model, imbalance, loss and clean-set size, in it a table row for each
     entry of ``metrics`` of each attack, X2X setting and defense, and of each lambda and number of epochs where these vary.
 
@@ -50,7 +46,7 @@ def summarise(records: Iterable[Record]) -> str:
     Records with status ``attack_failed`` or ``failed`` are listed below the table and are in no mean. Runs in one row that
     differ in another setting than the seed are pointed out.
     """
-    sections: dict[Group, dict[Group, list[Record]]] = {}
+    sections: dict[Group, dict[Group, list[RunRecord]]] = {}
     for record in records:
         sections.setdefault(section(record), {}).setdefault(cell(record), []).append(record)
     parts = ["# Summary of runs", "Mean ± sample standard deviation over seeds; shares in percent."]
@@ -62,7 +58,7 @@ def summarise(records: Iterable[Record]) -> str:
 # -- groups -------------------------------------------------------------------------------------------------------------------
 
 
-def _divided(cells: dict[Group, list[Record]]) -> dict[Group, list[Record]]:
+def _divided(cells: dict[Group, list[RunRecord]]) -> dict[Group, list[RunRecord]]:
     """The cells in order, those in which a sweep varied lambda or the epochs divided by these."""
     return {
         (*names, f"{defense} ({varied})" if varied else defense): records
@@ -79,24 +75,24 @@ def _natural(group: Group) -> list[tuple[int, str]]:
 # -- text ---------------------------------------------------------------------------------------------------------------------
 
 
-def _section_text(group: Group, cells: dict[Group, list[Record]]) -> Iterator[str]:
+def _section_text(group: Group, cells: dict[Group, list[RunRecord]]) -> Iterator[str]:
     yield f"## {section_title(group)}"
-    counted = {key: [record for record in records if record.get("status") not in LEFT_OUT] for key, records in cells.items()}
+    counted = {key: [record for record in records if record.status not in LEFT_OUT] for key, records in cells.items()}
     backdoored = {key: records for key, records in counted.items() if all(columns(record) is METRICS for record in records)}
     others = {key: records for key, records in counted.items() if key not in backdoored}
     yield from _table(backdoored, METRICS)
     headings = [heading for records in others.values() for record in records for heading in columns(record)]
     yield from _table(others, [heading for heading in dict.fromkeys(headings) if _measured(others, heading)])
-    left_out = [record for records in cells.values() for record in records if record.get("status") in LEFT_OUT]
+    left_out = [record for records in cells.values() for record in records if record.status in LEFT_OUT]
     if left_out:
-        entries = [f"- {_run_name(record)}: {_reason(record)}" for record in left_out]
+        entries = [f"- `{record.folder.name}`: {_reason(record)}" for record in left_out]
         yield f"Left out of the means ({len(left_out)}):\n\n" + "\n".join(entries)
     mixed = [note for key, records in counted.items() if (note := _mixed(key, records))]
     if mixed:
         yield "Mixed settings:\n\n" + "\n".join(f"- {note}" for note in mixed)
 
 
-def _table(cells: dict[Group, list[Record]], headings: Iterable[str]) -> Iterator[str]:
+def _table(cells: dict[Group, list[RunRecord]], headings: Iterable[str]) -> Iterator[str]:
     """The table of some cells; nothing where they have no rows."""
     headings = list(headings)
     rows = [row for key, records in cells.items() for row in _rows(key, records, headings)]
@@ -106,24 +102,24 @@ def _table(cells: dict[Group, list[Record]], headings: Iterable[str]) -> Iterato
         yield "\n".join(_line(row) for row in ((*NAMES, *numbers), ["---"] * len(NAMES) + ["---:"] * len(numbers), *rows))
 
 
-def _measured(cells: dict[Group, list[Record]], heading: str) -> bool:
+def _measured(cells: dict[Group, list[RunRecord]], heading: str) -> bool:
     """Whether any row of any record has the metric."""
     records = [record for records in cells.values() for record in records]
-    return any(metric(record, row, heading) is not None for record in records for row in record.get("metrics") or {})
+    return any(metric(record, row, heading) is not None for record in records for row in record.metrics)
 
 
 def _line(entries: Iterable[str]) -> str:
     return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |"
 
 
-def _rows(key: Group, records: list[Record], headings: list[str]) -> Iterator[list[str]]:
+def _rows(key: Group, records: list[RunRecord], headings: list[str]) -> Iterator[list[str]]:
     """A table row for each metrics entry that any of the records has."""
-    for row in dict.fromkeys(row for record in records for row in record.get("metrics") or {}):
-        having = [record for record in records if row in (record.get("metrics") or {})]
-        num_seeds = len({record["config"].get("seed") for record in having})
+    for row in dict.fromkeys(row for record in records for row in record.metrics):
+        having = [record for record in records if row in record.metrics]
+        num_seeds = len({record.seed for record in having})
         metrics = [_metric_spread([metric(record, row, heading) for record in having], heading) for heading in headings]
         took = _spread([seconds(record, row) for record in having])
-        yield [*key, label(row), str(num_seeds), *metrics, took]
+        yield [*key, label(having[0], row), str(num_seeds), *metrics, took]
 
 
 def _metric_spread(values: list[float | None], heading: str) -> str:
@@ -141,26 +137,22 @@ def _spread(values: list[float | None], *, scale: float = 1, digits: int = 1) ->
     return text if len(found) == len(values) else f"{text} (n={len(found)})"
 
 
-def _run_name(record: Record) -> str:
-    return f"`{Path(record['path']).name}`" if "path" in record else f"seed {record['config'].get('seed')}"
-
-
-def _reason(record: Record) -> str:
+def _reason(record: RunRecord) -> str:
     """Why a record is left out, with the ASR of the victim where that is why."""
-    reason = LEFT_OUT[record["status"]]
-    success = ((record.get("metrics") or {}).get("none") or {}).get("asr")
-    if record["status"] == "attack_failed" and success is not None:
+    reason = LEFT_OUT[record.status]
+    success = success_before(record)
+    if record.status == "attack_failed" and success is not None:
         reason += f" (ASR without defense {100 * success:.1f} %)"
-    return f"{' '.join(cell(record))}, seed {record['config'].get('seed')}: {reason}"
+    return f"{' '.join(cell(record))}, seed {record.seed}: {reason}"
 
 
-def _mixed(key: Group, records: list[Record]) -> str | None:
+def _mixed(key: Group, records: list[RunRecord]) -> str | None:
     """A note when runs of one cell differ in other settings than the seed, or repeat a seed; None when all is well."""
-    settings = [dict(_flat(record["config"])) for record in records]
+    settings = [dict(_flat(record.config)) for record in records]
     missing = object()
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [key for key in keys if any(each.get(key, missing) != settings[0].get(key, missing) for each in settings)]
-    num_seeds = len({record["config"].get("seed") for record in records})
+    num_seeds = len({record.seed for record in records})
     if differing:
         more = f" and {len(differing) - MAX_SETTINGS} more" if len(differing) > MAX_SETTINGS else ""
         return f"{' '.join(key)}: the means are over runs that differ in {', '.join(differing[:MAX_SETTINGS])}{more}"

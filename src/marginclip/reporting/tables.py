@@ -9,19 +9,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from marginclip.reporting.rows import NATS, Record, columns, describe, label, metric, seconds
+from marginclip.record import RunRecord
+from marginclip.reporting.rows import NATS, columns, describe, label, metric, seconds
 
 SECONDS = "seconds"
 
 
-def result_table(record: Record) -> Table:
-    """A row for each entry of ``record["metrics"]``, in order.
+def result_table(record: RunRecord) -> Table:
+    """A row for each entry of ``record.metrics``, in order.
 
     The columns are those of :func:`marginclip.reporting.rows.columns`. Shares are in percent but AUC, which is in [0, 1]; NLL is in
     nats, and seconds are those spent to obtain the row (see :func:`marginclip.reporting.rows.seconds`). A missing value is "-"; a
     column without any value, as ASR without an attack, is left out.
     """
-    rows = list(record.get("metrics") or {})
+    rows = list(record.metrics)
     shown = {heading: [_cell(heading, metric(record, row, heading)) for row in rows] for heading in columns(record)}
     shown[SECONDS] = [_cell(SECONDS, seconds(record, row)) for row in rows]
     shown = {heading: cells for heading, cells in shown.items() if any(cell != "-" for cell in cells)}
@@ -32,11 +33,11 @@ def result_table(record: Record) -> Table:
     for heading in shown:
         table.add_column(_heading(heading), justify="right", no_wrap=True)
     for position, row in enumerate(rows):
-        table.add_row(escape(label(row)), *(cells[position] for cells in shown.values()))
+        table.add_row(escape(label(record, row)), *(cells[position] for cells in shown.values()))
     return table
 
 
-def print_table(record: Record, file: IO[str] | None = None) -> None:
+def print_table(record: RunRecord, file: IO[str] | None = None) -> None:
     """Write :func:`result_table` to ``file``, or to the standard output."""
     Console(file=file).print(result_table(record))
 
@@ -53,17 +54,16 @@ def _cell(heading: str, value: float | None) -> str:
     return f"{value:.1f}" if heading == SECONDS else f"{100 * value:.1f}"
 
 
-def _title(record: Record) -> str:
-    """What was run, and its seed where the config has one."""
-    seed = (record.get("config") or {}).get("seed")
-    return escape(describe(record) + ("" if seed is None else f", seed {seed}"))
+def _title(record: RunRecord) -> str:
+    """What was run, and its seed."""
+    return escape(f"{describe(record)}, seed {record.seed}")
 
 
-def _caption(record: Record) -> str | None:
-    if record.get("status") == "attack_failed":
+def _caption(record: RunRecord) -> str | None:
+    if record.status == "attack_failed":
         return "the attack failed: these numbers say nothing about the defense"
-    if record.get("status") == "failed":
+    if record.status == "failed":
         return "the run failed"
-    if record.get("evaluated_on") == "clean_set":
+    if record.evaluated_on == "clean_set":
         return "measured on the clean set itself, which the defense has seen: on new images it does worse"
     return None
