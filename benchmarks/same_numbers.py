@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 COMMON = (
-    "dataset=digits model.width=4 training.epochs=2 clean_per_class=6 figures=false logger=none trainer=exact "
+    "dataset=digits model.width=4 training.epochs=2 clean_per_class=6 logger=none trainer=exact "
     "trainer.enable_progress_bar=false trainer.threads=1"
 )
+FIGURES = {"defend": ["figures=false"], "train": []}
 POISONED = "attack.min_success=0"
 BOUNDS = "defense.steps=4 defense.check_every=2"
 ASCENT = "defense.ascent.first_steps=2 defense.ascent.steps=1 defense.ascent.starts_per_class=2"
@@ -89,7 +90,7 @@ def digests(work: Path) -> dict[str, Any]:
             options = options.replace("WEIGHTS", str(weights))
         runs = work / name.replace(" ", "-").replace(",", "").replace("'", "")
         done = subprocess.run(
-            [sys.executable, f"{script}.py", *options.split(), *COMMON.split(), f"runs_dir={runs}"],
+            [sys.executable, f"{script}.py", *options.split(), *COMMON.split(), *FIGURES[script], f"runs_dir={runs}"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -33,6 +33,7 @@ def full(folder: Path) -> RunRecord:
         status="done",
         error="an earlier reason",
         config=CONFIG,
+        identity={"seed": 3},
         seed=3,
         versions={"python": "3.11.9"},
         device=Device(name="x86_64", accelerator="cpu", threads=1),
@@ -42,7 +43,7 @@ def full(folder: Path) -> RunRecord:
         victim=VictimSource(folder="victims/a", trained_now=True),
         detection=DetectionTest(
             test="mmbd", statistics=[1.0, 2.5e-17], p_value=0.1, uncalibrated_p_value=0.2, alpha=0.05, detected=False,
-            suspect=0, true_target=None, shape=2.0, scale=0.1, seconds=4.0,
+            suspect=0, true_target=None, shape=2.0, scale=0.1,
         ),
         detector={"threshold": None, "folds": 5},
         flagged=Flagged(images=100, flagged=7),

@@ -58,7 +58,6 @@ class DetectionTest(_Part):
     true_target: int | None = Field(description="the attack's one target class; null where there is none or several")
     shape: float = Field(description="shape of the Gamma null distribution")
     scale: float = Field(description="scale of the Gamma null distribution, in logits")
-    seconds: float
 
 
 class Flagged(_Part):
@@ -75,6 +74,7 @@ class RunRecord(_Part):
     status: Status = "running"
     error: str | None = Field(default=None, description="why the run failed")
     config: dict[str, Any] = Field(description="the composed configuration, all interpolations resolved")
+    identity: dict[str, Any] = Field(default_factory=dict, description="what the result depends on: equal ones are one run")
     seed: int
     versions: dict[str, str] = Field(default_factory=dict, description="of Python, marginclip and the main packages")
     device: Device | None = None

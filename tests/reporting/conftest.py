@@ -29,7 +29,9 @@ def make_record():
 
     def make(*, config=None, seed=0, **fields):
         content = {"status": "done", "rows": ROWS, "repaired_row": "mmac", "clean_set_size": 100}
-        return RunRecord(config=CONFIG | {"seed": seed} | (config or {}), seed=seed, **(content | fields)).at("runs/one")
+        asked = CONFIG | {"seed": seed} | (config or {})
+        identity = {key: value for key, value in asked.items() if key != "runs_dir"}
+        return RunRecord(config=asked, identity=identity, seed=seed, **(content | fields)).at("runs/one")
 
     return make
 

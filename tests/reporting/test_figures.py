@@ -224,7 +224,7 @@ def test_no_history_no_figure(history: list, record_of) -> None:
 
 def test_maximum_margins_are_the_bars_and_the_suspect_stands_out(record_of) -> None:
     found = {"statistics": [3.0, -1.0, 40.0], "suspect": 2, "true_target": 2, "detected": True, "p_value": 1e-4}
-    found |= {"test": "mmbd", "uncalibrated_p_value": 1e-4, "alpha": 0.05, "shape": 1.0, "scale": 1.0, "seconds": 1.0}
+    found |= {"test": "mmbd", "uncalibrated_p_value": 1e-4, "alpha": 0.05, "shape": 1.0, "scale": 1.0}
     (axes,) = margin_figures(record_of(detection=found), {})["maximum_margins"].axes
     assert [bar.get_height() for bar in axes.patches] == found["statistics"]
     assert [bar.get_hatch() for bar in axes.patches] == [None, None, "//"]

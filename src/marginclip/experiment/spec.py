@@ -126,5 +126,6 @@ def identity(value: Any, what: Identifies) -> Any:
         }
     if hasattr(value, "__dataclass_fields__"):
         found = {name: identity(entry, what) for name, entry in identifying_fields(value, what).items()}
-        return {name: entry for name, entry in found.items() if entry is not None}
+        own = found.pop("choice", None) or {}  # a group's own settings stand beside what we add to it, as in the configuration
+        return own | {name: entry for name, entry in found.items() if entry is not None}
     return identifying_settings(value, what, lambda target: find_object(target, "training"))

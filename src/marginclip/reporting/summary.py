@@ -16,8 +16,6 @@ from marginclip.reporting.rows import METRICS, NATS, columns, label, metric, sec
 log = logging.getLogger(__name__)
 
 NAMES = ("attack", "x2x", "defense", "row")
-# Settings in which the runs of one row may differ without measuring different things.
-MAY_DIFFER = ("seed", "runs_dir", "logger", "trainer", "hydra", "figures")
 DATA_SEEDS = ("subset_seed", "split_seed")  # another one is other data
 MAX_SETTINGS = 6
 
@@ -148,7 +146,7 @@ def _reason(record: RunRecord) -> str:
 
 def _mixed(key: Group, records: list[RunRecord]) -> str | None:
     """A note when runs of one cell differ in other settings than the seed, or repeat a seed; None when all is well."""
-    settings = [dict(_flat(record.config)) for record in records]
+    settings = [dict(_flat(record.identity)) for record in records]
     missing = object()
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [key for key in keys if any(each.get(key, missing) != settings[0].get(key, missing) for each in settings)]
@@ -162,9 +160,9 @@ def _mixed(key: Group, records: list[RunRecord]) -> str | None:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a config by dotted key, without those that may differ between the runs of one row."""
+    """What identifies a run by dotted key, without the seeds, in which the runs of one row differ."""
     for key, entry in value.items():
-        if (key.endswith("seed") and key not in DATA_SEEDS) or (not path and key in MAY_DIFFER):
+        if key.endswith("seed") and key not in DATA_SEEDS:
             continue
         if isinstance(entry, dict):
             yield from _flat(entry, f"{path}{key}.")
