@@ -4,13 +4,13 @@ import copy
 import logging
 from functools import partial
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from marginclip.training import ClassifierTraining
+from marginclip.silence import silent_trainer
+from marginclip.training import ClassifierTraining, CudaGraphs
 from marginclip.training.replay import ReplayedNetwork
 
 
@@ -102,16 +102,6 @@ def test_in_another_mode_nothing_is_replayed(model, captured):
     assert captured == [6, 6]
 
 
-def test_what_was_captured_is_forgotten(model, captured):
-    network = ReplayedNetwork(model)
-    step(network)
-    first = network.replayed
-    network.forget()
-    assert network.replayed is None
-    step(network)
-    assert network.replayed is not first
-
-
 def test_a_model_that_cannot_be_captured_is_used_as_it_is(model, captured, monkeypatch, caplog):
     def refuse(call, arguments):
         call(*arguments)
@@ -126,18 +116,19 @@ def test_a_model_that_cannot_be_captured_is_used_as_it_is(model, captured, monke
     assert int(model[2].num_batches_tracked) == 2
 
 
-def trained(model, batches, *, cuda_graphs, **settings):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    module = ClassifierTraining(model, optimizer=partial(torch.optim.SGD, lr=0.1), cuda_graphs=cuda_graphs)
-    L.Trainer(max_epochs=2, accelerator="cpu", **quiet, **settings).fit(module, DataLoader(batches, batch_size=None))
+def trained(model, batches, *callbacks, **settings):
+    module = ClassifierTraining(model, optimizer=partial(torch.optim.SGD, lr=0.1))
+    trainer = silent_trainer(2, accelerator="cpu", callbacks=list(callbacks), **settings)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    assert module.forward_pass == module.forward
     return model.state_dict()
 
 
 def test_training_replays_every_full_batch_and_learns_the_same(model, captured):
     batches = [{"images": images(count, seed), "labels": torch.arange(count) % 3} for seed, count in enumerate((6, 6, 4))]
-    plain = trained(copy.deepcopy(model), batches, cuda_graphs=False)
+    plain = trained(copy.deepcopy(model), batches)
     assert captured == []
-    replayed = trained(model, batches, cuda_graphs=True)
+    replayed = trained(model, batches, CudaGraphs())
     assert captured == [6] * 4
     for name, value in plain.items():
         torch.testing.assert_close(replayed[name], value, rtol=0, atol=0)
@@ -145,7 +136,7 @@ def test_training_replays_every_full_batch_and_learns_the_same(model, captured):
 
 def test_accumulated_gradients_are_not_replayed(model, captured):
     batches = [{"images": images(6, seed), "labels": torch.arange(6) % 3} for seed in range(2)]
-    trained(model, batches, cuda_graphs=True, accumulate_grad_batches=2)
+    trained(model, batches, CudaGraphs(), accumulate_grad_batches=2)
     assert captured == []
 
 
@@ -158,15 +149,17 @@ def test_on_a_gpu_replayed_training_is_the_launched_one(half):
         torch.manual_seed(0)
         layers = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)]
         model = nn.Sequential(*layers).cuda()
-        network, optimizer = ReplayedNetwork(model, enabled=enabled), torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        network = ReplayedNetwork(model) if enabled else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         for seed, count in enumerate((6, 6, 4, 6, 6)):
             with torch.autocast("cuda", torch.bfloat16, enabled=half):
                 loss = nn.functional.cross_entropy(network(images(count, seed).cuda()), torch.arange(count).cuda() % 3)
             optimizer.zero_grad()
             loss.backward()
-            network.passed_back()
+            if enabled:
+                network.passed_back()
             optimizer.step()
-        assert (network.replayed is not None) == enabled
+        assert not enabled or network.replayed is not None
         return model.state_dict()
 
     replayed, launched = train(True), train(False)

@@ -9,11 +9,6 @@ from marginclip.attacks.patch import BadNet, Blend
 from marginclip.attacks.wanet import WaNet
 from marginclip.attacks.x2x import X2X, AllToAll, AllToOne, OneToOne
 
-
-def no_attack(*_: object, **__: object) -> None:
-    """The absence of an attack (``attack=none``)."""
-
-
 __all__ = [
     "X2X",
     "Adaptive",
@@ -28,6 +23,5 @@ __all__ = [
     "OneToOne",
     "Surrogate",
     "WaNet",
-    "no_attack",
     "round_to_8_bits",
 ]

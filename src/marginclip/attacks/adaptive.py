@@ -24,6 +24,7 @@ class Adaptive(Attack):
     """
 
     trained_by = "marginclip.training.AdaptiveTraining"
+    uses_clean_set = True
 
     def __init__(
         self,

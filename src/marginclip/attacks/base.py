@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from marginclip.attacks.x2x import X2X, AllToAll
+from marginclip.attacks.x2x import X2X
 from marginclip.errors import require
+from marginclip.identity import Identifies
 
 TIMINGS = ("before_augmentation", "after_augmentation")
 
@@ -53,12 +54,16 @@ class Attack(nn.Module):
     :meth:`needed_success`).
     State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``.
 
+    ``has_cross_triggers`` says whether images have triggers of their own, ``uses_clean_set`` whether the attacker knows the defender's
+    clean set, so that the victim depends on it.
+
     An attacker who controls training overrides :meth:`prepare` (before it), :meth:`poison_batch` (in every batch) or names another
     LightningModule in ``trained_by``.
     """
 
     trained_by = "marginclip.training.PoisonedTraining"
     has_cross_triggers = False
+    uses_clean_set = False
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class Attack(nn.Module):
         *,
         rate: float = 0.1,
         timing: str = "before_augmentation",
-        min_success: float = 0.9,
+        min_success: Annotated[float, Identifies.RUN] = 0.9,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -106,7 +111,7 @@ class Attack(nn.Module):
 
         ``min_success``, or that share of the accuracy where the attack must recognise the true class first (all2all).
         """
-        return self.min_success * (accuracy if isinstance(self.x2x, AllToAll) else 1.0)
+        return self.min_success * (accuracy if self.x2x.recognises_source else 1.0)
 
     def poisoned_labels(self, labels: Tensor) -> Tensor:
         """Labels that poisoned images of the true ``labels`` (N,) get in training."""

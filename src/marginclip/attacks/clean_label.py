@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from marginclip.attacks.base import TrainingAccess
 from marginclip.attacks.patch import BadNet
-from marginclip.attacks.x2x import X2X, AllToOne
+from marginclip.attacks.x2x import X2X
 from marginclip.errors import require
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class CleanLabel(BadNet):
         **settings: Any,
     ) -> None:
         require(
-            isinstance(x2x, AllToOne),
+            x2x.target is not None and not x2x.one_source,
             f"attack=clean_label needs x2x=all2one: it changes no label, so all its images are of one target class; got x2x={x2x.name}",
         )
         super().__init__(x2x, image_shape, rate=rate, seed=seed, **settings)
@@ -66,8 +66,7 @@ class CleanLabel(BadNet):
 
     def poisoned_mask(self, labels: Tensor) -> Tensor:
         """``round(rate * count)``, at least one, of the target class's training images."""
-        assert isinstance(self.x2x, AllToOne)
-        members = (labels == self.x2x.target).nonzero().flatten()
+        members = self.x2x.flipped(labels).eq(labels).nonzero().flatten()
         generator = torch.Generator().manual_seed(self.seed + 104729)
         chosen = members[torch.randperm(len(members), generator=generator)[: max(1, round(self.rate * len(members)))]]
         mask = torch.zeros(len(labels), dtype=torch.bool)

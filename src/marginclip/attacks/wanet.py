@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marginclip.attacks.base import Attack, Augmentation, round_to_8_bits
-from marginclip.attacks.x2x import X2X, OneToOne
+from marginclip.attacks.x2x import X2X
 from marginclip.errors import require
 
 
@@ -90,7 +90,7 @@ def batch_shares(x2x: X2X, labels: Tensor, rate: float, cross_ratio: float) -> t
 
     The first ``int(rate * B)`` of all images (of the source class, with one2one) are poisoned, the next ones are not.
     """
-    candidates = x2x.eligible(labels) if isinstance(x2x, OneToOne) else torch.ones_like(labels, dtype=torch.bool)
+    candidates = x2x.eligible(labels) if x2x.one_source else torch.ones_like(labels, dtype=torch.bool)
     possible = candidates.nonzero().flatten()
     count = int(rate * len(possible))
     others = torch.cat([possible[count:], (~candidates).nonzero().flatten()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -18,28 +20,50 @@ def _check_class(key: str, value: int, num_classes: int) -> None:
     require(0 <= value < num_classes, f"{key} must be a class in 0..{num_classes - 1}, got {value}")
 
 
-class AllToOne:
+class X2X(ABC):
+    """Which images an attack is meant to flip, and to what label. A subclass writes :meth:`eligible` and :meth:`flipped`.
+
+    ``target`` is the one class that all of them go to, or None. ``one_source`` says whether there is one source class, whose
+    images alone are poisoned. ``recognises_source`` says whether the label depends on the true class: the victim must
+    recognise that first, and so the attack's success is bounded by about the victim's accuracy.
+    """
+
+    name: str
+    target: int | None = None
+    one_source = False
+    recognises_source = False
+
+    @abstractmethod
+    def eligible(self, labels: Tensor) -> Tensor:
+        """Mask (N,) of the images, by true label (N,), that the attack is meant to flip."""
+
+    @abstractmethod
+    def flipped(self, labels: Tensor) -> Tensor:
+        """Labels (N,) that the attacker wants for images of the true ``labels`` (N,)."""
+
+
+class AllToOne(X2X):
     """Every class but the target is a source; all go to ``target`` (drawn by ``seed`` when None)."""
 
     name = "all2one"
 
     def __init__(self, num_classes: int, *, target: int | None = None, seed: int = 0) -> None:
-        self.target = _draw(num_classes, 1, seed)[0] if target is None else target
-        _check_class("x2x.target", self.target, num_classes)
+        target = _draw(num_classes, 1, seed)[0] if target is None else target
+        _check_class("x2x.target", target, num_classes)
+        self.target: int = target
 
     def eligible(self, labels: Tensor) -> Tensor:
-        """Mask (N,) of the images, by true label (N,), that the attack is meant to flip."""
         return labels != self.target
 
     def flipped(self, labels: Tensor) -> Tensor:
-        """Labels (N,) that the attacker wants for images of the true ``labels`` (N,)."""
         return torch.full_like(labels, self.target)
 
 
-class OneToOne:
+class OneToOne(X2X):
     """One source class goes to one target class (both drawn by ``seed`` when None)."""
 
     name = "one2one"
+    one_source = True
 
     def __init__(self, num_classes: int, *, source: int | None = None, target: int | None = None, seed: int = 0) -> None:
         drawn = _draw(num_classes, 2, seed)
@@ -50,36 +74,31 @@ class OneToOne:
         _check_class("x2x.source", source, num_classes)
         _check_class("x2x.target", target, num_classes)
         require(source != target, f"x2x.source and x2x.target must differ, got {source} for both")
-        self.source, self.target = source, target
+        self.source = source
+        self.target: int = target
 
     def eligible(self, labels: Tensor) -> Tensor:
-        """Mask (N,) of the images, by true label (N,), that the attack is meant to flip."""
         return labels == self.source
 
     def flipped(self, labels: Tensor) -> Tensor:
-        """Labels (N,) that the attacker wants for images of the true ``labels`` (N,)."""
         return torch.full_like(labels, self.target)
 
 
-class AllToAll:
+class AllToAll(X2X):
     """Every class is a source and class y goes to (y + 1) mod K.
 
     To do so the victim must recognise class y first, so the success of this attack is bounded by about its clean accuracy.
     """
 
     name = "all2all"
+    recognises_source = True
 
     def __init__(self, num_classes: int, *, seed: int = 0) -> None:
         del seed  # nothing is drawn
         self.num_classes = num_classes
 
     def eligible(self, labels: Tensor) -> Tensor:
-        """Mask (N,) of the images, by true label (N,), that the attack is meant to flip."""
         return torch.ones_like(labels, dtype=torch.bool)
 
     def flipped(self, labels: Tensor) -> Tensor:
-        """Labels (N,) that the attacker wants for images of the true ``labels`` (N,)."""
         return (labels + 1) % self.num_classes
-
-
-X2X = AllToOne | OneToOne | AllToAll

@@ -6,7 +6,7 @@ from marginclip.data.folder import ImageFolder
 from marginclip.data.images import ImageSet, Splits
 from marginclip.data.imbalance import Imbalance
 from marginclip.data.module import ImageData
-from marginclip.data.sources import Cifar10, Cifar100, Digits, MnistSubset
+from marginclip.data.sources import Cifar10, Cifar100, Digits, ImageSource, MnistSubset
 
 __all__ = [
     "Augment",
@@ -16,6 +16,7 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageSet",
+    "ImageSource",
     "Imbalance",
     "MnistSubset",
     "Splits",

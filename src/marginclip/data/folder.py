@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, read_images
-from marginclip.data.sources import held_out_mask
+from marginclip.data.sources import ImageSource, held_out_mask
 from marginclip.errors import UserError, require
 from marginclip.files import write_tensors
+from marginclip.identity import Identifies
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 
 
-class ImageFolder:
+class ImageFolder(ImageSource):
     """Images in ``root/<class>/*``, or in ``root/train/<class>/*`` and ``root/test/<class>/*``.
 
     A single folder is split by ``split_seed``, ``held_out_share`` of every class held out. ``size`` is the side in pixels that
@@ -42,8 +43,8 @@ class ImageFolder:
         grey: bool = False,
         held_out_share: float = 0.3,
         split_seed: int = 0,
-        memory_gib: float = 4.0,
-        cache: str | None = None,
+        memory_gib: Annotated[float, Identifies.NOTHING] = 4.0,
+        cache: Annotated[str | None, Identifies.NOTHING] = None,
     ) -> None:
         if root is None:
             raise UserError("dataset=image_folder needs dataset.root, a folder with one sub-folder of images a class")
@@ -70,6 +71,10 @@ class ImageFolder:
         whole = self._read(self.root)
         mask = held_out_mask(whole.labels, held_out_share=self.held_out_share, seed=self.split_seed)
         return Splits(_take(whole, ~mask), _take(whole, mask))
+
+    def digest(self) -> str:
+        """Changes with the names and sizes of the files (:func:`folder_digest`)."""
+        return folder_digest(self.root)
 
     def _read(self, folder: Path, size: int | None = None) -> ImageSet:
         files, labels, classes = list_images(folder)

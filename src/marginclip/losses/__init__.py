@@ -1,6 +1,6 @@
 """What training minimises in the place of the plain cross entropy."""
 
-from marginclip.losses.base import Loss, SecondStage
+from marginclip.losses.base import Loss, Network, SecondStage
 from marginclip.losses.cosine import CosineLinear, final_layer, with_cosine_head
 from marginclip.losses.gcl import GCL, gcl_logits, tail_ranks
 from marginclip.losses.ldam import LDAM
@@ -12,6 +12,7 @@ __all__ = [
     "CosineLinear",
     "Loss",
     "Mixup",
+    "Network",
     "SecondStage",
     "final_layer",
     "gcl_logits",

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
-from marginclip.losses import Loss
+from marginclip.losses import Loss, Network
 from marginclip.networks.layout import in_layout, lay_out_for_training
-from marginclip.training.replay import ReplayedNetwork
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LOSS_STREAM = 15485863
@@ -36,9 +35,9 @@ class ClassifierTraining(L.LightningModule):
 
     ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
     stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
-    follows from ``seed`` and the batch alone, so that an interrupted training goes on as it would have. With ``cuda_graphs`` one GPU
-    replays the model's passes (:class:`~marginclip.training.replay.ReplayedNetwork`) where gradients are not accumulated; trainings
-    with a step of their own, such as :class:`JointTraining`, do not. ``several_devices`` is the Trainer's strategy for that, None where
+    follows from ``seed`` and the batch alone, so that an interrupted training goes on as it would have. ``forward_pass`` is what a step
+    calls for the logits: the model, unless a callback puts something else there (:class:`~marginclip.training.replay.CudaGraphs`).
+    ``several_devices`` is the Trainer's strategy for that, None where
     a training takes one device alone. Raises :class:`UserError` when the loss is not finite, and for a
     ``label_smoothing`` that would have no effect.
     """
@@ -54,7 +53,6 @@ class ClassifierTraining(L.LightningModule):
         label_smoothing: float = 0.0,
         loss: Loss | None = None,
         seed: int = 0,
-        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         require(
@@ -67,22 +65,11 @@ class ClassifierTraining(L.LightningModule):
         )
         self.loss, self.seed = loss, seed
         self.model, self.layout = model, lay_out_for_training(model)
-        self.cuda_graphs, self.replayed = cuda_graphs, ReplayedNetwork(self.model, enabled=cuda_graphs)
+        self.forward_pass: Network = self.forward
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
-
-    def on_fit_start(self) -> None:
-        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
-        self.replayed.enabled = self.cuda_graphs and alone
-        self.replayed.forget()
-
-    def on_fit_end(self) -> None:
-        self.replayed.forget()  # the model moves to the CPU now
-
-    def on_after_backward(self) -> None:
-        self.replayed.passed_back()
 
     def on_train_epoch_start(self) -> None:
         if self.loss is not None:
@@ -102,9 +89,9 @@ class ClassifierTraining(L.LightningModule):
     def batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of images (B, C, H, W) with labels (B,) at this step."""
         if self.loss is None:
-            return F.cross_entropy(self.replayed(images), labels, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(self.forward_pass(images), labels, label_smoothing=self.label_smoothing)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draw + LOSS_STREAM)
-        return self.loss(self.replayed, images, labels, generator)
+        return self.loss(self.forward_pass, images, labels, generator)
 
     @property
     def draw(self) -> int:

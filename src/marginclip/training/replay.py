@@ -1,4 +1,4 @@
-"""A network's forward and backward pass as CUDA graphs: captured once, then replayed with one launch each."""
+"""A network's forward and backward pass as CUDA graphs: captured once, then replayed with one launch each, by a callback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+
+from marginclip.training.classifier import ClassifierTraining
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +37,18 @@ class ReplayedNetwork:
     evaluation), and a second call before the backward pass of the first, which would overwrite what that pass needs.
     :meth:`passed_back` says that a backward pass is done. A model that cannot be captured (its forward pass waits for the GPU,
     say) is used as it is, with one warning. Gradients must not be accumulated over several backward passes, and the model must
-    stay where it is on the device until :meth:`forget`.
+    stay where it is on the device.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool = True) -> None:
-        self.model, self.enabled = model, enabled
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was captured, and its memory; the next full batch is captured anew."""
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.replayed: Callable[..., Any] | None = None
         self.shape: torch.Size | None = None
         self.modes: tuple[bool, ...] = ()
         self.waits = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self.enabled and self.shape is None and self.replayable(images):
+        if self.shape is None and self.replayable(images):
             self.shape, self.modes = images.shape, self._modes()
             self.capture(images)
         fits = images.shape == self.shape and torch.is_grad_enabled() and self._modes() == self.modes
@@ -92,6 +91,30 @@ class ReplayedNetwork:
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
+
+
+class CudaGraphs(L.Callback):
+    """Lets a :class:`~marginclip.training.classifier.ClassifierTraining` replay its model's passes while it is fitted.
+
+    One GPU replays; with several devices or accumulated gradients all goes through the model itself. Trainings with a step of their
+    own, such as :class:`~marginclip.training.joint.JointTraining`, which do not call ``forward_pass``, are not concerned.
+    """
+
+    def __init__(self) -> None:
+        self.network: ReplayedNetwork | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ClassifierTraining)
+        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
+            pl_module.forward_pass = self.network = ReplayedNetwork(pl_module.model)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.network is not None:
+            self.network.passed_back()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ClassifierTraining)
+        pl_module.forward_pass, self.network = pl_module.forward, None  # the model moves to the CPU now
 
 
 def _rehearse(call: nn.Module, images: Tensor) -> None:
