@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.clipping.fixed_part import FixedPartCache, caching_pays
-from marginclip.defenses.base import Defense
+from marginclip.defenses.base import History, LearningDefense
 from marginclip.defenses.clipping.feasibility import relax_until_accurate, start_offsets
 from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
 from marginclip.errors import require
@@ -23,8 +23,8 @@ from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObject
 from marginclip.networks.logits import check_clean_set, clean_logits
 
 
-class BoundLearning(Defense):
-    """MMAC, or MMOM or MMBM by its ``objective``: learns an upper (and, where needed, lower) bound for activations from clean images.
+class BoundLearning(LearningDefense):
+    """What MMAC, MMOM and MMBM have in common, told apart by their ``objective``: learns an upper (and, where needed, lower) bound for activations from clean images.
 
     Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
     ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
@@ -41,6 +41,7 @@ class BoundLearning(Defense):
     maxima until they do.
     """
 
+    label = "learned bounds"
     images: Tensor
     labels: Tensor
     targets: Tensor
@@ -205,14 +206,15 @@ class BoundLearning(Defense):
             self._check()
 
     def findings(self) -> dict[str, Any]:
-        """How long bounds were learned and what ended it: ``tolerance`` or ``steps``."""
+        """How long bounds were learned, what ended it, ``tolerance`` or ``steps``, and how far they had to be relaxed, in [0, 1]."""
         taken = self.stopped_at or self.steps
-        return {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
+        found: dict[str, Any] = {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
+        return found | {"relaxed": self.relaxed}
 
     def _forget(self) -> None:
         """Be as new, before or after learning."""
         self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
-        self.history: list[dict[str, float]] = []
+        self.history: History = []
         self.last_loss, self.relaxed = float("nan"), 0.0
         self.stopped_at, self.checked_at = 0, -1
         self.prefix = None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense
+from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
 from marginclip.defenses.posthoc.affine_logits import AffineLogits
-from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau
+from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau, chosen_tau
 from marginclip.errors import nearest, require
 from marginclip.networks.logits import check_clean_set, clean_logits
+from marginclip.silence import silent_trainer
 
 SOURCES = ("estimated", "known")
 
@@ -26,7 +27,8 @@ class LogitAdjustment(Defense):
     defense for them, and is refused where nobody tells. ``tau`` is a number, or ``auto``: the best of ``search`` on the clean set.
     """
 
-    learns = False
+    label = "logit adjustment"
+    oracles = ("class_counts",)
 
     def __init__(
         self,
@@ -36,35 +38,30 @@ class LogitAdjustment(Defense):
         search: TauSearch | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         del seed  # nothing is random
         check_tau(tau)
         check_counts(class_counts)
         self.tau, self.class_counts, self.search = tau, class_counts, search or TauSearch(largest=4.0, by="nll")
-        self.history: list[dict[str, float]] = []
-        self.scores: Tensor | None = None
 
-    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Find pi and tau, and put the correction behind a copy of the model."""
+    @with_gradients
+    def fit(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        make_trainer: TrainerFactory = silent_trainer,
+        resume: Path | None = None,
+    ) -> RepairResult:
+        """See :meth:`Defense.fit`: finds pi and tau, and puts the correction behind a copy of the model."""
         logits = clean_logits(model, images).cpu().double()
         check_clean_set(images, labels, logits.shape[1])
-        self.log_prior = self._log_prior(logits)
-        self.chosen_tau = self._choose(logits, labels.cpu())
-        self.network = AffineLogits(model, scale=torch.ones(1), shift=-self.chosen_tau * self.log_prior)
-
-    def repaired(self) -> AffineLogits:
-        return self.network
-
-    def findings(self) -> dict[str, Any]:
-        """The tau that was taken, the class frequencies, and where they come from."""
+        log_prior = self._log_prior(logits)
+        tau, arrays = chosen_tau(self.tau, self.search, lambda tau: logits - tau * log_prior, labels.cpu())
+        network = AffineLogits(model, scale=torch.ones(1), shift=-tau * log_prior)
         source = "estimated" if self.class_counts == "estimated" else "counts"
-        return {"tau": self.chosen_tau, "prior": self.log_prior.exp().tolist(), "prior_from": source}
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The scores on the grid, where tau was searched."""
-        if self.scores is None:
-            return {}
-        return {"tau/grid": torch.tensor(self.search.grid()), "tau/score": self.scores.float()}
+        findings = {"tau": tau, "prior": log_prior.exp().tolist(), "prior_from": source}
+        return RepairResult(network, findings=findings, arrays=arrays)
 
     def _log_prior(self, logits: Tensor) -> Tensor:
         if self.class_counts == "estimated":
@@ -80,12 +77,6 @@ class LogitAdjustment(Defense):
         )
         counts = torch.tensor([float(count) for count in self.class_counts], dtype=torch.float64)
         return counts.log() - counts.sum().log()
-
-    def _choose(self, logits: Tensor, labels: Tensor) -> float:
-        if not isinstance(self.tau, str):
-            return float(self.tau)
-        self.scores = self.search.scores(lambda tau: logits - tau * self.log_prior, labels)
-        return self.search.best(self.scores)
 
 
 def mean_log_softmax(logits: Tensor) -> Tensor:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense
+from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
 from marginclip.defenses.posthoc.affine_logits import SCALES, AffineLogits, fit_affine
 from marginclip.errors import nearest, require
 from marginclip.networks.logits import check_clean_set, clean_logits
+from marginclip.silence import silent_trainer
+
+
+LABELS = {
+    ("none", True): "bias only",
+    ("shared", False): "temperature scaling",
+    ("shared", True): "bias-corrected temperature",
+    ("per_class", True): "vector scaling",
+    ("per_class", False): "LWS",
+}
 
 
 class LogitCalibration(Defense):
@@ -25,10 +36,7 @@ class LogitCalibration(Defense):
     Raises :class:`UserError` where the best shared scale is not positive: it would turn the order of the classes round.
     """
 
-    learns = False
-
     def __init__(self, *, scale: str = "none", shift: bool = True, l2: float = 1e-6, seed: int = 0) -> None:
-        super().__init__()
         del seed  # nothing is random
         require(
             scale in SCALES, f"defense.scale must be none, shared or per_class, got '{scale}'" + nearest(str(scale), SCALES)
@@ -36,33 +44,38 @@ class LogitCalibration(Defense):
         require(scale != "none" or shift, "defense.scale=none with defense.shift=false leaves nothing to learn")
         require(0 < l2 < float("inf"), f"defense.l2 must be positive, got {l2:g}; 1e-6 is next to nothing")
         self.scale, self.shift, self.l2 = scale, shift, l2
-        self.history: list[dict[str, float]] = []
 
-    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Fit scale and shift, and put them behind a copy of the model."""
+    @with_gradients
+    def fit(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        make_trainer: TrainerFactory = silent_trainer,
+        resume: Path | None = None,
+    ) -> RepairResult:
+        """See :meth:`Defense.fit`: fits scale and shift, and puts them behind a copy of the model."""
         logits = clean_logits(model, images).cpu().double()
         check_clean_set(images, labels, logits.shape[1])
-        self.fitted = fit_affine(
+        scale, shift = fit_affine(
             logits, labels, scale=self.scale, shift=self.shift, l2=self.l2, advice=f"raise defense.l2, now {self.l2:g}"
         )
-        scale, shift = self.fitted
         require(
             self.scale != "shared" or float(scale.min()) > 0,
             f"the best temperature on the clean set is not positive (1 / {float(scale.min()):.3g}): the model's logits say nothing about "
             "the labels; use defense=last_layer",
         )
-        self.nll = [float(F.cross_entropy(values, labels.cpu())) for values in (logits, logits * scale + shift)]
-        self.network = AffineLogits(model, scale=scale, shift=shift)
-
-    def repaired(self) -> AffineLogits:
-        return self.network
-
-    def findings(self) -> dict[str, Any]:
-        """What was learned, and the mean cross entropy of the clean set before and after."""
-        scale, shift = self.fitted
-        found: dict[str, Any] = {"clean_nll_before": self.nll[0], "clean_nll": self.nll[1]}
+        before, after = (float(F.cross_entropy(values, labels.cpu())) for values in (logits, logits * scale + shift))
+        found: dict[str, Any] = {"clean_nll_before": before, "clean_nll": after}
         if self.scale == "shared":
             found["temperature"] = 1 / float(scale)
         elif self.scale == "per_class":
             found["scale"] = scale.tolist()
-        return found | ({"shift": shift.tolist()} if self.shift else {})
+        found |= {"shift": shift.tolist()} if self.shift else {}
+        return RepairResult(AffineLogits(model, scale=scale, shift=shift), findings=found)
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """The name of the method that these settings make."""
+        return LABELS[self.scale, self.shift]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense
-from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau
+from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
+from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau, chosen_tau
 from marginclip.networks.copies import own_copy
 from marginclip.networks.heads import final_linear, linear_inputs, new_linear, with_head
 from marginclip.networks.logits import check_clean_set, clean_logits
+from marginclip.silence import silent_trainer
 
 
 class TauNormalisation(Defense):
@@ -21,50 +22,38 @@ class TauNormalisation(Defense):
     ``keep_bias`` leaves the bias as it is. Raises :class:`UserError` for a model whose logits do not come from a linear layer.
     """
 
-    learns = False
+    label = "tau-normalisation"
 
     def __init__(
         self, *, tau: float | str = "auto", keep_bias: bool = False, search: TauSearch | None = None, seed: int = 0
     ) -> None:
-        super().__init__()
         del seed  # nothing is random
         check_tau(tau)
         self.tau, self.keep_bias, self.search = tau, keep_bias, search or TauSearch()
-        self.history: list[dict[str, float]] = []
-        self.scores: Tensor | None = None
 
-    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Choose tau, and put a layer with other weights in the place of the copy's last one."""
+    @with_gradients
+    def fit(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        make_trainer: TrainerFactory = silent_trainer,
+        resume: Path | None = None,
+    ) -> RepairResult:
+        """See :meth:`Defense.fit`: chooses tau, and puts a layer with other weights in the place of the copy's last one."""
         check_clean_set(images, labels, clean_logits(model, images[:2]).shape[1])
         network = own_copy(model)
         name, linear = final_linear(
             network, images, needed_for="whose rows tau-normalisation scales", instead="defense=logit_adjustment or defense=lws"
         )
-        self.norms = linear.weight.detach().cpu().float().norm(dim=1)
-        self.chosen_tau = self._choose(linear, linear_inputs(network, linear, images), labels.cpu())
-        bias = linear.bias if self.keep_bias else None
-        self.network = with_head(network, name, new_linear(linear, normalised(linear.weight, self.chosen_tau), bias))
-
-    def repaired(self) -> nn.Module:
-        return self.network
-
-    def findings(self) -> dict[str, Any]:
-        """The tau that was taken, and the lengths of the rows as they were."""
-        return {"tau": self.chosen_tau, "row_lengths": self.norms.tolist()}
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The scores on the grid, where tau was searched."""
-        if self.scores is None:
-            return {}
-        return {"tau/grid": torch.tensor(self.search.grid()), "tau/score": self.scores.float()}
-
-    def _choose(self, linear: nn.Linear, inputs: Tensor, labels: Tensor) -> float:
-        if not isinstance(self.tau, str):
-            return float(self.tau)
-        weight = linear.weight.detach().cpu().double()
-        bias = linear.bias.detach().cpu().double() if self.keep_bias and linear.bias is not None else 0.0
-        self.scores = self.search.scores(lambda tau: inputs.double() @ normalised(weight, tau).T + bias, labels)
-        return self.search.best(self.scores)
+        inputs, weight = linear_inputs(network, linear, images).double(), linear.weight.detach().cpu().double()
+        kept = linear.bias.detach().cpu().double() if self.keep_bias and linear.bias is not None else 0.0
+        tau, arrays = chosen_tau(self.tau, self.search, lambda tau: inputs @ normalised(weight, tau).T + kept, labels.cpu())
+        lengths = linear.weight.detach().cpu().float().norm(dim=1).tolist()
+        head = new_linear(linear, normalised(linear.weight, tau), linear.bias if self.keep_bias else None)
+        findings = {"tau": tau, "row_lengths": lengths}
+        return RepairResult(with_head(network, name, head), findings=findings, arrays=arrays)
 
 
 def normalised(weight: Tensor, tau: float) -> Tensor:

@@ -60,3 +60,16 @@ def check_tau(tau: float | str) -> None:
     """Raise :class:`UserError` unless ``tau`` is ``auto`` or a finite number from 0 up."""
     number = isinstance(tau, (int, float)) and not isinstance(tau, bool) and 0 <= tau < float("inf")
     require(number or tau == "auto", f"defense.tau must be a number from 0 up or auto, got {tau!r}")
+
+
+def chosen_tau(
+    tau: float | str, search: TauSearch, corrected: Callable[[float], Tensor], labels: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    """``tau`` itself, or for ``auto`` the best of ``search``; and the grid and its scores, for figures, where it was searched.
+
+    ``corrected(tau)`` are logits (N, K) of the clean images with these ``labels`` (N,).
+    """
+    if not isinstance(tau, str):
+        return float(tau), {}
+    scores = search.scores(corrected, labels)
+    return search.best(scores), {"tau/grid": torch.tensor(search.grid()), "tau/score": scores.float()}

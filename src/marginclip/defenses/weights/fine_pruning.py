@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.fit import stratified_share
+from marginclip.defenses.base import Variant
+from marginclip.defenses.cross_fitting import stratified_share
 from marginclip.defenses.weights.finetune import FineTune
 from marginclip.errors import require
 from marginclip.networks.heads import final_linear, linear_inputs
@@ -22,6 +23,8 @@ class FinePruning(FineTune):
     A pruned channel has zero weights and keeps them through the ``epochs`` of fine-tuning on the whole clean set. The network
     before fine-tuning is the row ``fine_pruning_pruned``. Other settings are those of :class:`FineTune`.
     """
+
+    label = "Fine-Pruning"
 
     def __init__(self, *, max_drop: float = 0.04, held_out_share: float = 0.2, **settings: Any) -> None:
         super().__init__(**settings)
@@ -57,8 +60,8 @@ class FinePruning(FineTune):
         assert isinstance(weight, Tensor) and weight.grad is not None
         weight.grad[:, ~self.kept] = 0  # type: ignore[operator]
 
-    def variants(self) -> dict[str, nn.Module]:
-        return {"fine_pruning_pruned": self.pruned[0]}
+    def variants(self) -> dict[str, Variant]:
+        return {"fine_pruning_pruned": Variant("Fine-Pruning, pruned only", self.pruned[0])}
 
     def findings(self) -> dict[str, Any]:
         return {

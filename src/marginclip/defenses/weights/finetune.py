@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from marginclip.defenses.base import Defense
+from marginclip.defenses.base import History, LearningDefense
 from marginclip.errors import require
 from marginclip.networks.copies import trainable_copy
 from marginclip.networks.layout import in_layout, training_layout
@@ -23,7 +23,7 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 ENOUGH_FOR_STATISTICS = 1000
 
 
-class FineTune(Defense):
+class FineTune(LearningDefense):
     """Fine-tunes a copy of the model on the clean set by cross entropy with SGD.
 
     One epoch is one pass over the clean set in batches of at most ``batch_size`` images of (nearly) equal size; order,
@@ -34,6 +34,8 @@ class FineTune(Defense):
     A method built on it overrides :meth:`prepare`, :meth:`augmented`, :meth:`loss`, :meth:`rate`, or :meth:`before_epoch`.
     """
 
+    label = "fine-tuning"
+    clean_per_class = 500
     images: Tensor
     labels: Tensor
 
@@ -61,7 +63,7 @@ class FineTune(Defense):
         self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.batch_norm, self.augmentation, self.seed = batch_norm, augmentation, seed
-        self.history: list[dict[str, float]] = []
+        self.history: History = []
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from marginclip.defenses.base import Defense
+from marginclip.defenses.base import History, LearningDefense
 from marginclip.errors import require
 from marginclip.networks.copies import trainable_copy
 from marginclip.networks.logits import check_clean_set, clean_logits
@@ -52,7 +52,7 @@ def fixed_point_hypergradient(
     return [total if part is None else total + part for total, part in zip(totals, implicit, strict=True)]
 
 
-class IBAU(Defense):
+class IBAU(LearningDefense):
     """I-BAU: ``rounds`` times, find one perturbation that misleads the network on the clean set, then unlearn it.
 
     Inner problem, one pass over the clean set in batches of ``batch_size``: SGD of ``inner_rate`` on
@@ -63,6 +63,8 @@ class IBAU(Defense):
     everything is computed in full precision, whatever the Trainer's, as the second derivatives need it.
     """
 
+    label = "I-BAU"
+    clean_per_class = 100
     images: Tensor
     labels: Tensor
     delta: Tensor
@@ -103,7 +105,7 @@ class IBAU(Defense):
         )
         self.learning_rate, self.share, self.iterations, self.inner_step = learning_rate, share, iterations, inner_step
         self.seed = seed
-        self.history: list[dict[str, float]] = []
+        self.history: History = []
         self.automatic_optimization = False
 
     # -- the defense contract -------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ class LastLayer(FineTune):
     instead of the model's own. Raises :class:`UserError` for a model whose logits do not come from a linear layer.
     """
 
+    label = "last layer"
+    clean_per_class = 50
+
     def __init__(
         self,
         *,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from marginclip.clipping.activations import find_sites
+from marginclip.defenses.base import Variant
 from marginclip.defenses.weights.finetune import FineTune, set_training
 from marginclip.errors import UserError, require
 from marginclip.networks.copies import trainable_copy
@@ -26,6 +27,9 @@ class NAD(FineTune):
     ``learning_rate`` for ``high_epochs``, then a tenth; the teacher's a tenth every ``teacher_decay_every`` epochs. The teacher
     is the row ``nad_teacher``. Other settings are those of :class:`FineTune`, for teacher and student alike.
     """
+
+    label = "NAD"
+    clean_per_class = 200
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class NAD(FineTune):
         other.eval()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Whom no loss reaches has no gradient, and the optimizer leaves it alone, velocity and weight decay included."""
+        """Only the network that learns gets a gradient; the optimizer leaves the other as it is, velocity and weight decay included."""
         if self.current_epoch < self.teacher_epochs:
             return F.cross_entropy(self.teacher(images).float(), labels)
         student, teacher = self.tapped
@@ -85,8 +89,8 @@ class NAD(FineTune):
         guide = torch.stack([beta * attention_distance(one, other) for beta, one, other in pairs]).sum()
         return F.cross_entropy(logits.float(), labels) + guide
 
-    def variants(self) -> dict[str, nn.Module]:
-        return {"nad_teacher": self.teacher.eval()}
+    def variants(self) -> dict[str, Variant]:
+        return {"nad_teacher": Variant("NAD, teacher", self.teacher.eval())}
 
     def findings(self) -> dict[str, Any]:
         return {"taps": list(self.taps)}

@@ -28,6 +28,9 @@ class NeuralCleanse(FineTune):
     augmentation, and of several suspects one is drawn for every image.
     """
 
+    label = "Neural Cleanse"
+    oracles = ("suspect_class",)
+
     def __init__(
         self,
         *,
