@@ -74,7 +74,7 @@ RUNS = {
     "checkpoint": f"defend victim=checkpoint victim.path=WEIGHTS {BOUNDS} {ASCENT}",
 }  # fmt: skip
 SCHEDULES = ("near", "warm", "algorithm", "authors_code")
-NEW_NAMES: dict[str, str] = {}  # of options, since the digests were written
+OLD_KEYS = {"lambda": "penalty"}  # of a history, in records of schema 1
 UNTIMED = re.compile(r"seconds")
 
 
@@ -83,8 +83,7 @@ def digests(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, command in RUNS.items():
         script, _, options = command.partition(" ")
-        schedules = [NEW_NAMES.get(schedule, schedule) for schedule in SCHEDULES]
-        options = options.replace("SCHEDULES", ",".join(schedules))
+        options = options.replace("SCHEDULES", ",".join(SCHEDULES))
         if "WEIGHTS" in options:
             (weights,) = work.glob("train/victims/*/model.safetensors")
             options = options.replace("WEIGHTS", str(weights))

@@ -12,13 +12,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from marginclip.api import repair
     from marginclip.clipping import BoundedNetwork
-    from marginclip.defenses import BoundLearning, repair
+    from marginclip.defenses import MMAC, MMBM, MMOM, Auto, BoundLearning
     from marginclip.errors import UserError
     from marginclip.maxmargin import Detection, MarginDropDetector, MaximumMargins, maximum_margin_detection
 
 _HOMES = {
-    "repair": "marginclip.defenses",
+    "repair": "marginclip.api",
+    "MMAC": "marginclip.defenses",
+    "MMOM": "marginclip.defenses",
+    "MMBM": "marginclip.defenses",
+    "Auto": "marginclip.defenses",
     "BoundLearning": "marginclip.defenses",
     "BoundedNetwork": "marginclip.clipping",
     "MarginDropDetector": "marginclip.maxmargin",
@@ -30,6 +35,10 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "MMAC",
+    "MMBM",
+    "MMOM",
+    "Auto",
     "BoundLearning",
     "BoundedNetwork",
     "Detection",

@@ -13,9 +13,9 @@ from marginclip.networks.layout import in_layout, training_layout
 TRAIN = """
 import torch
 from marginclip.data import Augment
-from marginclip.defenses import FineTune, fit_defense
-from marginclip.defenses.fit import quiet_trainer
+from marginclip.defenses import FineTune
 from marginclip.models import ResNet
+from marginclip.silence import silent_trainer
 from marginclip.training import PoisonedTraining
 from functools import partial
 
@@ -27,9 +27,10 @@ def batches():
 
 model = ResNet(num_classes=4, in_channels=CHANNELS, blocks=[1, 1, 1], width=WIDTH)
 training = PoisonedTraining(model, optimizer=partial(torch.optim.SGD, lr=0.01))
-quiet_trainer(1, accelerator="cpu").fit(training, torch.utils.data.DataLoader(list(batches()), batch_size=None))
+silent_trainer(1, accelerator="cpu").fit(training, torch.utils.data.DataLoader(list(batches()), batch_size=None))
 images, labels = torch.rand(512, CHANNELS, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(512) % 4
-fit_defense(FineTune(epochs=4, batch_size=64, augmentation=Augment(crop_padding=2)), model, images, labels, make_trainer=lambda epochs: quiet_trainer(epochs, accelerator="cpu"))
+defense = FineTune(epochs=4, batch_size=64, augmentation=Augment(crop_padding=2))
+defense.fit(model, images, labels, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
 print("trained")
 """
 

@@ -1,11 +1,14 @@
-"""Post-training defenses behind one contract: model and clean set in, repaired module out."""
+"""Post-training defenses behind one contract: model and clean set in, repaired network out."""
 
-from marginclip.defenses.base import Defense
+from marginclip.defenses.base import Defense, LearningDefense, RepairResult, Variant
 from marginclip.defenses.choosing.auto import Auto
 from marginclip.defenses.clipping.bound_learning import BoundLearning
+from marginclip.defenses.clipping.mmac import MMAC
+from marginclip.defenses.clipping.mmbm import MMBM
+from marginclip.defenses.clipping.mmom import MMOM
 from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
 from marginclip.defenses.clipping.static_clip import StaticClip
-from marginclip.defenses.fit import cross_fitted_logits, fit_defense, repair
+from marginclip.defenses.cross_fitting import cross_fitted_logits
 from marginclip.defenses.posthoc.logit_adjustment import LogitAdjustment
 from marginclip.defenses.posthoc.logit_calibration import LogitCalibration
 from marginclip.defenses.posthoc.tau_normalisation import TauNormalisation
@@ -29,14 +32,18 @@ __all__ = [
     "IBAU",
     "InversionPlan",
     "LastLayer",
+    "LearningDefense",
     "LogitAdjustment",
     "LogitCalibration",
+    "MMAC",
+    "MMBM",
+    "MMOM",
     "NAD",
     "NeuralCleanse",
+    "RepairResult",
     "StaticClip",
     "TauNormalisation",
     "TauSearch",
+    "Variant",
     "cross_fitted_logits",
-    "fit_defense",
-    "repair",
 ]

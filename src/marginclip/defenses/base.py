@@ -59,7 +59,7 @@ class Defense(ABC):
     oracles: tuple[str, ...] = ()
     _told: dict[str, bool] | None = None
 
-    def check_model(self, model: nn.Module, image: Tensor) -> None:
+    def check_model(self, model: nn.Module, image: Tensor) -> None:  # noqa: B027 (most methods take every model)
         """Raise :class:`UserError`, before anything is trained, for a model, trained or not, that the method cannot work on.
 
         ``image`` (1, C, H, W) is of the size that the model takes.

@@ -143,7 +143,8 @@ def evaluate(
     counts = None if spec.imbalance is None else setup.data.class_counts
     evaluation = Evaluation(networks, detectors, num_classes=len(setup.classes), training_counts=counts)
     build_trainer(spec.trainer, record.folder, **SILENT).test(evaluation, setup.data, verbose=False)
-    record.metrics, record.per_class = evaluation.results(), evaluation.per_class()
+    record.metrics = {row: dict(values) for row, values in evaluation.results().items()}
+    record.per_class = evaluation.per_class()
     record.training_counts = None if counts is None else counts.tolist()
     for name in detectors:
         _note_detector(spec, setup, name, detectors[name][1], evaluation, record)

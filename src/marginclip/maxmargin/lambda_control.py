@@ -29,11 +29,11 @@ class LambdaController:
         smallest: float = 1e-5,
         largest: float = 50.0,
     ) -> None:
-        require(initial >= 0, f"defense.penalty.initial (lambda) must not be negative, got {initial:g}")
-        require(control in CONTROLS, f"defense.penalty.control must be one of {', '.join(CONTROLS)}, got '{control}'")
-        require(factor > 1, f"defense.penalty.factor must be greater than 1, got {factor:g}")
-        require(0 <= min_agreement <= 1, f"defense.penalty.min_agreement (pi) must be in [0, 1], got {min_agreement:g}")
-        require(0 <= smallest <= largest, f"defense.penalty.smallest must be in [0, largest={largest:g}], got {smallest:g}")
+        require(initial >= 0, f"defense.lambda_.initial (lambda) must not be negative, got {initial:g}")
+        require(control in CONTROLS, f"defense.lambda_.control must be one of {', '.join(CONTROLS)}, got '{control}'")
+        require(factor > 1, f"defense.lambda_.factor must be greater than 1, got {factor:g}")
+        require(0 <= min_agreement <= 1, f"defense.lambda_.min_agreement (pi) must be in [0, 1], got {min_agreement:g}")
+        require(0 <= smallest <= largest, f"defense.lambda_.smallest must be in [0, largest={largest:g}], got {smallest:g}")
         self.initial, self.control, self.factor, self.min_agreement = initial, control, factor, min_agreement
         self.first_check, self.smallest, self.largest = first_check, smallest, largest
         self.reset()

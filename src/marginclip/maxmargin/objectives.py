@@ -15,7 +15,7 @@ from marginclip.errors import require
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with its two terms: ``loss = data + penalty * margin``; ``margin`` stands for what is penalised."""
+    """A loss with its two terms: ``loss = data + lambda * margin``; ``margin`` stands for what is penalised."""
 
     loss: Tensor
     data: Tensor
@@ -23,43 +23,43 @@ class Objective:
 
 
 def mmac(
-    bounded_logits: Tensor, clean_logits: Tensor, margins: Tensor, penalty: float, *, reduction: str = "mean"
+    bounded_logits: Tensor, clean_logits: Tensor, margins: Tensor, lambda_: float, *, reduction: str = "mean"
 ) -> Objective:
     """The MMAC objective (Eq. 3): stay close to the model's logits on clean images, and lower the maximum margins.
 
     ``bounded_logits`` and ``clean_logits`` (B, K) of the same clean images, with and without bounds; ``margins`` (N,) of the
-    margin inputs of all classes on the bounded network; ``penalty`` is lambda. The data term is the mean over images *and*
+    margin inputs of all classes on the bounded network; ``lambda_`` is lambda. The data term is the mean over images *and*
     classes of the squared difference. ``reduction`` of the margin term: ``mean`` (the paper) or ``sum`` (the published script,
     whose lambda is N times smaller for the same effect).
     """
     _check_reduction(reduction)
     data = F.mse_loss(bounded_logits.float(), clean_logits.float())
     term = margins.float().mean() if reduction == "mean" else margins.float().sum()
-    return Objective(data + penalty * term, data, term)
+    return Objective(data + lambda_ * term, data, term)
 
 
-def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], penalty: float) -> Objective:
+def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], lambda_: float) -> Objective:
     """The MMBM objective (Wang et al. 2022): stay close to the model's logits on clean images, with small bounds.
 
     ``bounded_logits`` and ``clean_logits`` (B, K) as in :func:`mmac`; ``bounds``, a tensor (channels,) for each bounded
-    activation; ``penalty`` is lambda, the weight of the sum of the bounds' Euclidean lengths. No margin is computed.
+    activation; ``lambda_`` is lambda, the weight of the sum of the bounds' Euclidean lengths. No margin is computed.
     """
     data = F.mse_loss(bounded_logits.float(), clean_logits.float())
     term = torch.stack([bound.float().norm() for bound in bounds]).sum()
-    return Objective(data + penalty * term, data, term)
+    return Objective(data + lambda_ * term, data, term)
 
 
-def mmom(bounded_logits: Tensor, labels: Tensor, margins: Tensor, penalty: float, *, reduction: str = "mean") -> Objective:
+def mmom(bounded_logits: Tensor, labels: Tensor, margins: Tensor, lambda_: float, *, reduction: str = "mean") -> Objective:
     """The MMOM objective (paper 2, Eq. 5): classify a balanced clean set well, and lower the maximum margins.
 
     ``bounded_logits`` (B, K) of clean images and their ``labels`` (B,); ``margins`` (N,) of the margin inputs, equally many for each
-    class, on the bounded network; ``penalty`` is lambda. The data term is the cross entropy. ``reduction`` of the margin term:
+    class, on the bounded network; ``lambda_`` is lambda. The data term is the cross entropy. ``reduction`` of the margin term:
     ``mean`` over classes and their inputs (the paper) or ``sum`` (whose lambda is N times smaller for the same effect).
     """
     _check_reduction(reduction)
     data = F.cross_entropy(bounded_logits.float(), labels)
     term = margins.float().mean() if reduction == "mean" else margins.float().sum()
-    return Objective(data + penalty * term, data, term)
+    return Objective(data + lambda_ * term, data, term)
 
 
 def _check_reduction(reduction: str) -> None:
@@ -80,7 +80,7 @@ class Measured:
 
 
 class BoundObjective(Protocol):
-    """What bound learning minimises, for lambda as ``penalty``. ``ascends`` says whether it needs margin inputs, which are ascended
+    """What bound learning minimises, for lambda as ``lambda_``. ``ascends`` says whether it needs margin inputs, which are ascended
     for it only then; ``correct_only`` whether the clean images that the model gets wrong are left out.
     """
 
@@ -90,7 +90,7 @@ class BoundObjective(Protocol):
     @property
     def correct_only(self) -> bool: ...
 
-    def __call__(self, step: Measured, penalty: float) -> Objective: ...
+    def __call__(self, step: Measured, lambda_: float) -> Objective: ...
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class MMACObjective:
     def __post_init__(self) -> None:
         _check_reduction(self.reduction)
 
-    def __call__(self, step: Measured, penalty: float) -> Objective:
-        return mmac(step.bounded_logits, step.clean_logits, step.margins, penalty, reduction=self.reduction)
+    def __call__(self, step: Measured, lambda_: float) -> Objective:
+        return mmac(step.bounded_logits, step.clean_logits, step.margins, lambda_, reduction=self.reduction)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class MMBMObjective:
     ascends = False
     correct_only = True
 
-    def __call__(self, step: Measured, penalty: float) -> Objective:
-        return mmbm(step.bounded_logits, step.clean_logits, step.bounds, penalty)
+    def __call__(self, step: Measured, lambda_: float) -> Objective:
+        return mmbm(step.bounded_logits, step.clean_logits, step.bounds, lambda_)
 
 
 @dataclass(frozen=True)
@@ -130,5 +130,5 @@ class MMOMObjective:
     def __post_init__(self) -> None:
         _check_reduction(self.reduction)
 
-    def __call__(self, step: Measured, penalty: float) -> Objective:
-        return mmom(step.bounded_logits, step.labels, step.margins, penalty, reduction=self.reduction)
+    def __call__(self, step: Measured, lambda_: float) -> Objective:
+        return mmom(step.bounded_logits, step.labels, step.margins, lambda_, reduction=self.reduction)

@@ -24,7 +24,9 @@ from marginclip.networks.logits import check_clean_set, clean_logits
 
 
 class BoundLearning(LearningDefense):
-    """What MMAC, MMOM and MMBM have in common, told apart by their ``objective``: learns an upper (and, where needed, lower) bound for activations from clean images.
+    """What MMAC, MMOM and MMBM have in common: learns an upper (and, where needed, lower) bound for activations from clean images.
+
+    The ``objective`` tells them apart.
 
     Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
     ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
@@ -35,8 +37,8 @@ class BoundLearning(LearningDefense):
     one factor of all logits, the inverse of a temperature, from where they fit the clean set best at the bounds' start. Learning
     ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every step takes the whole clean set.
 
-    Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``penalty``), and among the
-    bounds that kept it at ``penalty.min_agreement`` those of lowest objective, at the initial lambda, are returned
+    Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``lambda_``), and among the
+    bounds that kept it at ``lambda_.min_agreement`` those of lowest objective, at the initial lambda, are returned
     (``keep="best"``) or the last (``"last"``, as the published scripts). If none kept it, the bounds are relaxed towards the clean
     maxima until they do.
     """
@@ -57,7 +59,7 @@ class BoundLearning(LearningDefense):
         sites: str | Sequence[str] = "all",
         start: BoundStart | None = None,
         ascent: AscentPlan | None = None,
-        penalty: LambdaController | None = None,
+        lambda_: LambdaController | None = None,
         steps: int = 60,
         tolerance: float | None = None,
         batch_size: int = 100,
@@ -96,7 +98,7 @@ class BoundLearning(LearningDefense):
             f"defense.ascent has no effect: {type(self.objective).__name__} needs no margins; set it to null",
         )
         self.sites = sites
-        self.start, self.ascent, self.penalty = start or BoundStart(), ascent or AscentPlan(), penalty or LambdaController()
+        self.start, self.ascent, self.lambda_ = start or BoundStart(), ascent or AscentPlan(), lambda_ or LambdaController()
         self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
         self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
         self.keep, self.project, self.check_every = keep, project, check_every
@@ -152,7 +154,7 @@ class BoundLearning(LearningDefense):
         if self.keep == "best" and self.best_bounds:
             self.bounded.load_bounds(self.best_bounds)
         if self.keep == "best":
-            self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.penalty.min_agreement)
+            self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
         return self.bounded
 
     # -- learning -------------------------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class BoundLearning(LearningDefense):
             self._ascend(step)
         rows = self._minibatch(step)
         margins = self._margins()
-        terms = self._terms(self._bounded_logits(rows), rows, margins, self.penalty.value)
+        terms = self._terms(self._bounded_logits(rows), rows, margins, self.lambda_.value)
         self._log_step(terms, margins)
         return terms.loss
 
@@ -218,7 +220,7 @@ class BoundLearning(LearningDefense):
         self.last_loss, self.relaxed = float("nan"), 0.0
         self.stopped_at, self.checked_at = 0, -1
         self.prefix = None
-        self.penalty.reset()
+        self.lambda_.reset()
 
     def _margins(self) -> Tensor:
         """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""
@@ -230,9 +232,9 @@ class BoundLearning(LearningDefense):
         """The logits (B, K) of the clean images of these rows under the present bounds."""
         return self.prefix(rows) if self.prefix is not None else self.working[0](self.images[rows])
 
-    def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, penalty: float) -> Objective:
+    def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, lambda_: float) -> Objective:
         bounds = self.bounded.bound_parameters()
-        return self.objective(Measured(bounded_logits, self.targets[rows], self.labels[rows], margins, bounds), penalty)
+        return self.objective(Measured(bounded_logits, self.targets[rows], self.labels[rows], margins, bounds), lambda_)
 
     def _ascend(self, step: int) -> None:
         first, plan = step == 0, self.ascent
@@ -262,24 +264,24 @@ class BoundLearning(LearningDefense):
             logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(250)])
             margins = self._margins()
         agreement = float((logits.argmax(1) == self.labels).float().mean())
-        terms = self._terms(logits, slice(None), margins, self.penalty.initial)
+        terms = self._terms(logits, slice(None), margins, self.lambda_.initial)
         score = float(terms.loss)
         require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")
         # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
-        if agreement >= self.penalty.min_agreement and (score < self.best_score or len(self.history) == 1):
+        if agreement >= self.lambda_.min_agreement and (score < self.best_score or len(self.history) == 1):
             self.best_score = score if self.history else float("inf")
             self.best_bounds = self.bounded.bounds_state()
         if self.history:
-            self.penalty.update(agreement)
+            self.lambda_.update(agreement)
         active = self.bounded.active_share(self.extremes)
         largest = {"mean_margin": float(margins.mean()), "max_margin": float(margins.max())} if len(margins) else {}
-        entry = {"agreement": agreement, "data": float(terms.data), **largest, "penalty": self.penalty.value}
+        entry = {"agreement": agreement, "data": float(terms.data), **largest, "lambda": self.lambda_.value}
         self.history.append(entry | {"active_bounds": active})
         if len(self.history) > 1:
             self.log_dict({"defense/agreement": agreement, "defense/active_bounds": active}, prog_bar=True, batch_size=1)
 
     def _log_step(self, terms: Objective, margins: Tensor) -> None:
-        self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.penalty.value})
+        self.log_dict({"defense/loss": terms.loss, "defense/data_term": terms.data, "defense/lambda": self.lambda_.value})
         if len(margins):
             self.log_dict({"defense/mean_margin": margins.mean(), "defense/max_margin": margins.max()}, prog_bar=True)
 
@@ -287,12 +289,12 @@ class BoundLearning(LearningDefense):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bound_learning"] = {
-            "penalty": self.penalty.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
+            "lambda": self.lambda_.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
             "last_loss": self.last_loss, "stopped_at": self.stopped_at, "checked_at": self.checked_at,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["bound_learning"]
-        self.penalty.load_state_dict(state["penalty"])
+        self.lambda_.load_state_dict(state["lambda"])
         self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]
         self.last_loss, self.stopped_at, self.checked_at = state["last_loss"], state["stopped_at"], state["checked_at"]

@@ -14,7 +14,6 @@ from marginclip.errors import nearest, require
 from marginclip.networks.logits import check_clean_set, clean_logits
 from marginclip.silence import silent_trainer
 
-
 LABELS = {
     ("none", True): "bias only",
     ("shared", False): "temperature scaling",
