@@ -1,30 +1,10 @@
-"""Repair a backdoored classifier and detect its triggers: python defend.py attack=badnet defense=mmdf"""
+"""The command ``marginclip defend`` for a checkout: python defend.py attack=badnet"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import sys
 
-import hydra
-from omegaconf import DictConfig
-
-from marginclip.experiment.command import command_line, run_job
-
-
-def task(spec: Any) -> str:
-    """One run: the victim (found, or trained first), its repair, the table, the record."""
-    from marginclip.experiment.run import defend
-    from marginclip.reporting import print_table
-
-    record = defend(spec)
-    print_table(record)
-    return str(record.path)
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="defend")
-def run(config: DictConfig) -> None:
-    run_job(config, task)
-
+from marginclip.cli import main
 
 if __name__ == "__main__":
-    command_line(run, "defend", Path(__file__).parent / "conf")
+    main(["defend", *sys.argv[1:]])

@@ -10,21 +10,29 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from marginclip.experiment.building import instantiate as make
 from omegaconf import OmegaConf
 from PIL import Image
 
 from marginclip.attacks import AllToOne
-from marginclip.defenses import fit_defense
 from marginclip.errors import UserError
-from marginclip.experiment.building import instantiate as make
-from marginclip.experiment.run import NOT_ARGUMENTS, defend, make_defense
+from marginclip.experiment.command import plain
+from marginclip.experiment.run import defend
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
 from marginclip.losses import with_cosine_head
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
 # What the code adds to a group's keys when it makes the object, and keys that are for the code around it.
 ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape"}
-LABELS = {"_target_", "_partial_", "name", "augment", "bounds_start", *NOT_ARGUMENTS}
+LABELS = {"_target_", "_partial_", "name", "augment", "bounds_start", "detector", "repaired_row", "detector_row"}
 
 
 def composed(name, *overrides):
@@ -302,7 +310,7 @@ def test_every_defense_of_table_2_takes_the_cosine_classifier_of_gcl():
         model.linear.weight.copy_(means - means.mean(0))  # logits that say something about the labels
     for defense in params.defense.split(","):
         steps = ["defense.steps=2"] if defense == "mmom" else []
-        repaired = fit_defense(make_defense(composed("defend", f"defense={defense}", *steps)), model, images, labels)
+        repaired = make_defense(composed("defend", f"defense={defense}", *steps)).fit(model, images, labels).network
         assert repaired(images).shape == (16, 4)
 
 

@@ -6,8 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from marginclip.defenses import fit_defense
-from marginclip.defenses.fit import quiet_trainer
+from marginclip.silence import silent_trainer
 
 
 def quarters(count, seed):
@@ -79,12 +78,12 @@ def draw_quarters():
 
 @pytest.fixture
 def fit():
-    """Runs a defense on the CPU in full precision; further settings are the Trainer's."""
+    """The network that a defense gives, run on the CPU in full precision; further settings are the Trainer's."""
 
     def fit(defense, model, clean, **settings):
-        return fit_defense(
-            defense, model, *clean, make_trainer=lambda epochs: quiet_trainer(epochs, accelerator="cpu", **settings)
-        )
+        return defense.fit(
+            model, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu", **settings)
+        ).network
 
     return fit
 
@@ -103,13 +102,13 @@ def interrupted_and_resumed(tmp_path):
 
     def saving(epochs, *extra):
         saver = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver, *extra])
+        return silent_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver, *extra])
 
     def run(make, model, clean, *, at):
         with pytest.raises(RuntimeError, match="power cut"):
-            fit_defense(make(), model, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt(at)))
+            make().fit(model, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt(at)))
         again = make()
-        return fit_defense(again, model, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt"), again
+        return again.fit(model, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt").network, again
 
     return run
 

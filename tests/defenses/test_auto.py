@@ -12,13 +12,20 @@ from scipy.stats import binomtest
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses import Auto, BoundLearning, fit_defense
-from marginclip.defenses.choosing.auto import mmom_repair
+from marginclip.defenses import MMAC, MMOM, Auto, BoundLearning
 from marginclip.defenses.choosing.evidence import Evidence, Paired, Rule, compare, sign_test
-from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
-from marginclip.experiment.run import make_defense
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
 from marginclip.maxmargin import LambdaController, MaximumMargins, MaximumMarginTest
+from marginclip.silence import silent_trainer
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 CONF = Path(__file__).parents[2] / "conf"
 QUICK = partial(MaximumMarginTest, starts=10, steps=60)
@@ -145,25 +152,35 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_imbalanced_model_gets_mmom(unfair, fit, caplog):
+@pytest.fixture
+def chosen():
+    """The whole result of an automatic choice on the CPU in full precision."""
+
+    def chosen(auto, model, clean):
+        return auto.fit(model, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
+
+    return chosen
+
+
+def test_an_imbalanced_model_gets_mmom(unfair, fit, chosen, caplog):
     model, clean = unfair
     before, auto = state(model), Auto(detection=QUICK, seed=1)
     with caplog.at_level("INFO", logger="marginclip"):
-        repaired = fit(auto, model, clean)
-    assert auto.decision.keep == "mmom"
+        result = chosen(auto, model, clean)
+    assert result.findings["decision"] == "mmom"
     assert same(state(model), before)
-    assert same(state(repaired), state(fit(mmom_repair(seed=1), model, clean)))
-    assert caplog.messages[-1] == f"defense=auto keeps mmom: {auto.decision.reason}"
-    assert auto.history and auto.findings()["repair"]["bound_steps"] > 1
+    assert same(state(result.network), state(fit(MMOM(seed=1), model, clean)))
+    assert caplog.messages[-1] == f"defense=auto keeps mmom: {result.findings['reason']}"
+    assert result.history and result.findings["repair"]["bound_steps"] > 1
 
 
-def test_a_balanced_model_is_left_as_it_is(victim, clean, fit):
+def test_a_balanced_model_is_left_as_it_is(victim, clean, chosen):
     auto = Auto(detection=QUICK)
-    repaired = fit(auto, victim, clean)
-    assert auto.decision.keep == "none"
-    assert same(state(repaired), state(victim))
-    assert torch.equal(repaired(clean[0]), victim(clean[0]))
-    assert (auto.history, auto.relaxed) == ([], 0.0)
+    result = chosen(auto, victim, clean)
+    assert result.findings["decision"] == "none"
+    assert same(state(result.network), state(victim))
+    assert torch.equal(result.network(clean[0]), victim(clean[0]))
+    assert result.history == []
 
 
 def tenths(count, seed):
@@ -200,32 +217,32 @@ def backdoored():
     return model.eval()
 
 
-def test_a_backdoored_model_gets_mmac(backdoored, fit):
+def test_a_backdoored_model_gets_mmac(backdoored, fit, chosen):
     new, labels = tenths(500, seed=7)
     with torch.no_grad():
         assert (backdoored(new).argmax(1) == labels).float().mean() > 0.9
         assert (backdoored(triggered(new)).argmax(1) == 3).float().mean() > 0.9
     clean, auto = tenths(200, seed=2), Auto(detection=QUICK)
-    repaired = fit(auto, backdoored, clean)
-    found = auto.findings()
+    result = chosen(auto, backdoored, clean)
+    found = result.findings
     assert found["decision"] == "mmac"
     assert found["detection"]["suspect"] == 3
     assert f"p = {found['detection']['p_value']:.2g}" in found["reason"]
     assert set(found["seconds"]) == {"detection", "mmom_out_of_fold", "mmac_out_of_fold", "repair"}
     assert found["mmac"]["images"] == 200
-    assert same(state(repaired), state(fit(BoundLearning(), backdoored, clean)))
-    assert auto.arrays()["auto/maximum_margins"].argmax() == 3
+    assert same(state(result.network), state(fit(MMAC(), backdoored, clean)))
+    assert result.arrays["auto/maximum_margins"].argmax() == 3
 
 
 @pytest.mark.parametrize(("suspect", "keep"), [(0, "mmom"), (3, "mmac")])
-def test_both_faults_seem_to_be_there(unfair, fit, suspect, keep):
+def test_both_faults_seem_to_be_there(unfair, chosen, suspect, keep):
     """A large margin of the common class, which is over-predicted, is imbalance; that of the rarest class is not."""
     model, clean = unfair
     auto = Auto(detection=stub_margins(True, suspect), max_cost=0.5)
-    assert isinstance(fit(auto, model, clean), BoundedNetwork)
-    assert auto.decision.keep == keep
-    assert ("would also have gained" in auto.decision.reason) is (keep == "mmac")
-    assert (auto.findings()["mmac"] is None) is (keep == "mmom")
+    assert isinstance((result := chosen(auto, model, clean)).network, BoundedNetwork)
+    assert result.findings["decision"] == keep
+    assert ("would also have gained" in result.findings["reason"]) is (keep == "mmac")
+    assert (result.findings["mmac"] is None) is (keep == "mmom")
 
 
 class Ruin(BoundLearning):
@@ -239,22 +256,23 @@ class Ruin(BoundLearning):
         return network
 
 
-def test_a_repair_that_costs_accuracy_is_not_kept(victim, clean, fit):
+def test_a_repair_that_costs_accuracy_is_not_kept(victim, clean, chosen):
     auto = Auto(detection=stub_margins(True, 2), mmac=partial(Ruin, steps=2, check_every=1))
-    repaired = fit(auto, victim, clean)
-    assert auto.decision.keep == "none"
-    assert auto.findings()["mmac"]["p_cost"] < 0.05
-    assert same(state(repaired), state(victim))
+    result = chosen(auto, victim, clean)
+    assert result.findings["decision"] == "none"
+    assert result.findings["mmac"]["p_cost"] < 0.05
+    assert same(state(result.network), state(victim))
 
 
 def test_repairs_share_no_state(victim, clean, fit):
     """The partial of a configuration holds one controller of lambda; every fold starts from its first value all the same."""
-    penalty = LambdaController(control="agreement", min_agreement=0.5)
-    short = partial(BoundLearning, penalty=penalty, steps=4, check_every=2)
+    lambda_ = LambdaController(control="agreement", min_agreement=0.5)
+    short = partial(BoundLearning, lambda_=lambda_, steps=4, check_every=2)
     auto = Auto(detection=stub_margins(True, 1), mmac=short, mmom=short, max_cost=1.0)
     fit(auto, victim, clean)
-    assert (penalty.value, penalty.checks) == (0.1, 0)
-    assert auto.kept[0].penalty.checks == 2
+    assert (lambda_.value, lambda_.checks) == (0.1, 0)
+    assert auto.repairs["mmac"].lambda_.checks == 2
+    assert auto.repairs["mmac"].lambda_ is not auto.repairs["mmom"].lambda_
 
 
 def test_nested_repairs_run_in_the_precision_of_the_trainer(victim, clean):
@@ -273,9 +291,7 @@ def test_nested_repairs_run_in_the_precision_of_the_trainer(victim, clean):
         return judge
 
     auto = Auto(detection=watching, mmom=partial(Watch, steps=2, check_every=1))
-    fit_defense(
-        auto, victim, *clean, make_trainer=lambda epochs: quiet_trainer(epochs, accelerator="cpu", precision="bf16-mixed")
-    )
+    auto.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu", precision="bf16-mixed"))
     assert seen == [torch.bfloat16, "bf16-mixed", "bf16-mixed"]
 
 
@@ -291,20 +307,20 @@ def settings(learning):
     """The settings of bound learning as plain values, without what Lightning and torch keep beside them."""
     skipped = {"history", "best_bounds", "last_loss"}
     found = {name: value for name, value in vars(learning).items() if not name.startswith("_") and name not in skipped}
-    return found | {name: vars(found[name]) for name in ("penalty",)} | {"objective": vars(found["objective"])}
+    return found | {name: vars(found[name]) for name in ("lambda_",)} | {"objective": vars(found["objective"])}
 
 
 @pytest.mark.parametrize("repair", ["mmac", "mmom"])
 def test_the_shipped_repairs_are_those_of_their_own_defenses(repair):
     """Also without Hydra, but for the start that a data set asks for."""
-    of_auto = shipped("defense=auto", "dataset=cifar10").repairs[repair](seed=4)
+    of_auto = shipped("defense=auto", "dataset=cifar10").repairs[repair]
     assert settings(of_auto) == settings(shipped(f"defense={repair}", "dataset=cifar10"))
-    assert settings(of_auto) == settings(Auto(seed=4).repairs[repair](seed=4))
+    assert settings(of_auto) == settings(Auto(seed=4).repairs[repair])
 
 
 def test_the_runs_seed_reaches_every_part():
     auto = shipped("defense=auto")
-    assert (auto.seed, auto.detection(seed=4)) == (4, MaximumMarginTest(seed=4))
+    assert (auto.seed, auto.margin_test) == (4, MaximumMarginTest(seed=4))
 
 
 @pytest.mark.parametrize(
@@ -329,20 +345,10 @@ def test_too_few_images_or_classes_are_refused(victim, clean):
     with pytest.raises(
         UserError, match=r"^defense.folds=7 needs at least 7 clean images of every class, got 6: raise clean_per_class$"
     ):
-        Auto(folds=7).prepare(victim, images, labels)
+        Auto(folds=7).fit(victim, images, labels)
     two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     with pytest.raises(UserError, match=r"needs at least 3 classes, got 2; choose defense=mmac or defense=mmom$"):
-        Auto().prepare(two, images, labels % 2)
-
-
-def test_several_devices_are_refused():
-    class Trainer:
-        world_size = 2
-
-    auto = Auto()
-    auto._trainer = Trainer()
-    with pytest.raises(UserError, match=r"^defense=auto runs on one device, got 2"):
-        auto.setup("fit")
+        Auto().fit(two, images, labels % 2)
 
 
 def test_it_can_be_done_again_from_its_checkpoint(victim, clean, tmp_path):
@@ -350,11 +356,11 @@ def test_it_can_be_done_again_from_its_checkpoint(victim, clean, tmp_path):
 
     def saving(epochs):
         saver = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver])
+        return silent_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver])
 
     short = partial(BoundLearning, steps=2, check_every=1)
     auto = [Auto(detection=stub_margins(True, 1), mmac=short, mmom=short, max_cost=1.0) for _ in range(2)]
-    first = fit_defense(auto[0], victim, *clean, make_trainer=saving)
-    again = fit_defense(auto[1], victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
-    assert same(state(first), state(again))
-    assert auto[0].decision == auto[1].decision
+    first = auto[0].fit(victim, *clean, make_trainer=saving)
+    again = auto[1].fit(victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
+    assert same(state(first.network), state(again.network))
+    assert first.findings["reason"] == again.findings["reason"]

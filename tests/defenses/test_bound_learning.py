@@ -13,14 +13,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses import AscentPlan, BoundLearning, fit_defense, repair
+from marginclip.api import repair
+from marginclip.defenses import AscentPlan, BoundLearning
 from marginclip.defenses.clipping import bound_learning
 from marginclip.defenses.clipping.settings import BoundStart
-from marginclip.defenses.fit import quiet_trainer
 from marginclip.errors import UserError
-from marginclip.experiment.run import make_defense
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
 from marginclip.maxmargin import MarginDropDetector, MMACObjective, ascend_margins
 from marginclip.maxmargin.lambda_control import LambdaController
+from marginclip.silence import silent_trainer
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -29,23 +38,23 @@ def learning(**settings):
     """A short bound learning whose settings are all stated; a test changes those that it is about."""
     plan = {"network": "bounded", "starts_per_class": 3, "first_steps": 4, "steps": 1, "refresh_every": 1, "warm_start": True}
     plan |= {"rule": "unit_norm", "step_size": 0.1} | settings.pop("ascent", {})
-    penalty = {"initial": 0.1, "control": "fixed", "min_agreement": 0.95} | settings.pop("penalty", {})
+    lambda_ = {"initial": 0.1, "control": "fixed", "min_agreement": 0.95} | settings.pop("lambda_", {})
     stated = {
         "start": BoundStart(share=0.5, quantile=1.0), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
         "lr_scale": "absolute", "keep": "last", "project": True, "seed": 0,
     }  # fmt: skip
     objective = MMACObjective(reduction=settings.pop("reduction", "mean"))
     return BoundLearning(
-        objective=objective, ascent=AscentPlan(**plan), penalty=LambdaController(**penalty), **(stated | settings)
+        objective=objective, ascent=AscentPlan(**plan), lambda_=LambdaController(**lambda_), **(stated | settings)
     )
 
 
 def cpu_trainer(epochs, **settings):
-    return quiet_trainer(epochs, accelerator="cpu", **settings)
+    return silent_trainer(epochs, accelerator="cpu", **settings)
 
 
 def fit(defense, model, clean, **settings):
-    return fit_defense(defense, model, *clean, make_trainer=lambda epochs: cpu_trainer(epochs, **settings))
+    return defense.fit(model, *clean, make_trainer=lambda epochs: cpu_trainer(epochs, **settings)).network
 
 
 def slow_margins(logits, classes):
@@ -68,7 +77,7 @@ def objective(repaired, model, clean, defense, inputs):
     with torch.no_grad():
         data = ((repaired(images) - targets) ** 2).mean()
         margins = slow_margins(repaired(inputs), defense.wanted)
-    return float(data + defense.penalty.initial * margins.mean())
+    return float(data + defense.lambda_.initial * margins.mean())
 
 
 class Watch(L.Callback):
@@ -168,7 +177,7 @@ def test_every_class_gets_its_starts(victim, clean, ascents):
 
 
 def test_steps_lower_the_objective_on_fixed_margin_inputs(victim, clean):
-    defense = learning(steps=30, check_every=30, ascent={"refresh_every": 1000}, learning_rate=0.01, penalty={"initial": 0.05})
+    defense = learning(steps=30, check_every=30, ascent={"refresh_every": 1000}, learning_rate=0.01, lambda_={"initial": 0.05})
     start = BoundedNetwork(victim, clean[0][:1])
     start.set_from_images(clean[0], share=0.5)
     repaired = fit(defense, victim, clean)
@@ -185,7 +194,7 @@ def first_step(model, clean, defense, inputs):
     logits = network(inputs)
     others = logits.masked_fill(F.one_hot(defense.wanted, 4).bool(), float("-inf")).amax(1)
     margins = logits[torch.arange(len(logits)), defense.wanted] - others
-    loss = F.mse_loss(network(images), targets) + defense.penalty.initial * margins.mean()
+    loss = F.mse_loss(network(images), targets) + defense.lambda_.initial * margins.mean()
     gradients = torch.autograd.grad(loss, network.bound_parameters())
     rates = [
         defense.learning_rate * (float(bound.upper.detach().mean()) if defense.lr_scale == "relative" else 1)
@@ -214,14 +223,14 @@ def test_without_penalty_above_the_clean_maximum_nothing_moves(plain_victim, cle
     above = BoundStart(share=1.01, quantile=1.0)  # at the maximum itself rounding may cut an activation
     start = BoundedNetwork(plain_victim, clean[0][:1])
     above.apply(start, clean[0])
-    repaired = fit(learning(start=above, penalty={"initial": 0.0}), plain_victim, clean)
+    repaired = fit(learning(start=above, lambda_={"initial": 0.0}), plain_victim, clean)
     for name, value in repaired.bounds_state().items():
         torch.testing.assert_close(value, start.bounds_state()[name])  # the maxima are the same up to the memory format
 
 
 def test_sum_with_lambda_is_mean_with_lambda_times_the_number(plain_victim, clean):
-    one = fit(learning(reduction="sum", penalty={"initial": 0.01}), plain_victim, clean)
-    other = fit(learning(reduction="mean", penalty={"initial": 0.12}), plain_victim, clean)  # 4 classes, 3 starts each
+    one = fit(learning(reduction="sum", lambda_={"initial": 0.01}), plain_victim, clean)
+    other = fit(learning(reduction="mean", lambda_={"initial": 0.12}), plain_victim, clean)  # 4 classes, 3 starts each
     for name, value in one.bounds_state().items():
         torch.testing.assert_close(value, other.bounds_state()[name], atol=1e-4, rtol=1e-4)
 
@@ -239,7 +248,7 @@ def test_minibatches_are_whole_passes(victim, clean):
 
 
 def test_bounds_stay_feasible_unless_told_not_to(victim, clean):
-    settings = {"learning_rate": 5.0, "penalty": {"initial": 10.0}}
+    settings = {"learning_rate": 5.0, "lambda_": {"initial": 10.0}}
     feasible, free = (fit(learning(project=project, **settings), victim, clean) for project in (True, False))
     assert min(float(value.detach().min()) for value in feasible.bound_parameters()) >= 0
     assert min(float(value.detach().min()) for value in free.bound_parameters()) < 0
@@ -281,13 +290,13 @@ def test_authors_code_moves_lambda_at_epochs_40_to_290(victim, clean, monkeypatc
     accuracies = iter([1.0, 0.96, 0.94, 0.95, 0.2] * 10)
     fed = []
 
-    def fake(agreement, update=defense.penalty.update):
+    def fake(agreement, update=defense.lambda_.update):
         fed.append(next(accuracies))
         return update(fed[-1])
 
     monkeypatch.setattr(defense.penalty, "update", fake)
     monkeypatch.setattr(defense, "training_step", lambda *_: 0 * defense.bounded.bound_parameters()[0].sum())
-    watch = Watch(step=lambda module: module.penalty.value)
+    watch = Watch(step=lambda module: module.lambda_.value)
     fit(defense, victim, clean, callbacks=[watch])
     by_pass = watch.notes[::3]
     assert len(watch.notes) == 900
@@ -304,10 +313,10 @@ def test_authors_code_moves_lambda_at_epochs_40_to_290(victim, clean, monkeypatc
 
 
 def test_controller_is_fed_the_accuracy_of_every_check_but_the_start(victim, clean, monkeypatch):
-    defense = learning(steps=6, check_every=2, penalty={"control": "agreement", "factor": 2.0})
+    defense = learning(steps=6, check_every=2, lambda_={"control": "agreement", "factor": 2.0})
     fed = []
 
-    def noted(agreement, update=defense.penalty.update):
+    def noted(agreement, update=defense.lambda_.update):
         fed.append(agreement)
         return update(agreement)
 
@@ -336,11 +345,11 @@ def agreement_of(repaired, model, clean):
     [
         {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4},
         {"start": BoundStart(share=1e-4, quantile=0.5), "learning_rate": 1e-6, "reduction": "sum"},
-        {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4, "penalty": {"min_agreement": 1.0}},
+        {"start": BoundStart(constant=1e-3), "learning_rate": 1e-4, "lambda_": {"min_agreement": 1.0}},
     ],
 )
 def test_accuracy_constraint_holds_whatever_happened(victim, clean, settings):
-    wanted = settings.get("penalty", {}).get("min_agreement", 0.95)
+    wanted = settings.get("lambda_", {}).get("min_agreement", 0.95)
     last = fit(learning(**settings), victim, clean)
     assert agreement_of(last, victim, clean) < wanted
     best = fit(learning(keep="best", **settings), victim, clean)
@@ -357,8 +366,8 @@ def test_bounds_are_relaxed_no_further_than_needed(victim, clean):
 
 
 def test_best_is_the_lowest_objective_that_kept_the_accuracy(victim, clean):
-    penalty = {"initial": 0.02, "control": "agreement", "factor": 3.0, "min_agreement": 0.7}  # lambda soon runs away
-    defense = learning(keep="best", steps=12, check_every=1, penalty=penalty)
+    lambda_ = {"initial": 0.02, "control": "agreement", "factor": 3.0, "min_agreement": 0.7}  # lambda soon runs away
+    defense = learning(keep="best", steps=12, check_every=1, lambda_=lambda_)
     watch = Watch(epoch=lambda module: (module.bounded.bounds_state(), module.margin_inputs.clone()))
     repaired = fit(defense, victim, clean, callbacks=[watch])
     network, scores = BoundedNetwork(victim, clean[0][:1]), {}
@@ -387,8 +396,8 @@ def test_last_is_the_last(victim, clean):
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, tmp_path, at, keep):
     def make():
-        penalty = {"control": "agreement"}
-        return learning(steps=10, batch_size=7, keep=keep, penalty=penalty, ascent={"refresh_every": 3})
+        lambda_ = {"control": "agreement"}
+        return learning(steps=10, batch_size=7, keep=keep, lambda_=lambda_, ascent={"refresh_every": 3})
 
     through = make()
     straight = fit(through, victim, clean)
@@ -404,14 +413,14 @@ def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, tmp_path, a
         return cpu_trainer(epochs, enable_checkpointing=True, callbacks=[ModelCheckpoint(**saver), *extra])
 
     with pytest.raises(RuntimeError, match="power cut"):
-        fit_defense(make(), victim, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt()))
+        make().fit(victim, *clean, make_trainer=lambda epochs: saving(epochs, Interrupt()))
     checkpoint = tmp_path / "last.ckpt"
     assert checkpoint.exists() is (at > 2)
     again = make()
-    resumed = fit_defense(again, victim, *clean, make_trainer=saving, resume=checkpoint if checkpoint.exists() else None)
+    resumed = again.fit(victim, *clean, make_trainer=saving, resume=checkpoint if checkpoint.exists() else None).network
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
     assert again.history == through.history
-    assert again.penalty.state_dict() == through.penalty.state_dict()
+    assert again.lambda_.state_dict() == through.lambda_.state_dict()
 
 
 # -- where it works and what it refuses ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from marginclip.defenses import Defense, fit_defense
-from marginclip.defenses.fit import quiet_trainer
-from marginclip.experiment.run import make_defense
+from marginclip.defenses import Defense, LearningDefense, RepairResult
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
+from marginclip.silence import silent_trainer
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = [f"defense={path.stem}" for path in sorted((CONF / "defense").glob("*.yaml")) if path.stem != "none"]
@@ -68,7 +77,7 @@ def test_model_that_was_given_is_left_as_it_was(victim, clean, overrides):
     victim[1].eval()  # a frozen batch norm inside a network in training mode
     victim[0].weight.requires_grad_(False)
     before = fingerprint(victim)
-    repaired = fit_defense(make(overrides), victim, *clean)
+    repaired = make(overrides).fit(victim, *clean).network
     assert_same(before, fingerprint(victim))
     repaired(clean[0])
     assert_same(before, fingerprint(victim))
@@ -76,7 +85,7 @@ def test_model_that_was_given_is_left_as_it_was(victim, clean, overrides):
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_repaired_is_another_module_that_shares_no_memory(victim, clean, overrides):
-    repaired = fit_defense(make(overrides), victim, *clean)
+    repaired = make(overrides).fit(victim, *clean).network
     assert repaired is not victim
     assert not repaired.training
     ours, theirs = ({value.untyped_storage().data_ptr() for value in net.state_dict().values()} for net in (repaired, victim))
@@ -92,7 +101,7 @@ def test_repaired_is_another_module_that_shares_no_memory(victim, clean, overrid
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_repaired_gives_finite_logits_and_survives_a_copy(victim, clean, overrides):
-    repaired = fit_defense(make(overrides), victim, *clean)
+    repaired = make(overrides).fit(victim, *clean).network
     logits = repaired(clean[0])
     assert logits.shape == (24, 4)
     assert torch.isfinite(logits).all()
@@ -101,7 +110,7 @@ def test_repaired_gives_finite_logits_and_survives_a_copy(victim, clean, overrid
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_same_seed_same_result(victim, clean, overrides):
-    one, other = (fit_defense(make([*overrides, "seed=3"]), victim, *clean) for _ in range(2))
+    one, other = (make([*overrides, "seed=3"]).fit(victim, *clean).network for _ in range(2))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
@@ -114,11 +123,25 @@ def test_a_defense_used_again_begins_anew(victim, clean, overrides):
         for parameter in other.parameters():
             parameter.mul_(1.3)
     used, new = make([*overrides, "seed=3"]), make([*overrides, "seed=3"])
-    fit_defense(used, other, images.flip(0), labels.flip(0))
-    again, fresh = fit_defense(used, victim, *clean), fit_defense(new, victim, *clean)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in fresh.state_dict().items())
-    assert {**used.findings(), "seconds": None} == {**new.findings(), "seconds": None}
-    assert getattr(used, "history", None) == getattr(new, "history", None)
+    used.fit(other, images.flip(0), labels.flip(0))
+    again, fresh = used.fit(victim, *clean), new.fit(victim, *clean)
+    assert all(torch.equal(value, again.network.state_dict()[name]) for name, value in fresh.network.state_dict().items())
+    assert {**again.findings, "seconds": None} == {**fresh.findings, "seconds": None}
+    assert again.history == fresh.history
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_a_result_says_everything_and_the_defense_what_it_is(victim, clean, overrides):
+    defense = make(overrides)
+    result = defense.fit(victim, *clean)
+    assert isinstance(result, RepairResult)
+    json.dumps(result.findings, allow_nan=False)  # it goes into the record
+    json.dumps(result.history, allow_nan=False)
+    assert all(isinstance(value, torch.Tensor) for value in result.arrays.values())
+    assert all(variant.label and variant.network(clean[0]).shape == (24, 4) for variant in result.variants.values())
+    assert defense.label and defense.label != "learned bounds"
+    assert defense.clean_per_class in (50, 100, 200, 500)
+    assert all(hasattr(defense, name) for name in defense.oracles)
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
@@ -127,7 +150,7 @@ def test_works_without_gradients_and_leaves_them_off(victim, clean, overrides, m
     before = torch.get_rng_state()
     with mode():
         images = clean[0] + 0  # in inference mode an inference tensor
-        repaired = fit_defense(make(overrides), victim, images, clean[1])
+        repaired = make(overrides).fit(victim, images, clean[1]).network
         assert not torch.is_grad_enabled()
         assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
         assert torch.isfinite(repaired(images)).all()
@@ -138,7 +161,7 @@ def test_works_without_gradients_and_leaves_them_off(victim, clean, overrides, m
 def test_clean_set_is_left_as_it_was(victim, clean, overrides):
     images, labels = clean
     before = images.clone(), labels.clone()
-    fit_defense(make(overrides), victim, images, labels)
+    make(overrides).fit(victim, images, labels)
     assert torch.equal(images, before[0])
     assert torch.equal(labels, before[1])
 
@@ -157,7 +180,9 @@ def constructor_arguments(cls):
 def test_a_defense_cannot_be_given_triggers_or_test_data(overrides):
     defense = make(overrides)
     assert isinstance(defense, Defense)
-    assert list(inspect.signature(defense.prepare).parameters) == ["model", "images", "labels"]
+    taken = list(inspect.signature(defense.fit).parameters)
+    assert taken == ["model", "images", "labels", "make_trainer", "resume"]
+    assert not isinstance(defense, LearningDefense) or list(inspect.signature(defense.prepare).parameters) == taken[:3]
     settings = list(constructor_arguments(type(defense)))
     assert all(setting.kind is inspect.Parameter.KEYWORD_ONLY for setting in settings if setting.name != "self")
     forbidden = ("attack", "trigger", "poison", "target", "x2x", "test", "eval", "setup", "cfg", "config")
@@ -167,8 +192,8 @@ def test_a_defense_cannot_be_given_triggers_or_test_data(overrides):
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_works_in_mixed_precision(victim, clean, overrides):
     def trainer(epochs):
-        return quiet_trainer(epochs, precision="bf16-mixed", accelerator="cpu")
+        return silent_trainer(epochs, precision="bf16-mixed", accelerator="cpu")
 
-    repaired = fit_defense(make(overrides), victim, *clean, make_trainer=trainer)
+    repaired = make(overrides).fit(victim, *clean, make_trainer=trainer).network
     assert torch.isfinite(repaired(clean[0])).all()
     assert all(value.dtype == torch.float32 for value in repaired.parameters())

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from marginclip.defenses.cross_fitting import stratified_share
 from torch import nn
 
 from marginclip.defenses import FinePruning
-from marginclip.defenses.fit import stratified_share
 from marginclip.defenses.weights.fine_pruning import channels_to_prune
 from marginclip.errors import UserError
 from marginclip.networks.heads import final_linear
@@ -65,7 +65,7 @@ def test_pruning_no_channel_is_the_model_itself(victim, clean):
 def test_pruning_all_channels_leaves_the_bias(victim, clean):
     defense = prepared(victim, clean, max_drop=1.0)
     assert defense.num_pruned == 8
-    pruned = defense.variants()["fine_pruning_pruned"]
+    pruned = defense.variants()["fine_pruning_pruned"].network
     torch.testing.assert_close(pruned(clean[0]), victim[-1].bias.expand(24, 4))
 
 
@@ -87,7 +87,7 @@ def test_pruned_network_is_the_masked_one(victim, clean):
     defense = prepared(victim, clean, max_drop=0.3)
     off = (~defense.kept).nonzero().flatten()
     assert 0 < len(off) < 8
-    pruned = defense.variants()["fine_pruning_pruned"]
+    pruned = defense.variants()["fine_pruning_pruned"].network
     torch.testing.assert_close(pruned(clean[0]), without(victim, off)(clean[0]))
 
 
@@ -108,7 +108,7 @@ def test_stops_before_the_budget_is_broken(curve, max_drop, wanted):
 @pytest.mark.parametrize("max_drop", [0.0, 0.1, 0.3])
 def test_no_accuracy_beyond_the_budget_is_lost(victim, clean, max_drop):
     defense = prepared(victim, clean, max_drop=max_drop)
-    pruned = defense.variants()["fine_pruning_pruned"]
+    pruned = defense.variants()["fine_pruning_pruned"].network
     before, after = (accuracy(network, *held_out(clean)) for network in (victim, pruned))
     assert after >= before - max_drop - 1e-6
     assert defense.findings()["held_out_accuracy_pruned"] == pytest.approx(after)
@@ -120,7 +120,7 @@ def test_no_accuracy_beyond_the_budget_is_lost(victim, clean, max_drop):
 def test_pruned_channels_stay_off_through_fine_tuning(victim, clean, fit):
     defense = FinePruning(max_drop=0.3, epochs=5, learning_rate=0.05, weight_decay=0.01)
     repaired = fit(defense, victim, clean)
-    pruned = defense.variants()["fine_pruning_pruned"]
+    pruned = defense.variants()["fine_pruning_pruned"].network
     assert 0 < int((~defense.kept).sum()) < 8
     assert torch.equal(repaired[-1].weight[:, ~defense.kept], torch.zeros(4, defense.num_pruned))
     assert not torch.equal(repaired[-1].weight[:, defense.kept], pruned[-1].weight[:, defense.kept])

@@ -12,14 +12,12 @@ from marginclip.errors import UserError
 
 
 def adjusted(model, clean, **settings):
-    defense = LogitAdjustment(**settings)
-    defense.prepare(model, *clean)
-    return defense
+    return LogitAdjustment(**settings).fit(model, *clean)
 
 
 def test_counts_given_are_log_counts_exactly(victim, clean):
     counts = [800, 90, 10, 100]
-    repaired = adjusted(victim, clean, class_counts=counts, tau=1.5).repaired()
+    repaired = adjusted(victim, clean, class_counts=counts, tau=1.5).network
     with torch.no_grad():
         for image, row in zip(clean[0], repaired(clean[0]), strict=True):
             slow = [float(f) - 1.5 * math.log(count / 1000) for f, count in zip(victim(image[None])[0], counts, strict=True)]
@@ -30,10 +28,10 @@ def test_estimated_prior_is_the_mean_softmax(victim, clean):
     defense = adjusted(victim, clean)
     with torch.no_grad():
         slow = torch.stack([victim(image[None])[0].softmax(0) for image in clean[0]]).mean(0)
-    assert defense.findings()["prior"] == pytest.approx(slow.tolist(), rel=1e-5)
-    assert defense.findings()["prior_from"] == "estimated"
+    assert defense.findings["prior"] == pytest.approx(slow.tolist(), rel=1e-5)
+    assert defense.findings["prior_from"] == "estimated"
     with torch.no_grad():
-        torch.testing.assert_close(defense.repaired()(clean[0]), victim(clean[0]) - slow.log())
+        torch.testing.assert_close(defense.network(clean[0]), victim(clean[0]) - slow.log())
 
 
 def test_a_prior_too_small_for_a_float_has_a_logarithm():
@@ -43,7 +41,7 @@ def test_a_prior_too_small_for_a_float_has_a_logarithm():
 
 @pytest.mark.parametrize("settings", [{"tau": 0.0}, {"class_counts": [7, 7, 7, 7]}])
 def test_tau_0_and_a_uniform_prior_change_nothing(victim, clean, settings):
-    repaired = adjusted(victim, clean, **settings).repaired()
+    repaired = adjusted(victim, clean, **settings).network
     with torch.no_grad():
         before, after = victim(clean[0]), repaired(clean[0])
     torch.testing.assert_close(after.softmax(1), before.softmax(1))
@@ -70,7 +68,7 @@ def test_a_shift_by_the_log_counts_is_undone():
     counts = [1000.0, 100.0, 30.0, 10.0]
     model, clean, balanced = imbalanced_bayes(counts)
     with torch.no_grad():
-        after = adjusted(model, clean, class_counts=counts).repaired()(clean[0])
+        after = adjusted(model, clean, class_counts=counts).network(clean[0])
         torch.testing.assert_close(after.softmax(1), balanced(clean[0]).softmax(1))
         assert (after.argmax(1) == clean[1]).float().mean() > (model(clean[0]).argmax(1) == clean[1]).float().mean() + 0.2
 
@@ -81,10 +79,10 @@ def test_the_right_strength_is_found_on_the_clean_set(by):
     counts = [100.0, 20.0, 5.0, 1.0]
     model, clean, _ = imbalanced_bayes([count**2 for count in counts])
     defense = adjusted(model, clean, class_counts=counts, tau="auto", search=TauSearch(largest=4.0, by=by))
-    assert defense.findings()["tau"] == pytest.approx(2.0, abs=0.15 if by == "nll" else 0.6)
-    arrays = defense.arrays()
+    assert defense.findings["tau"] == pytest.approx(2.0, abs=0.15 if by == "nll" else 0.6)
+    arrays = defense.arrays
     assert len(arrays["tau/grid"]) == len(arrays["tau/score"]) == 41
-    assert adjusted(model, clean, class_counts=counts).arrays() == {}
+    assert adjusted(model, clean, class_counts=counts).arrays == {}
 
 
 def test_known_counts_that_nobody_tells_are_refused(victim, clean):

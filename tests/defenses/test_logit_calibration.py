@@ -20,9 +20,7 @@ METHODS = {
 
 
 def calibrated(model, clean, **settings):
-    defense = LogitCalibration(**settings)
-    defense.prepare(model, *clean)
-    return defense
+    return LogitCalibration(**settings).fit(model, *clean)
 
 
 def sharpened(counts, temperature, num=20000):
@@ -40,7 +38,7 @@ def sharpened(counts, temperature, num=20000):
 def test_temperature_leaves_every_decision_alone(victim, clean):
     """On images that it has not seen, too: the accuracy is identical, and only the confidence moves."""
     images = torch.rand(2000, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-    repaired = calibrated(victim, clean, scale="shared", shift=False).repaired()
+    repaired = calibrated(victim, clean, scale="shared", shift=False).network
     with torch.no_grad():
         assert torch.equal(repaired(images).argmax(1), victim(images).argmax(1))
         assert not torch.allclose(repaired(images), victim(images), rtol=0.05)
@@ -48,7 +46,7 @@ def test_temperature_leaves_every_decision_alone(victim, clean):
 
 def test_a_known_temperature_is_found():
     model, clean = sharpened([1.0] * 4, temperature=0.25)
-    found = calibrated(model, clean, scale="shared", shift=False).findings()
+    found = calibrated(model, clean, scale="shared", shift=False).findings
     assert found["temperature"] == pytest.approx(4.0, rel=0.05)
     assert found["clean_nll"] < found["clean_nll_before"]
 
@@ -58,7 +56,7 @@ def test_a_known_shift_is_found(method):
     counts = [1000.0, 100.0, 30.0, 10.0]
     scale, shift = METHODS[method]
     temperature = 1.0 if method == "bias_only" else 0.5
-    found = calibrated(*sharpened(counts, temperature), scale=scale, shift=shift).findings()
+    found = calibrated(*sharpened(counts, temperature), scale=scale, shift=shift).findings
     # 4 T (f / T + ln counts) + shift is f where the scale is T: the shift is -T ln counts, up to a constant
     wanted = [-temperature * math.log(count) for count in counts]
     middle = sum(wanted) / 4 - sum(found["shift"]) / 4
@@ -75,11 +73,11 @@ def test_record_says_the_cross_entropy_before_and_after(victim, clean, scale, sh
     clean = images, torch.cat([(labels[:5] + 1) % 4, labels[5:]])  # of an overconfident model
     defense = calibrated(victim, clean, scale=scale, shift=shift)
     with torch.no_grad():
-        for key, network in (("clean_nll_before", victim), ("clean_nll", defense.repaired())):
+        for key, network in (("clean_nll_before", victim), ("clean_nll", defense.network)):
             slow = [float(F.cross_entropy(network(image[None]), label[None])) for image, label in zip(*clean, strict=True)]
-            assert defense.findings()[key] == pytest.approx(sum(slow) / 24, rel=1e-4)
-    assert defense.findings()["clean_nll"] < defense.findings()["clean_nll_before"]
-    assert ("shift" in defense.findings()) is shift
+            assert defense.findings[key] == pytest.approx(sum(slow) / 24, rel=1e-4)
+    assert defense.findings["clean_nll"] < defense.findings["clean_nll_before"]
+    assert ("shift" in defense.findings) is shift
 
 
 class ScaledCosine(nn.Module):
@@ -94,7 +92,7 @@ class ScaledCosine(nn.Module):
 @pytest.mark.parametrize(("scale", "shift"), [METHODS["bias_only"], METHODS["vector_scaling"]])
 def test_a_cosine_head_is_no_obstacle(victim, clean, scale, shift):
     model = nn.Sequential(*list(victim)[:-1], ScaledCosine()).eval()
-    repaired = calibrated(model, clean, scale=scale, shift=shift).repaired()
+    repaired = calibrated(model, clean, scale=scale, shift=shift).network
     assert F.cross_entropy(repaired(clean[0]), clean[1]) < F.cross_entropy(model(clean[0]), clean[1])
 
 

@@ -12,19 +12,27 @@ from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import AscentPlan, BoundLearning
 from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.errors import UserError
-from marginclip.experiment.run import make_defense
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
 from marginclip.maxmargin import MMBMObjective, mmbm
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.models import ResNet
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def learning(**settings):
-    penalty = LambdaController(**({"initial": 0.5} | settings.pop("penalty", {})))
+    lambda_ = LambdaController(**({"initial": 0.5} | settings.pop("lambda_", {})))
     stated = {"sites": "all", "start": BoundStart(constant=8.0), "steps": 4, "check_every": 2, "batch_size": 100}
     stated |= {"learning_rate": 0.1, "keep": "last", "project": False}
-    return BoundLearning(objective=MMBMObjective(), penalty=penalty, **(stated | settings))
+    return BoundLearning(objective=MMBMObjective(), lambda_=lambda_, **(stated | settings))
 
 
 def test_objective_equals_loops():
@@ -41,7 +49,7 @@ def test_objective_equals_loops():
 
 
 def test_without_penalty_bounds_above_the_activations_stay_where_they_are(victim, clean, fit):
-    repaired = fit(learning(start=BoundStart(constant=1000.0), penalty={"initial": 0.0}), victim, clean)
+    repaired = fit(learning(start=BoundStart(constant=1000.0), lambda_={"initial": 0.0}), victim, clean)
     assert all(torch.equal(value, torch.full_like(value, 1000.0)) for value in repaired.bounds_state().values())
 
 
@@ -54,7 +62,7 @@ def test_above_the_activations_only_the_penalty_moves_them(plain_victim, clean, 
 
 def test_one_step_is_adams_first_on_the_closed_gradient(plain_victim, clean, fit):
     start = BoundStart(share=0.6, quantile=1.0)
-    repaired = fit(learning(start=start, steps=1, check_every=1, penalty={"initial": 0.05}), plain_victim, clean)
+    repaired = fit(learning(start=start, steps=1, check_every=1, lambda_={"initial": 0.05}), plain_victim, clean)
     network = BoundedNetwork(plain_victim, clean[0][:1])
     start.apply(network, clean[0])
     with torch.no_grad():
@@ -107,7 +115,7 @@ def test_lambda_moves_after_20_30_and_40_of_50_passes(victim, clean, fit, monkey
     seen = []
 
     def still(batch, batch_idx):
-        seen.append(defense.penalty.value)
+        seen.append(defense.lambda_.value)
         return 0 * defense.bounded.bound_parameters()[0].sum()
 
     monkeypatch.setattr(defense, "training_step", still)
@@ -130,7 +138,7 @@ def test_no_margins_are_ascended(victim, clean, fit):
 @pytest.mark.parametrize("at", [3, 5])
 def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, at, fit, interrupted_and_resumed):
     def make():
-        return learning(steps=6, batch_size=7, penalty={"control": "agreement"}, start=BoundStart(constant=1.0))
+        return learning(steps=6, batch_size=7, lambda_={"control": "agreement"}, start=BoundStart(constant=1.0))
 
     straight = fit(make(), victim, clean)
     resumed, _ = interrupted_and_resumed(make, victim, clean, at=at)

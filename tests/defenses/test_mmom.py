@@ -10,27 +10,35 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses import AscentPlan, BoundLearning, fit_defense
+from marginclip.defenses import AscentPlan, BoundLearning
 from marginclip.defenses.clipping.settings import BoundStart
-from marginclip.defenses.fit import quiet_trainer
 from marginclip.defenses.posthoc.affine_logits import fit_affine
 from marginclip.errors import UserError
-from marginclip.experiment.run import make_defense
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
 from marginclip.maxmargin import Measured, MMOMObjective, ascend_margins, margin, mmom
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.models import ResNet
+from marginclip.silence import silent_trainer
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def learning(**settings):
     """Bound learning with MMOM's objective on the whole clean set, all activations."""
-    penalty = LambdaController(**({"initial": 1e-5, "min_agreement": 0.0} | settings.pop("penalty", {})))
+    lambda_ = LambdaController(**({"initial": 1e-5, "min_agreement": 0.0} | settings.pop("lambda_", {})))
     ascent = AscentPlan(**({"starts_per_class": 2, "first_steps": 2, "steps": 1} | settings.pop("ascent", {})))
     stated = {"sites": "all", "start": BoundStart(share=0.6, quantile=1.0), "steps": 6, "check_every": 2, "batch_size": 500}
     stated |= {"keep": "last"}
     objective = MMOMObjective(**settings.pop("objective", {}))
-    return BoundLearning(objective=objective, penalty=penalty, ascent=ascent, **(stated | settings))
+    return BoundLearning(objective=objective, lambda_=lambda_, ascent=ascent, **(stated | settings))
 
 
 def shipped(*overrides):
@@ -97,7 +105,7 @@ def test_one_step_is_adams_first_on_the_closed_gradient(plain_victim, clean, fit
     images, labels = clean
     start = BoundStart(share=0.5, quantile=1.0)
     repaired = fit(
-        learning(start=start, steps=1, check_every=1, learning_rate=0.1, penalty={"initial": 0.0}), plain_victim, clean
+        learning(start=start, steps=1, check_every=1, learning_rate=0.1, lambda_={"initial": 0.0}), plain_victim, clean
     )
     network = BoundedNetwork(plain_victim, images[:1])
     start.apply(network, images)
@@ -109,9 +117,9 @@ def test_one_step_is_adams_first_on_the_closed_gradient(plain_victim, clean, fit
 
 def test_with_nothing_to_learn_it_stops_at_the_second_step(plain_victim, clean, fit):
     """Lambda 0 and bounds above all activations: no gradient, so two losses in a row are the same."""
-    defense = learning(start=BoundStart(constant=1000.0), penalty={"initial": 0.0}, tolerance=1e-4, steps=300, check_every=10)
+    defense = learning(start=BoundStart(constant=1000.0), lambda_={"initial": 0.0}, tolerance=1e-4, steps=300, check_every=10)
     repaired = fit(defense, plain_victim, clean)
-    assert defense.findings() == {"bound_steps": 2, "stopped_by": "tolerance"}
+    assert defense.findings() == {"bound_steps": 2, "stopped_by": "tolerance", "relaxed": 0.0}
     assert all(torch.equal(value, torch.full_like(value, 1000.0)) for value in repaired.bounds_state().values())
 
 
@@ -119,7 +127,7 @@ def test_with_nothing_to_learn_it_stops_at_the_second_step(plain_victim, clean, 
 def test_otherwise_it_takes_all_its_steps(victim, clean, fit, tolerance, steps):
     defense = learning(tolerance=tolerance, steps=steps, learning_rate=0.05)
     fit(defense, victim, clean)
-    assert defense.findings() == {"bound_steps": steps, "stopped_by": "steps"}
+    assert defense.findings() == {"bound_steps": steps, "stopped_by": "steps", "relaxed": 0.0}
 
 
 @pytest.mark.parametrize("tolerance", [0, -1e-4])
@@ -129,10 +137,10 @@ def test_a_tolerance_that_is_none_is_refused(tolerance):
 
 
 def test_lambda_lowers_the_maximum_margin_of_every_class(victim, clean, fit):
-    def largest_margins(penalty):
+    def largest_margins(lambda_):
         ascent = {"start_from": "noise", "starts_per_class": 8, "first_steps": 30, "steps": 10, "step_size": 0.05}
         settings = {"steps": 40, "check_every": 10, "learning_rate": 0.05, "ascent": ascent}
-        repaired = fit(learning(penalty={"initial": penalty}, **settings), victim, clean)
+        repaired = fit(learning(lambda_={"initial": lambda_}, **settings), victim, clean)
         classes = torch.arange(4).repeat_interleave(8)
         starts = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(5))
         found = ascend_margins(repaired, classes, starts, steps=30, rule="sign", step_size=0.05)
@@ -222,7 +230,7 @@ def test_offsets_and_scale_start_at_the_best_fit_and_are_learned(victim, clean, 
     network = BoundedNetwork(victim, images[:1], sites="last")
     start.apply(network, images)
     scale, shift = fit_affine(network(images), labels, scale="shared", shift=True, l2=1e-6)
-    settings = {"sites": "last", "start": start, "steps": 1, "check_every": 1, "penalty": {"initial": 0.0}}
+    settings = {"sites": "last", "start": start, "steps": 1, "check_every": 1, "lambda_": {"initial": 0.0}}
     repaired = fit(learning(offset_rate=1e-7, scale_rate=1e-7, learning_rate=1e-7, **settings), victim, clean)
     torch.testing.assert_close(repaired.offsets.value.double(), shift, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(repaired.offsets.scale.double(), scale, rtol=1e-4, atol=1e-4)
@@ -289,9 +297,9 @@ def test_a_scale_rate_that_does_not_fit_is_refused(settings, told):
 
 
 def test_minibatches_of_other_images_do_not_end_learning(victim, clean, fit):
-    defense = learning(start=BoundStart(constant=1000.0), penalty={"initial": 0.0}, tolerance=1e9, batch_size=7, steps=6)
+    defense = learning(start=BoundStart(constant=1000.0), lambda_={"initial": 0.0}, tolerance=1e9, batch_size=7, steps=6)
     fit(defense, victim, clean)
-    assert defense.findings() == {"bound_steps": 6, "stopped_by": "steps"}
+    assert defense.findings() == {"bound_steps": 6, "stopped_by": "steps", "relaxed": 0.0}
 
 
 def test_bounds_of_zero_make_all_images_alike(victim, clean):
@@ -308,7 +316,7 @@ def test_shipped_schedules(schedule):
     defense = shipped(f"defense/schedule={schedule}")
     assert isinstance(defense.objective, MMOMObjective)
     assert defense.objective.reduction == "mean"
-    assert (defense.steps, defense.penalty.initial, defense.penalty.control) == (300, 1e-5, "fixed")
+    assert (defense.steps, defense.lambda_.initial, defense.lambda_.control) == (300, 1e-5, "fixed")
     assert defense.tolerance == (1e-5 if schedule == "balanced" else 1e-4)
     assert defense.batch_size >= 1000  # all of 50 images a class in every step
     assert defense.sites == ("last" if schedule == "balanced" else "all")
@@ -316,8 +324,8 @@ def test_shipped_schedules(schedule):
 
 
 def test_sum_of_n_margins_is_n_times_the_mean(victim, clean, fit):
-    one = fit(learning(penalty={"initial": 0.08}), victim, clean)
-    other = fit(learning(penalty={"initial": 0.01}, objective={"reduction": "sum"}), victim, clean)
+    one = fit(learning(lambda_={"initial": 0.08}), victim, clean)
+    other = fit(learning(lambda_={"initial": 0.01}, objective={"reduction": "sum"}), victim, clean)
     for name, value in one.bounds_state().items():
         torch.testing.assert_close(value, other.bounds_state()[name], rtol=1e-4, atol=1e-6)
 
@@ -329,19 +337,19 @@ def test_it_goes_on_from_an_interruption(interrupted_and_resumed, victim, clean,
     straight = fit(make(), victim, clean)
     resumed, again = interrupted_and_resumed(make, victim, clean, at=5)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
-    assert again.findings() == {"bound_steps": 8, "stopped_by": "steps"}
+    assert again.findings() == {"bound_steps": 8, "stopped_by": "steps", "relaxed": 0.0}
 
 
 def test_resuming_after_the_loss_came_to_rest_learns_nothing_more(victim, clean, fit, tmp_path):
     def make():
-        return learning(start=BoundStart(constant=1000.0), penalty={"initial": 0.0}, tolerance=1e-4, steps=300, check_every=10)
+        return learning(start=BoundStart(constant=1000.0), lambda_={"initial": 0.0}, tolerance=1e-4, steps=300, check_every=10)
 
     def saving(epochs):
         saver = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        return quiet_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver])
+        return silent_trainer(epochs, accelerator="cpu", enable_checkpointing=True, callbacks=[saver])
 
     through, again = make(), make()
-    fit_defense(through, victim, *clean, make_trainer=saving)
-    fit_defense(again, victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
+    through.fit(victim, *clean, make_trainer=saving)
+    again.fit(victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
     assert again.history == through.history
-    assert again.findings() == through.findings() == {"bound_steps": 2, "stopped_by": "tolerance"}
+    assert again.findings() == through.findings() == {"bound_steps": 2, "stopped_by": "tolerance", "relaxed": 0.0}

@@ -128,7 +128,7 @@ def test_teacher_is_fine_tuned_and_then_left_alone(victim, clean, fit):
     longer, shorter = NAD(**SHORT), NAD(**(SHORT | {"epochs": 1}))
     fit(longer, victim, clean)
     fit(shorter, victim, clean)
-    one, other = (defense.variants()["nad_teacher"].state_dict() for defense in (longer, shorter))
+    one, other = (defense.variants()["nad_teacher"].network.state_dict() for defense in (longer, shorter))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     wanted = fit(FineTune(epochs=2, batch_size=12, learning_rate=0.01, nesterov=True, weight_decay=1e-4), victim, clean)
     for name, value in wanted.state_dict().items():

@@ -8,7 +8,15 @@ from torch import nn
 from marginclip.defenses import InversionPlan, NeuralCleanse
 from marginclip.defenses.weights.inversion import CostSchedule, InvertedTriggers, anomaly_indices, invert_triggers, paste
 from marginclip.errors import UserError
-from marginclip.experiment.run import make_defense
+from marginclip.experiment.command import plain
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import make_methods
+
+
+def make_defense(config):
+    """The defense of a composed configuration."""
+    return make_methods(run_spec(plain(config))).defense
+
 
 FEW = InversionPlan(passes=3, batches_per_pass=3, batch_size=8)
 
@@ -214,15 +222,21 @@ def test_interrupted_is_the_uninterrupted_and_inverts_once(victim, clean, fit, i
 
 
 def test_known_is_the_attacks_target_or_the_anomaly_index(configure_defense):
-    config = configure_defense("defense=neural_cleanse")
-    assert config.defense.suspect_class == "known"
-    assert make_defense(config, 7).suspect_class == 7
-    left_alone = make_defense(config, None)
+    def told(target, *overrides):
+        defense = make_defense(configure_defense("defense=neural_cleanse", *overrides))
+        defense.tell(suspect_class=target)
+        return defense
+
+    assert told(7).suspect_class == 7
+    assert told(7).oracle_told is True
+    left_alone = told(None)
+    assert left_alone.oracle_told is False
     left_alone.inverted = inverted([9.0, 9.5, 10.0, 10.5])
     assert left_alone.findings()["suspected_by"] == "anomaly index"
     assert "no single target class is known" in left_alone.findings()["note"]
-    assert make_defense(configure_defense("defense=neural_cleanse", "defense.suspect_class=auto"), 7).suspect_class == "auto"
-    assert make_defense(configure_defense("defense=neural_cleanse", "defense.suspect_class=3"), 7).suspect_class == 3
+    assert told(7, "defense.suspect_class=auto").suspect_class == "auto"
+    assert told(7, "defense.suspect_class=3").suspect_class == 3
+    assert told(7, "defense.suspect_class=3").oracle_told is None
 
 
 @pytest.fixture

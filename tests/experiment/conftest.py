@@ -1,6 +1,5 @@
 """The smallest runs: digits of 16 x 16 pixels, a ResNet of width 4, fp32, two epochs; composed as the entry points do."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -42,14 +41,6 @@ def make_config(runs_dir, *overrides, name="defend"):
     return config
 
 
-def load_script(name):
-    """The entry script ``name``.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def configure_at():
     """Makes the specification of a tiny run whose files live in a folder of the test's choice: ``configure_at(folder, "attack=blend")``."""
@@ -80,7 +71,7 @@ def job(tmp_path, monkeypatch, capsys, caplog):
         HydraConfig.instance().set_config(config)
         failures = []
         monkeypatch.setattr(command, "_failures", failures)
-        command.run_job(config, load_script(script).task)
+        command.TASKS[script](config)
         out, err = capsys.readouterr()
         assert not [record for record in caplog.records if record.exc_info], "a traceback was logged"
         return (1 if failures else 0), out, err

@@ -7,11 +7,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
+import hydra
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,20 +34,60 @@ OUTCOME = "outcome.json"
 _failures: list[dict[str, Any]] = []
 
 
-def command_line(run: Callable[[], None], config_name: str, config_dir: Path) -> None:
-    """Check the command line's overrides, run the Hydra task, and exit with 1 when a run failed."""
+def command_line(command: str, config_dir: Path) -> None:
+    """Check the command line's overrides, run the Hydra task of ``command``, and exit with 1 when a run failed."""
     arguments = get_args_parser().parse_intermixed_args()
     if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
         try:
-            check_overrides(list(arguments.overrides), config_name, config_dir)
+            check_overrides(list(arguments.overrides), command, config_dir, own_options(arguments.config_dir))
         except UserError as error:
             sys.exit(f"error: {error}")
-    run()
+    hydra.main(version_base="1.3", config_path=str(config_dir), config_name=command)(TASKS[command])()
     if _failures:
         sys.exit(1)
 
 
-def run_job(config: DictConfig, task: Callable[[RunSpec], Path]) -> None:
+def own_options(folder: str | None) -> Path | None:
+    """The user's ``--config-dir``, which must hold a group with an option; None where none was given."""
+    if folder is None:
+        return None
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        raise UserError(f"--config-dir='{folder}' is not a folder")
+    if not any(path.glob("*/**/*.yaml")):
+        raise UserError(f"--config-dir='{folder}' holds no option: it needs folders named as groups, as in {folder}/attack/mine.yaml")
+    return path
+
+
+def train_job(config: DictConfig) -> None:
+    """What Hydra calls for each job of ``marginclip train``."""
+    run_job(config, _train)
+
+
+def defend_job(config: DictConfig) -> None:
+    """What Hydra calls for each job of ``marginclip defend``."""
+    run_job(config, _defend)
+
+
+TASKS: dict[str, Callable[[DictConfig], None]] = {"train": train_job, "defend": defend_job}
+
+
+def _train(spec: RunSpec) -> str:
+    from marginclip.experiment.run import train
+
+    return train(spec)
+
+
+def _defend(spec: RunSpec) -> str:
+    from marginclip.experiment.run import defend
+    from marginclip.reporting import print_table
+
+    record = defend(spec)
+    print_table(record)
+    return str(record.path)
+
+
+def run_job(config: DictConfig, task: Callable[[RunSpec], str]) -> None:
     """Do one job: print its result, or its failure in one sentence, and note the outcome for the end of a sweep.
 
     A failure is not raised, so that the other cells of a sweep go on with every launcher; what is not the user's mistake is
@@ -55,7 +98,7 @@ def run_job(config: DictConfig, task: Callable[[RunSpec], Path]) -> None:
     try:
         from marginclip.experiment.spec import run_spec
 
-        outcome["record"] = str(task(run_spec(plain(config))))
+        outcome["record"] = task(run_spec(plain(config)))
     except UserError as error:
         outcome["error"] = str(error)
     except OSError as error:
@@ -98,7 +141,7 @@ def report_sweep(sweep_dir: Path) -> None:
         print(f"failed: {outcome['overrides']}: {outcome['error']}", flush=True)
 
 
-def check_overrides(overrides: list[str], config_name: str, config_dir: Path) -> None:
+def check_overrides(overrides: list[str], config_name: str, config_dir: Path, own: Path | None = None) -> None:
     """Compose the configuration for every choice of a sweep; raises :class:`UserError` naming the nearest valid option or key."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -107,7 +150,8 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
         if bad is not None:
             raise UserError(f"'{bad}' is not an option: options are written key=value, for example attack=badnet") from error
         raise UserError(f"the options cannot be read: {str(error).splitlines()[0]}") from error
-    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+    search = [] if own is None else [f"hydra.searchpath=[file://{own}]"]
+    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"), _searching(search):
         seen: set[str] = set()
         for variant in _variants(parsed):
             _check_variant(variant, config_name, config_dir)
@@ -116,6 +160,24 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path) ->
                 seen.add(experiment)
                 for cell in _variants(_swept_by(experiment, variant, config_name)):
                     _check_variant(cell + variant, config_name, config_dir)
+
+
+_search: list[str] = []
+
+
+@contextmanager
+def _searching(overrides: list[str]) -> Iterator[None]:
+    """Inside, every composition also looks in the user's own folder."""
+    _search[:] = overrides
+    try:
+        yield
+    finally:
+        _search.clear()
+
+
+def compose(config_name: str, *, overrides: Sequence[str] = (), return_hydra_config: bool = False) -> DictConfig:
+    """Hydra's ``compose``, with the user's own options where there are any."""
+    return hydra_compose(config_name, overrides=[*overrides, *_search], return_hydra_config=return_hydra_config)
 
 
 def _check_variant(variant: list[str], config_name: str, config_dir: Path) -> None:

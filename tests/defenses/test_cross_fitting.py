@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from marginclip.defenses import StaticClip, cross_fitted_logits, fit_defense
+from marginclip.defenses import StaticClip, cross_fitted_logits
 from marginclip.defenses.clipping.settings import BoundStart
-from marginclip.defenses.fit import stratified_folds, stratified_share
+from marginclip.defenses.cross_fitting import stratified_folds, stratified_share
 from marginclip.errors import UserError
 from marginclip.networks.logits import clean_logits
 
@@ -13,11 +13,13 @@ from marginclip.networks.logits import clean_logits
 class Noting(StaticClip):
     """Static clipping that remembers the images that it was given."""
 
-    seen: list  # of every instance, in order
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
-    def prepare(self, model, images, labels):
+    def fit(self, model, images, labels, **settings):
         self.seen.append(images)
-        super().prepare(model, images, labels)
+        return super().fit(model, images, labels, **settings)
 
 
 def test_folds_are_balanced_within_classes_and_seeded():
@@ -48,25 +50,25 @@ def test_the_share_of_one_fold_is_the_first_fold(folds):
 @pytest.mark.parametrize("folds", [2, 3])
 def test_logits_come_from_bounds_that_never_saw_the_image(victim, clean, folds):
     images, labels = clean
-    Noting.seen = []
-    logits = cross_fitted_logits(Noting, victim, images, labels, folds=folds, seed=4)
+    noting = Noting()
+    logits = cross_fitted_logits(noting, victim, images, labels, folds=folds, seed=4)
     fold = stratified_folds(labels, folds, seed=4)
-    assert len(Noting.seen) == folds
-    for number, seen in enumerate(Noting.seen):
+    assert len(noting.seen) == folds
+    for number, seen in enumerate(noting.seen):
         assert torch.equal(seen, images[fold != number])
-        alone = fit_defense(StaticClip(), victim, images[fold != number], labels[fold != number])
+        alone = StaticClip().fit(victim, images[fold != number], labels[fold != number]).network
         torch.testing.assert_close(logits[fold == number], alone(images[fold == number]).detach(), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(logits, clean_logits(fit_defense(StaticClip(), victim, images, labels), images))
+    assert not torch.allclose(logits, clean_logits(StaticClip().fit(victim, images, labels).network, images))
 
 
 def test_one_fold_is_no_cross_fitting(victim, clean):
     with pytest.raises(UserError, match="at least 2 folds, got 1"):
-        cross_fitted_logits(StaticClip, victim, *clean, folds=1)
+        cross_fitted_logits(StaticClip(), victim, *clean, folds=1)
 
 
 def test_static_clip_cuts_at_the_share_of_the_clean_maximum(plain_victim, clean):
     images, labels = clean
-    repaired = fit_defense(StaticClip(start=BoundStart(share=0.25, quantile=1.0)), plain_victim, images, labels)
+    repaired = StaticClip(start=BoundStart(share=0.25, quantile=1.0)).fit(plain_victim, images, labels).network
     with torch.no_grad():
         first = plain_victim[:3](images)
     uppers = [bound.upper for _, bound in repaired.each()]

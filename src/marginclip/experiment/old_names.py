@@ -1,0 +1,27 @@
+"""Names of options that were changed: the old ones keep working for one release, with a warning."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+SCHEDULES = {"near": "clean_starts", "warm": "warm_noise", "balanced": "last_activation", "balanced_paper": "mmom_paper"}
+
+
+def with_new_names(arguments: list[str]) -> list[str]:
+    """The arguments of a command line with today's names; warns on the standard error of each that was changed."""
+    renamed = [_renamed(argument) for argument in arguments]
+    for old, new in zip(arguments, renamed, strict=True):
+        if old != new:
+            print(f"warning: '{old}' has another name now: write '{new}'; the old one goes with the next release", file=sys.stderr)
+    return renamed
+
+
+def _renamed(argument: str) -> str:
+    """One argument with today's names: ``defense.penalty.X`` is ``defense.lambda_.X``, and schedules say what they are."""
+    key, equals, value = argument.partition("=")
+    if re.match(r"^[+~]*(defense|attack)\.", key) and not key.endswith(".penalty"):
+        key = re.sub(r"\.penalty\.", ".lambda_.", key)
+    if re.match(r"^[+]*defense/schedule(@.*)?$", key):
+        value = ",".join(SCHEDULES.get(choice, choice) for choice in value.split(","))
+    return key + equals + value
