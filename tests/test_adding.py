@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"attack": "adding-an-attack.md"}
+PAGES = {"attack": "adding-an-attack.md", "dataset": "adding-a-dataset.md"}
 ALWAYS = ["trainer=exact", "training.epochs=1", "clean_per_class=4", "figures=false", "logger=none", "attack.min_success=0"]
 SMALL = {
     "dataset": ["dataset=digits"],
@@ -61,3 +61,11 @@ def test_the_attack_runs(tmp_path):
     assert record["config"]["attack"]["_target_"] == "my_package.stripes.Stripes"
     assert record["identity"]["attack"]["name"] == "stripes"
     assert record["rows"].keys() == {"none", "static_clip", "static_clip_mmdf"}
+
+
+def test_the_data_set_runs_and_is_told_by_what_changes_its_images(tmp_path):
+    record = record_of("dataset", tmp_path)
+    assert record["status"] == "done"
+    assert record["classes"] == ["first", "second", "third", "last"]
+    assert record["config"]["dataset"]["verbose"] is False
+    assert record["identity"]["dataset"].keys() == {"name", "_target_", "per_class", "held_out_share", "augment"}
