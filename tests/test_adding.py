@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"attack": "adding-an-attack.md", "dataset": "adding-a-dataset.md"}
+PAGES = {
+    "attack": "adding-an-attack.md",
+    "dataset": "adding-a-dataset.md",
+    "model": "adding-a-model.md",
+    "defense": "adding-a-defense.md",
+}
 ALWAYS = ["trainer=exact", "training.epochs=1", "clean_per_class=4", "figures=false", "logger=none", "attack.min_success=0"]
 SMALL = {
     "dataset": ["dataset=digits"],
@@ -69,3 +74,19 @@ def test_the_data_set_runs_and_is_told_by_what_changes_its_images(tmp_path):
     assert record["classes"] == ["first", "second", "third", "last"]
     assert record["config"]["dataset"]["verbose"] is False
     assert record["identity"]["dataset"].keys() == {"name", "_target_", "per_class", "held_out_share", "augment"}
+
+
+def test_the_model_runs(tmp_path):
+    record = record_of("model", tmp_path)
+    assert record["status"] == "done"
+    assert record["identity"]["model"] == {"name": "plain", "_target_": "my_package.plain.Plain", "channels": 16}
+    assert record["rows"].keys() == {"none", "static_clip", "static_clip_mmdf"}
+
+
+def test_the_defense_runs(tmp_path):
+    record = record_of("defense", tmp_path)
+    assert record["status"] == "done"
+    assert record["rows"] == {"none": {"label": "no defense", "phases": []}, "hush": {"label": "hush", "phases": ["repair"]}}
+    assert record["repaired_row"] == "hush"
+    assert record["clean_set_size"] == 40
+    assert 0 <= record["findings"]["loudest"] < 10
