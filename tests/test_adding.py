@@ -1,0 +1,92 @@
+"""The pages about adding things: the files they show are written to a folder, and the commands they give are run in it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "attack": "adding-an-attack.md",
+    "dataset": "adding-a-dataset.md",
+    "model": "adding-a-model.md",
+    "defense": "adding-a-defense.md",
+}
+ALWAYS = ["trainer=exact", "training.epochs=1", "clean_per_class=4", "figures=false", "logger=none", "attack.min_success=0"]
+SMALL = {
+    "dataset": ["dataset=digits"],
+    "model": ["model.width=4"],
+    "defense": ["defense=static_clip", "defense.detector.folds=0"],
+}
+
+
+def written(page, folder):
+    """Write every block that has a title to its file below ``folder``; returns the lines of the page's commands."""
+    text = (ROOT / "docs" / page).read_text()
+    for title, content in re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', text, flags=re.S):
+        (folder / title).parent.mkdir(parents=True, exist_ok=True)
+        (folder / title).write_text(content)
+    (block,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    return block.splitlines()
+
+
+def run(line, folder, *further):
+    """Run a command of a page with this Python and this checkout."""
+    words = shlex.split(line.removeprefix("python -m "))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", *words, *further]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def record_of(kind, folder):
+    """The record of the run that the page about ``kind`` gives, made small wherever the page does not choose itself."""
+    command = written(PAGES[kind], folder)[1]
+    small = [option for group, options in SMALL.items() if group != kind for option in options]
+    run(command, folder, *ALWAYS, *small)
+    (path,) = folder.glob("runs/*/run.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES.values())
+def test_the_test_of_the_page_passes(page, tmp_path):
+    command = written(page, tmp_path)[0]
+    assert command == "python -m pytest"
+    run(command, tmp_path)
+
+
+def test_the_attack_runs(tmp_path):
+    record = record_of("attack", tmp_path)
+    assert record["status"] == "done"
+    assert record["config"]["attack"]["_target_"] == "my_package.stripes.Stripes"
+    assert record["identity"]["attack"]["name"] == "stripes"
+    assert record["rows"].keys() == {"none", "static_clip", "static_clip_mmdf"}
+
+
+def test_the_data_set_runs_and_is_told_by_what_changes_its_images(tmp_path):
+    record = record_of("dataset", tmp_path)
+    assert record["status"] == "done"
+    assert record["classes"] == ["first", "second", "third", "last"]
+    assert record["config"]["dataset"]["verbose"] is False
+    assert record["identity"]["dataset"].keys() == {"name", "_target_", "per_class", "held_out_share", "augment"}
+
+
+def test_the_model_runs(tmp_path):
+    record = record_of("model", tmp_path)
+    assert record["status"] == "done"
+    assert record["identity"]["model"] == {"name": "plain", "_target_": "my_package.plain.Plain", "channels": 16}
+    assert record["rows"].keys() == {"none", "static_clip", "static_clip_mmdf"}
+
+
+def test_the_defense_runs(tmp_path):
+    record = record_of("defense", tmp_path)
+    assert record["status"] == "done"
+    assert record["rows"] == {"none": {"label": "no defense", "phases": []}, "hush": {"label": "hush", "phases": ["repair"]}}
+    assert record["repaired_row"] == "hush"
+    assert record["clean_set_size"] == 40
+    assert 0 <= record["findings"]["loudest"] < 10
