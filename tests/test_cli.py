@@ -20,7 +20,9 @@ SMALL = [
 
 
 def call(*arguments, cwd, command=(sys.executable, "-m", "marginclip")):
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=cwd, timeout=240, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, cwd=cwd, timeout=240, stdin=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["defence"]])
@@ -96,7 +98,18 @@ def test_a_config_dir_without_options_is_refused(tmp_path, folder, message):
 
 def test_the_wheel_runs_the_main_job_outside_the_checkout(tmp_path):
     """Built, installed into an environment of its own beside this one's packages, and run in an empty folder."""
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     done = subprocess.run(build, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")

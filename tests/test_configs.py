@@ -10,17 +10,25 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from marginclip.experiment.building import instantiate as make
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from marginclip.attacks import AllToOne
+from marginclip.defenses import MMAC, MMBM, MMOM
 from marginclip.errors import UserError
 from marginclip.experiment.command import plain
+from marginclip.experiment.groups import Choice
 from marginclip.experiment.run import defend
 from marginclip.experiment.spec import run_spec
 from marginclip.experiment.stages import make_methods
 from marginclip.losses import with_cosine_head
+
+
+def make(config, *, key, **objects):
+    """The object of a composed group; None where it has no ``_target_``."""
+    content = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    choice = Choice.of(key, content)
+    return None if choice is None else choice.make(**objects)
 
 
 def make_defense(config):
@@ -213,6 +221,21 @@ def test_defenses_are_made(defense):
         assert config.defense.name == config.defense.detector_row or config.defense.repaired_row
 
 
+def by_value(learning):
+    """The settings of bound learning as plain values, without what Lightning and torch keep beside them."""
+    skipped = {"history", "best_bounds", "last_loss"}
+    found = {name: value for name, value in vars(learning).items() if not name.startswith("_") and name not in skipped}
+    return found | {"lambda_": vars(found["lambda_"])}
+
+
+@pytest.mark.parametrize(("option", "kind"), [("mmac", MMAC), ("mmdf", MMAC), ("mmom", MMOM), ("mmbm", MMBM)])
+def test_python_and_yaml_have_the_same_defaults(option, kind):
+    """But for the start of the bounds that the digits ask for."""
+    made = make_defense(composed("defend", f"defense={option}", "dataset=cifar10"))
+    assert type(made) is kind
+    assert by_value(made) == by_value(kind())
+
+
 @pytest.mark.parametrize("name", ["train", "defend"])
 def test_optimizer_and_schedule_are_made(name):
     training = composed(name, "training.optimizer.lr=0.2").training
@@ -260,7 +283,7 @@ def test_image_folder_experiments_run_shrunk(experiment, image_root, tmp_path):
         *(["attack.min_success=0"] if attacked else []), "defense.steps=2", "defense.check_every=1", "defense.ascent.first_steps=1",
         "defense.ascent.steps=1", "defense.ascent.starts_per_class=1", "x2x.target=1",
     )  # fmt: skip
-    done = defend(config)
+    done = defend(run_spec(plain(config)))
     content = json.loads(done.path.read_text())
     assert content["status"] == "done"
     assert content["classes"] == ["blue", "green", "red"]
@@ -332,7 +355,7 @@ def test_long_tail_experiments_run_shrunk(experiment, image_root, tmp_path):
         "training.scheduler.warm_up_epochs=0", "model.width=4", "model.blocks=[1,1,1]", "clean_per_class=4",
         "reserve_per_class=4", "defense.steps=1",
     )  # fmt: skip
-    content = json.loads(defend(config).path.read_text())
+    content = json.loads(defend(run_spec(plain(config))).path.read_text())
     assert content["status"] == "done"
     assert content["config"]["defense"]["repaired_row"] in content["metrics"]
     assert content["metrics"]["none"].keys() >= {"acc", "ece", "nll", "worst_class"}

@@ -30,7 +30,7 @@ ARROWS = {
     "training": {"attacks", "clipping", "networks", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},
     "reporting": {"record", "errors", "files"},
-    "cli": {"experiment", "reporting", "errors", "__init__"},
+    "cli": {"__version__", "errors", "experiment", "reporting"},
     "__main__": {"cli"},
     "api": {"defenses", "networks", "precision", "silence", "errors"},
     "__init__": {"api", "clipping", "defenses", "maxmargin", "errors"},

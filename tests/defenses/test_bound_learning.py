@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from marginclip.clipping import BoundedNetwork
 from marginclip.api import repair
+from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import AscentPlan, BoundLearning
 from marginclip.defenses.clipping import bound_learning
 from marginclip.defenses.clipping.settings import BoundStart

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from marginclip.defenses.cross_fitting import stratified_share
 from torch import nn
 
 from marginclip.defenses import FinePruning
+from marginclip.defenses.cross_fitting import stratified_share
 from marginclip.defenses.weights.fine_pruning import channels_to_prune
 from marginclip.errors import UserError
 from marginclip.networks.heads import final_linear

@@ -55,7 +55,9 @@ def own_options(folder: str | None) -> Path | None:
     if not path.is_dir():
         raise UserError(f"--config-dir='{folder}' is not a folder")
     if not any(path.glob("*/**/*.yaml")):
-        raise UserError(f"--config-dir='{folder}' holds no option: it needs folders named as groups, as in {folder}/attack/mine.yaml")
+        raise UserError(
+            f"--config-dir='{folder}' holds no option: it needs folders named as groups, as in {folder}/attack/mine.yaml"
+        )
     return path
 
 

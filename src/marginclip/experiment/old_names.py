@@ -13,7 +13,9 @@ def with_new_names(arguments: list[str]) -> list[str]:
     renamed = [_renamed(argument) for argument in arguments]
     for old, new in zip(arguments, renamed, strict=True):
         if old != new:
-            print(f"warning: '{old}' has another name now: write '{new}'; the old one goes with the next release", file=sys.stderr)
+            print(
+                f"warning: '{old}' has another name now: write '{new}'; the old one goes with the next release", file=sys.stderr
+            )
     return renamed
 
 
