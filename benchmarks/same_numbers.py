@@ -116,6 +116,10 @@ def readable(path: Path) -> str:
 def of_run(path: Path) -> dict[str, Any]:
     """What a run found, without what depends on the clock, the machine and the folder."""
     record = json.loads(path.read_text())
+    findings = record.get("findings", {})
+    inner = findings.get("repair", findings)  # of defense=auto
+    record["relaxed"] = record.get("relaxed", inner.pop("relaxed", 0.0))  # where it stood in records of schema 1
+    record["history"] = [{OLD_KEYS.get(key, key): value for key, value in entry.items()} for entry in record.get("history", [])]
     keys = (
         "status",
         "metrics",

@@ -294,7 +294,7 @@ def test_authors_code_moves_lambda_at_epochs_40_to_290(victim, clean, monkeypatc
         fed.append(next(accuracies))
         return update(fed[-1])
 
-    monkeypatch.setattr(defense.penalty, "update", fake)
+    monkeypatch.setattr(defense.lambda_, "update", fake)
     monkeypatch.setattr(defense, "training_step", lambda *_: 0 * defense.bounded.bound_parameters()[0].sum())
     watch = Watch(step=lambda module: module.lambda_.value)
     fit(defense, victim, clean, callbacks=[watch])
@@ -320,7 +320,7 @@ def test_controller_is_fed_the_accuracy_of_every_check_but_the_start(victim, cle
         fed.append(agreement)
         return update(agreement)
 
-    monkeypatch.setattr(defense.penalty, "update", noted)
+    monkeypatch.setattr(defense.lambda_, "update", noted)
     watch = Watch(epoch=lambda module: module.bounded.bounds_state())
     fit(defense, victim, clean, callbacks=[watch])
     assert len(fed) == 3

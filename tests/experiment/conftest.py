@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from marginclip.experiment.command import plain
 from marginclip.experiment.spec import run_spec
@@ -41,12 +41,19 @@ def make_config(runs_dir, *overrides, name="defend"):
     return config
 
 
+def without_hydra(config):
+    """What Hydra hands to a job: the configuration without its own settings."""
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
 @pytest.fixture(scope="session")
 def configure_at():
     """Makes the specification of a tiny run whose files live in a folder of the test's choice: ``configure_at(folder, "attack=blend")``."""
 
     def configure_at(runs_dir, *overrides, name="defend"):
-        return run_spec(plain(make_config(runs_dir, *overrides, name=name)))
+        return run_spec(plain(without_hydra(make_config(runs_dir, *overrides, name=name))))
 
     return configure_at
 
@@ -71,7 +78,7 @@ def job(tmp_path, monkeypatch, capsys, caplog):
         HydraConfig.instance().set_config(config)
         failures = []
         monkeypatch.setattr(command, "_failures", failures)
-        command.TASKS[script](config)
+        command.TASKS[script](without_hydra(config))
         out, err = capsys.readouterr()
         assert not [record for record in caplog.records if record.exc_info], "a traceback was logged"
         return (1 if failures else 0), out, err

@@ -46,12 +46,12 @@ def equal(one, other):
 
 # Places of victims: a change of these trains every victim of every user anew.
 PINNED = [
-    (("attack=badnet", "dataset=mnist_subset"), "mnist_subset-small_resnet-badnet-all2one-seed0-PIN0"),
+    (("attack=badnet", "dataset=mnist_subset"), "mnist_subset-small_resnet-badnet-all2one-seed0-688b3da42f"),
     (
         ("attack=none", "imbalance=exponential", "dataset=digits", "seed=3"),
-        "digits-small_resnet-exponential100-none-seed3-PIN1",
+        "digits-small_resnet-exponential100-none-seed3-f7e401f987",
     ),
-    (("attack=wanet", "dataset=mnist_subset"), "mnist_subset-small_resnet-wanet-all2one-seed0-PIN2"),
+    (("attack=wanet", "dataset=mnist_subset"), "mnist_subset-small_resnet-wanet-all2one-seed0-75fab758e3"),
 ]
 
 

@@ -123,7 +123,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     """A composed configuration with all interpolations resolved, as plain containers: Hydra ends here."""
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items() if key != "hydra"}
+    return {str(key): value for key, value in resolved.items()}
 
 
 def _note_outcome(outcome: dict[str, Any]) -> None:

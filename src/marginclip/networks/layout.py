@@ -19,12 +19,22 @@ def in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def lay_out_for_training(network: nn.Module) -> torch.memory_format:
-    """Bring the weights of ``network`` into :func:`training_layout`, which is returned, in place."""
+    """Bring the weights of ``network`` into :func:`training_layout`, which is returned, in place.
+
+    Layers that corrupt memory bring their own input into it, too: other images than those of the data reach them in some trainings.
+    """
     layout = training_layout(network)
+    for layer in network.modules():
+        if _corrupts_memory(layer) and _contiguous_input not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_contiguous_input)
     for weight in network.parameters():
         if weight.dim() == 4:
             weight.data = in_layout(weight.data, layout)
     return layout
+
+
+def _contiguous_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(in_layout(images, torch.contiguous_format) for images in inputs)
 
 
 def _plain_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class IBAU(LearningDefense):
             ("radius", radius),
         ):
             require(rate > 0, f"defense.{key} must be positive, got {rate:g}")
-        require(penalty >= 0, f"defense.lambda_ must not be negative, got {penalty:g}")
+        require(penalty >= 0, f"defense.penalty must not be negative, got {penalty:g}")
         require(0 < share <= 1, f"defense.share must be in (0, 1], got {share:g}")
         require(iterations >= 0, f"defense.iterations must not be negative, got {iterations}")
         self.rounds, self.batch_size, self.inner_rate, self.penalty, self.radius = (
