@@ -18,8 +18,8 @@ def in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
     return images.contiguous(memory_format=layout)
 
 
-def lay_out_for_training(network: nn.Module) -> torch.memory_format:
-    """Bring the weights of ``network`` into :func:`training_layout`, which is returned, in place.
+def lay_out_for_training(network: nn.Module) -> None:
+    """Bring the weights of ``network`` into :func:`training_layout`, in place.
 
     Layers that corrupt memory bring their own input into it, too: other images than those of the data reach them in some trainings.
     """
@@ -30,7 +30,6 @@ def lay_out_for_training(network: nn.Module) -> torch.memory_format:
     for weight in network.parameters():
         if weight.dim() == 4:
             weight.data = in_layout(weight.data, layout)
-    return layout
 
 
 def _contiguous_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -51,6 +50,8 @@ def training_layout(network: nn.Module) -> torch.memory_format:
         for _ in range(1000):
             images = torch.rand(128, 4, 16, 16).contiguous(memory_format=torch.channels_last)
             layer(images).sum().backward()
+
+    Whoever needs the layout asks for it: a ``torch.memory_format`` that is kept in a module does not survive pickling into another process.
 
     The shortcuts of a ResNet of width 4 to 7 are such layers. Contiguous images are safe, and so are frozen weights.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
 from marginclip.losses import Loss, Network
-from marginclip.networks.layout import in_layout, lay_out_for_training
+from marginclip.networks.layout import in_layout, lay_out_for_training, training_layout
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LOSS_STREAM = 15485863
@@ -64,7 +64,8 @@ class ClassifierTraining(L.LightningModule):
             f"training.label_smoothing must be in [0, 1), got {label_smoothing}",
         )
         self.loss, self.seed = loss, seed
-        self.model, self.layout = model, lay_out_for_training(model)
+        lay_out_for_training(model)
+        self.model = model
         self.forward_pass: Network = self.forward
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
@@ -76,7 +77,7 @@ class ClassifierTraining(L.LightningModule):
             self.loss.begin_epoch(self.current_epoch, int(self.trainer.max_epochs or 1))
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        batch["images"] = in_layout(batch["images"], self.layout)
+        batch["images"] = in_layout(batch["images"], training_layout(self.model))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.batch_loss(batch["images"], batch["labels"])

@@ -79,7 +79,7 @@ class FineTune(LearningDefense):
 
     def learn_from(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         """Take the network to train, what enters it (N, ...) and labels (N,); copies of both are the caller's to make."""
-        self.network, self.layout, self.history = network, training_layout(network), []
+        self.network, self.history = network, []
         self.register_buffer("images", inputs, persistent=False)
         self.register_buffer("labels", labels.clone().to(inputs.device), persistent=False)
         self.totals: list[Tensor] = []
@@ -140,7 +140,7 @@ class FineTune(LearningDefense):
         generator = torch.Generator().manual_seed(self._draw(self.current_epoch, 1 + batch_idx))
         images, labels = self.augmented(self.images[rows], self.labels[rows], generator)
         if images.dim() == 4:
-            images = in_layout(images, self.layout)  # augmentation gives channels-last images
+            images = in_layout(images, training_layout(self.network))  # augmentation gives channels-last images
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws the same in a resumed run, and nobody else draws differently
             torch.manual_seed(self._draw(self.current_epoch, 1 + batch_idx))
