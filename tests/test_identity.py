@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
+import torch
 
 from marginclip.data import ImageFolder
 from marginclip.identity import Identifies, argument_types, declared, digest, identifying_fields, identifying_settings
@@ -24,8 +25,13 @@ class Made:
         self.rate, self.threshold, self.settings = rate, threshold, settings
 
 
+class Odd:
+    def __init__(self, lr: "NotToBeFound") -> None:  # noqa: F821
+        self.lr = lr
+
+
 def find(target):
-    return {"marginclip.Made": Made, "marginclip.ImageFolder": ImageFolder}[target]
+    return {"mine.Made": Made, "marginclip.ImageFolder": ImageFolder, "torch.optim.SGD": torch.optim.SGD, "odd": Odd}[target]
 
 
 @pytest.mark.parametrize(("what", "fields"), [(Identifies.VICTIM, {"rate"}), (Identifies.RUN, {"rate", "folds"})])
@@ -39,15 +45,15 @@ def test_a_type_that_says_nothing_identifies_the_victim():
 
 
 def test_arguments_of_a_constructor_say_it_too():
-    settings = {"_target_": "marginclip.Made", "rate": 0.1, "threshold": 0.9, "seed": 3, "nothing": None}
-    assert identifying_settings(settings, Identifies.VICTIM, find) == {"_target_": "marginclip.Made", "rate": 0.1, "seed": 3}
+    settings = {"_target_": "mine.Made", "rate": 0.1, "threshold": 0.9, "seed": 3, "nothing": None}
+    assert identifying_settings(settings, Identifies.VICTIM, find) == {"_target_": "mine.Made", "rate": 0.1, "seed": 3}
     assert identifying_settings(settings, Identifies.RUN, find)["threshold"] == 0.9
 
 
 def test_nested_objects_and_lists_are_followed():
-    settings = {"base": {"_target_": "marginclip.Made", "threshold": 1.0}, "blocks": (1, 2), "plain": {"threshold": 1.0}}
+    settings = {"base": {"_target_": "mine.Made", "threshold": 1.0}, "blocks": (1, 2), "plain": {"threshold": 1.0}}
     found = identifying_settings(settings, Identifies.VICTIM, find)
-    assert found == {"base": {"_target_": "marginclip.Made"}, "blocks": [1, 2], "plain": {"threshold": 1.0}}
+    assert found == {"base": {"_target_": "mine.Made"}, "blocks": [1, 2], "plain": {"threshold": 1.0}}
 
 
 def test_where_images_are_cached_is_no_part_of_what_they_are():
@@ -55,8 +61,9 @@ def test_where_images_are_cached_is_no_part_of_what_they_are():
     assert set(identifying_settings(settings, Identifies.RUN, find)) == {"_target_", "root", "size"}
 
 
-def test_other_peoples_classes_are_not_asked():
-    settings = {"_target_": "torch.optim.SGD", "lr": 0.1}
+@pytest.mark.parametrize("target", ["torch.optim.SGD", "odd"])
+def test_settings_of_classes_that_declare_nothing_all_count(target):
+    settings = {"_target_": target, "lr": 0.1}
     assert identifying_settings(settings, Identifies.VICTIM, find) == settings
 
 

@@ -67,12 +67,20 @@ def identifying_settings(settings: Any, what: Identifies, find: Callable[[str], 
     if not isinstance(settings, Mapping):
         return list(settings) if isinstance(settings, (list, tuple)) else settings
     target = settings.get("_target_")
-    hints = argument_types(find(target)) if isinstance(target, str) and target.startswith("marginclip.") else {}
+    hints = _known_types(find(target)) if isinstance(target, str) else {}
     return {
         name: identifying_settings(value, what, find)
         for name, value in settings.items()
         if value is not None and declared(hints.get(name)).part_of(what)
     }
+
+
+def _known_types(target: Any) -> dict[str, Any]:
+    """:func:`argument_types`; none for a class of somebody else whose annotations cannot be resolved."""
+    try:
+        return argument_types(target)
+    except (NameError, TypeError, AttributeError):
+        return {}
 
 
 def digest(content: Any) -> str:
