@@ -59,7 +59,7 @@ def test_the_plan_is_rounds_of_epochs_whatever_the_training_says():
     assert make(rounds=1, max_batches=7).training_plan(50) == {"max_epochs": 2, "limit_train_batches": 7}
 
 
-def test_bounds_are_learned_by_what_the_workshop_gives():
+def test_bounds_are_learned_by_what_training_access_gives():
     class TrainingAccess:
         def load_base_victim(self, base):
             self.base = base

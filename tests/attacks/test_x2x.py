@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from marginclip.attacks import AllToAll, AllToOne, Attack, OneToOne
+from marginclip.attacks import X2X, AllToAll, AllToOne, Attack, CleanLabel, OneToOne
+from marginclip.attacks.wanet import batch_shares
 from marginclip.errors import UserError
 
 LABELS = torch.arange(10).repeat_interleave(50)[torch.randperm(500, generator=torch.Generator().manual_seed(2))]
@@ -61,6 +62,40 @@ def test_a_given_class_is_kept_and_the_drawn_one_differs(given):
         assert OneToOne(4, source=given, seed=seed).target != given
         assert OneToOne(4, target=given, seed=seed).target == given
         assert OneToOne(4, target=given, seed=seed).source != given
+
+
+class Swapped(X2X):
+    """A setting of one's own: classes 0 and 1 change places, ``one_source`` leaves class 1 out."""
+
+    name = "swapped"
+    recognises_source = True
+
+    def __init__(self, one_source):
+        self.one_source = one_source
+
+    def eligible(self, labels):
+        return labels < (1 if self.one_source else 2)
+
+    def flipped(self, labels):
+        return 1 - labels
+
+
+@pytest.mark.parametrize(
+    ("x2x", "needed"), [(AllToOne(4), 0.8), (OneToOne(4), 0.8), (AllToAll(4), 0.4), (Swapped(one_source=False), 0.4)]
+)
+def test_only_an_attack_that_recognises_the_source_first_is_measured_by_the_accuracy(x2x, needed):
+    assert Attack(x2x, (3, 8, 8), min_success=0.8).needed_success(0.5) == needed
+
+
+@pytest.mark.parametrize(("one_source", "poisoned"), [(False, [0, 1, 2, 3]), (True, [0, 4])])
+def test_batches_are_poisoned_from_all_classes_or_from_the_one_source(one_source, poisoned):
+    chosen, _ = batch_shares(Swapped(one_source), torch.arange(8) % 4, 0.5 if not one_source else 1.0, 1.0)
+    assert chosen.tolist() == poisoned
+
+
+def test_a_setting_of_ones_own_without_a_target_class_is_refused_by_name():
+    with pytest.raises(UserError, match=r"needs x2x=all2one.*got x2x=swapped$"):
+        CleanLabel(Swapped(one_source=False), (3, 12, 12))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def test_mnist_subset_holds_500_of_each_digit():
     assert splits.train.images.max() == 255
 
 
+@pytest.mark.parametrize("source", [Digits(), MnistSubset(), Cifar10(), Cifar100()])
+def test_the_settings_say_all_about_images_that_never_change(source):
+    assert source.digest() is None
+
+
 @pytest.mark.parametrize("make", [lambda: Digits(scale=0), lambda: Digits(held_out_share=0).load(), lambda: held_out_mask(
     torch.zeros(3), held_out_share=2, seed=0)])  # fmt: skip
 def test_bad_settings_are_refused(make):

@@ -37,9 +37,8 @@ class ClassifierTraining(L.LightningModule):
     stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
     follows from ``seed`` and the batch alone, so that an interrupted training goes on as it would have. ``forward_pass`` is what a step
     calls for the logits: the model, unless a callback puts something else there (:class:`~marginclip.training.replay.CudaGraphs`).
-    ``several_devices`` is the Trainer's strategy for that, None where
-    a training takes one device alone. Raises :class:`UserError` when the loss is not finite, and for a
-    ``label_smoothing`` that would have no effect.
+    ``several_devices`` is the Trainer's strategy for several devices, None where a training takes one device alone. Raises
+    :class:`UserError` when the loss is not finite, and for a ``label_smoothing`` that would have no effect.
     """
 
     several_devices: str | None = "ddp_spawn"
