@@ -79,7 +79,7 @@ def test_the_data_set_runs_and_is_told_by_what_changes_its_images(tmp_path):
 def test_the_model_runs(tmp_path):
     record = record_of("model", tmp_path)
     assert record["status"] == "done"
-    assert record["identity"]["model"] == {"name": "plain", "_target_": "my_package.plain.Plain", "channels": 16}
+    assert record["identity"]["model"] == {"name": "plain", "_target_": "my_package.plain.Plain", "channels": 32}
     assert record["rows"].keys() == {"none", "static_clip", "static_clip_mmdf"}
 
 
