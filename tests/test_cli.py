@@ -52,6 +52,8 @@ def test_version_help_and_a_command_that_does_not_exist(tmp_path):
         ("attack.defender.penalty.initial=1", "attack.defender.lambda_.initial=1"),
         ("defense/schedule=near,authors_code", "defense/schedule=clean_starts,authors_code"),
         ("defense/schedule@defense.mmom=balanced_paper", "defense/schedule@defense.mmom=mmom_paper"),
+        ("defense/schedule=choice(near, warm)", "defense/schedule=choice(clean_starts, warm_noise)"),
+        ("~defense/schedule=near", "~defense/schedule=clean_starts"),
     ],
 )
 def test_old_names_are_understood_with_a_warning(capsys, old, new):
@@ -86,6 +88,36 @@ def test_options_of_ones_own_are_known_to_the_check(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "unknown option defense=onw; did you mean 'own'?" in done.stderr
+
+
+def test_ones_own_option_stands_in_the_place_of_ours(tmp_path):
+    path = tmp_path / "mine" / "attack" / "badnet.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text((ROOT / "conf" / "attack" / "badnet.yaml").read_text().replace("rate: 0.1", "rate: 0.77"))
+    done = call("defend", "--config-dir=mine", "--cfg=job", cwd=tmp_path)
+    assert "rate: 0.77" in done.stdout, done.stderr
+    assert "rate: 0.1\n" in call("defend", "--cfg=job", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [
+        ("marginclip ", "defend train report"),
+        ("marginclip de", "defend"),
+        ("marginclip defend attack=b", "attack=badnet attack=blend"),
+        ("marginclip train attack=wa", "attack=wanet"),
+        ("marginclip report ru", ""),
+    ],
+)
+def test_the_shell_is_answered(tmp_path, line, answers):
+    environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked = [sys.executable, "-m", "marginclip", "-sc", "query=bash"]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == (answers, 0), done.stderr
+
+
+def test_the_completion_is_installed_for_the_command(tmp_path):
+    assert call("defend", "-sc", "install=bash", cwd=tmp_path).stdout.rstrip().endswith("-F hydra_bash_completion marginclip")
 
 
 @pytest.mark.parametrize(("folder", "message"), [("nowhere", "is not a folder"), (".", "holds no option")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from marginclip.experiment.command import check_overrides
+from marginclip.experiment.override_checks import check_overrides
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "marginclip").rglob("*.py"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ USAGE = """marginclip repairs image classifiers that were poisoned or trained on
   marginclip report DIR   summarise all runs below a folder
   marginclip --version
 
+eval "$(marginclip defend -sc install=bash)" completes options in this shell.
 Options of defend and train are written key=value; -m runs every combination of a sweep (attack=badnet,blend).
 --config-dir DIR adds a folder with options of your own. marginclip defend --help lists all options.
 """
@@ -36,14 +39,27 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(report(rest))
     elif command in ("defend", "train"):
         _run_with_hydra(command, rest)
+    elif command in ("-sc", "--shell_completion"):
+        _complete(given)
     else:
         sys.exit(f"error: unknown command '{command}'{nearest(command, COMMANDS)} (there are {', '.join(COMMANDS)})")
+
+
+def _complete(arguments: list[str]) -> None:
+    """Answer the shell, which asks ``marginclip`` without its subcommand and has the line so far in COMP_LINE."""
+    line = os.environ.get("COMP_LINE", "marginclip defend ")
+    _, *typed = line.split()
+    if not typed or (len(typed) == 1 and not line.endswith(" ")):
+        print(" ".join(command for command in COMMANDS if command.startswith("".join(typed))))
+    elif typed[0] in ("defend", "train"):
+        os.environ["COMP_LINE"] = re.sub(rf"^(\s*\S+)\s+{typed[0]}", r"\1", line, count=1)  # as Hydra expects it
+        _run_with_hydra(typed[0], arguments)
 
 
 def _run_with_hydra(command: str, arguments: list[str]) -> None:
     from marginclip.experiment import command as hydra_command
     from marginclip.experiment.old_names import with_new_names
 
-    sys.path.insert(0, str(Path.cwd()))  # the user's own modules; a console script does not look there
-    sys.argv = [f"marginclip {command}", *with_new_names(arguments)]
+    sys.path.append(str(Path.cwd()))  # the user's own modules: a console script does not look there
+    sys.argv = ["marginclip", *with_new_names(arguments)]
     hydra_command.command_line(command, CONF)

@@ -13,7 +13,7 @@ from torch import nn
 from marginclip import files
 from marginclip.errors import UserError
 from marginclip.experiment import run, setup
-from marginclip.experiment.command import check_overrides
+from marginclip.experiment.override_checks import check_overrides
 from marginclip.experiment.recipe import run_folder
 from marginclip.models import ResNet
 

@@ -1,6 +1,6 @@
 """Post-training defenses behind one contract: model and clean set in, repaired network out."""
 
-from marginclip.defenses.base import Defense, LearningDefense, RepairResult, Variant
+from marginclip.defenses.base import ComputedDefense, Defense, LearningDefense, RepairResult, Variant
 from marginclip.defenses.choosing.auto import Auto
 from marginclip.defenses.clipping.bound_learning import BoundLearning
 from marginclip.defenses.clipping.mmac import MMAC
@@ -26,6 +26,7 @@ __all__ = [
     "Auto",
     "BoundLearning",
     "BoundStart",
+    "ComputedDefense",
     "Defense",
     "FinePruning",
     "FineTune",

@@ -110,6 +110,27 @@ def with_gradients(fit: Callable[..., RepairResult]) -> Callable[..., RepairResu
     return inside
 
 
+class ComputedDefense(Defense):
+    """A defense that computes its repair and trains nothing. A subclass writes :meth:`compute`."""
+
+    @with_gradients
+    def fit(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        make_trainer: TrainerFactory = silent_trainer,
+        resume: Path | None = None,
+    ) -> RepairResult:
+        """See :meth:`Defense.fit`; neither a Trainer nor a checkpoint is needed."""
+        return self.compute(model, images, labels)
+
+    @abstractmethod
+    def compute(self, model: nn.Module, images: Tensor, labels: Tensor) -> RepairResult:
+        """The repair of ``model`` from clean images (N, C, H, W) in [0, 1] and labels (N,)."""
+
+
 class LearningDefense(L.LightningModule, Defense):
     """A defense that a Trainer fits: :meth:`prepare`, ``Trainer.fit`` on :meth:`batches`, :meth:`repaired`.
 

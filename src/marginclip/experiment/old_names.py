@@ -22,8 +22,8 @@ def with_new_names(arguments: list[str]) -> list[str]:
 def _renamed(argument: str) -> str:
     """One argument with today's names: ``defense.penalty.X`` is ``defense.lambda_.X``, and schedules say what they are."""
     key, equals, value = argument.partition("=")
-    if re.match(r"^[+~]*(defense|attack)\.", key) and not key.endswith(".penalty"):
+    if re.match(r"^[+~]*(defense|attack)\.", key):
         key = re.sub(r"\.penalty\.", ".lambda_.", key)
-    if re.match(r"^[+]*defense/schedule(@.*)?$", key):
-        value = ",".join(SCHEDULES.get(choice, choice) for choice in value.split(","))
+    if re.match(r"^[+~]*defense/schedule(@.*)?$", key):
+        value = re.sub(r"\w+", lambda word: SCHEDULES.get(word.group(), word.group()), value)
     return key + equals + value

@@ -51,9 +51,9 @@ def training_layout(network: nn.Module) -> torch.memory_format:
             images = torch.rand(128, 4, 16, 16).contiguous(memory_format=torch.channels_last)
             layer(images).sum().backward()
 
-    Whoever needs the layout asks for it: a ``torch.memory_format`` that is kept in a module does not survive pickling into another process.
-
     The shortcuts of a ResNet of width 4 to 7 are such layers. Contiguous images are safe, and so are frozen weights.
+
+    Ask for the layout where it is needed. A ``torch.memory_format`` kept in a module cannot be sent to another process.
     """
     return torch.contiguous_format if any(map(_corrupts_memory, network.modules())) else torch.channels_last
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
+from marginclip.defenses.base import ComputedDefense, RepairResult
 from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.networks.logits import check_clean_set, clean_logits
-from marginclip.silence import silent_trainer
 
 
-class StaticClip(Defense):
+class StaticClip(ComputedDefense):
     """Every bound at ``start``, by default half of what its feature map reaches on the clean set."""
 
     label = "static clip"
@@ -23,17 +20,8 @@ class StaticClip(Defense):
         del seed  # nothing is random
         self.start, self.channel_axis = start or BoundStart(share=0.5, quantile=1.0), channel_axis
 
-    @with_gradients
-    def fit(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        make_trainer: TrainerFactory = silent_trainer,
-        resume: Path | None = None,
-    ) -> RepairResult:
-        """See :meth:`Defense.fit`."""
+    def compute(self, model: nn.Module, images: Tensor, labels: Tensor) -> RepairResult:
+        """Bound a copy of the model and set its bounds."""
         check_clean_set(images, labels, clean_logits(model, images[:2]).shape[1])
         bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis).to(memory_format=torch.channels_last)
         self.start.apply(bounded, images)

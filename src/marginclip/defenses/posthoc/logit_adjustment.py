@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
+from marginclip.defenses.base import ComputedDefense, RepairResult
 from marginclip.defenses.posthoc.affine_logits import AffineLogits
 from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau, chosen_tau
 from marginclip.errors import nearest, require
 from marginclip.networks.logits import check_clean_set, clean_logits
-from marginclip.silence import silent_trainer
 
 SOURCES = ("estimated", "known")
 
 
-class LogitAdjustment(Defense):
+class LogitAdjustment(ComputedDefense):
     """Subtracts ``tau`` times the logarithm of the classes' training frequencies from the logits: f_y - tau ln pi_y.
 
     ``class_counts`` says where pi comes from: ``estimated``, the model's mean softmax over the clean set, all that a defender
@@ -43,17 +41,8 @@ class LogitAdjustment(Defense):
         check_counts(class_counts)
         self.tau, self.class_counts, self.search = tau, class_counts, search or TauSearch(largest=4.0, by="nll")
 
-    @with_gradients
-    def fit(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        make_trainer: TrainerFactory = silent_trainer,
-        resume: Path | None = None,
-    ) -> RepairResult:
-        """See :meth:`Defense.fit`: finds pi and tau, and puts the correction behind a copy of the model."""
+    def compute(self, model: nn.Module, images: Tensor, labels: Tensor) -> RepairResult:
+        """Finds pi and tau, and puts the correction behind a copy of the model."""
         logits = clean_logits(model, images).cpu().double()
         check_clean_set(images, labels, logits.shape[1])
         log_prior = self._log_prior(logits)

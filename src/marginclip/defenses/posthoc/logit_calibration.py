@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
+from marginclip.defenses.base import ComputedDefense, RepairResult
 from marginclip.defenses.posthoc.affine_logits import SCALES, AffineLogits, fit_affine
 from marginclip.errors import nearest, require
 from marginclip.networks.logits import check_clean_set, clean_logits
-from marginclip.silence import silent_trainer
 
 LABELS = {
     ("none", True): "bias only",
@@ -23,7 +21,7 @@ LABELS = {
 }
 
 
-class LogitCalibration(Defense):
+class LogitCalibration(ComputedDefense):
     """Replaces the logits f by ``scale * f + shift``, fitted to the clean set by its mean cross entropy.
 
     ``scale`` is ``none``, ``shared`` (one number, the inverse of a temperature) or ``per_class``; ``shift`` adds one number a
@@ -44,17 +42,8 @@ class LogitCalibration(Defense):
         require(0 < l2 < float("inf"), f"defense.l2 must be positive, got {l2:g}; 1e-6 is next to nothing")
         self.scale, self.shift, self.l2 = scale, shift, l2
 
-    @with_gradients
-    def fit(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        make_trainer: TrainerFactory = silent_trainer,
-        resume: Path | None = None,
-    ) -> RepairResult:
-        """See :meth:`Defense.fit`: fits scale and shift, and puts them behind a copy of the model."""
+    def compute(self, model: nn.Module, images: Tensor, labels: Tensor) -> RepairResult:
+        """Fits scale and shift, and puts them behind a copy of the model."""
         logits = clean_logits(model, images).cpu().double()
         check_clean_set(images, labels, logits.shape[1])
         scale, shift = fit_affine(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from marginclip.defenses.base import Defense, RepairResult, TrainerFactory, with_gradients
+from marginclip.defenses.base import ComputedDefense, RepairResult
 from marginclip.defenses.posthoc.tau_search import TauSearch, check_tau, chosen_tau
 from marginclip.networks.copies import own_copy
 from marginclip.networks.heads import final_linear, linear_inputs, new_linear, with_head
 from marginclip.networks.logits import check_clean_set, clean_logits
-from marginclip.silence import silent_trainer
 
 
-class TauNormalisation(Defense):
+class TauNormalisation(ComputedDefense):
     """Divides every row w_c of the final linear layer by its length to the power ``tau``, and drops the bias.
 
     ``tau`` is a number, 0 for the row as it is and 1 for unit length, or ``auto``: the best of ``search`` on the clean set.
@@ -31,17 +28,8 @@ class TauNormalisation(Defense):
         check_tau(tau)
         self.tau, self.keep_bias, self.search = tau, keep_bias, search or TauSearch()
 
-    @with_gradients
-    def fit(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        make_trainer: TrainerFactory = silent_trainer,
-        resume: Path | None = None,
-    ) -> RepairResult:
-        """See :meth:`Defense.fit`: chooses tau, and puts a layer with other weights in the place of the copy's last one."""
+    def compute(self, model: nn.Module, images: Tensor, labels: Tensor) -> RepairResult:
+        """Chooses tau, and puts a layer with other weights in the place of the copy's last one."""
         check_clean_set(images, labels, clean_logits(model, images[:2]).shape[1])
         network = own_copy(model)
         name, linear = final_linear(

@@ -1,0 +1,232 @@
+"""Finding mistakes in a command line's overrides before anything runs, and what to write instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from marginclip.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class OptionFolders:
+    """The folders that options are in; an option of an earlier one stands in the place of a later one's of the same name."""
+
+    folders: tuple[Path, ...]
+
+    @contextmanager
+    def composing(self) -> Iterator[None]:
+        """Inside, Hydra's ``compose`` looks in these folders."""
+        before = get_gh_backup()
+        version.setbase("1.3")
+        search_path = create_config_search_path(str(self.folders[0]))
+        for folder in self.folders[1:]:
+            search_path.prepend("marginclip", f"file://{folder}", anchor="schema")
+        Hydra.create_main_hydra2(task_name="marginclip", config_search_path=search_path)
+        try:
+            yield
+        finally:
+            restore_gh_from_backup(before)
+
+    def options(self, group: str) -> list[str]:
+        """The names of a group's options."""
+        return sorted({file.stem for folder in self.folders for file in (folder / group).glob("*.yaml")})
+
+    def is_group(self, name: str) -> bool:
+        """Whether there is such a group, written with slashes."""
+        return any((folder / name).is_dir() for folder in self.folders)
+
+
+def check_overrides(overrides: list[str], config_name: str, config_dir: Path, own: Path | None = None) -> None:
+    """Compose the configuration for every choice of a sweep; raises :class:`UserError` naming the nearest valid option or key."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        bad = next((text for text in overrides if "=" not in text and not text.startswith("~")), None)
+        if bad is not None:
+            raise UserError(f"'{bad}' is not an option: options are written key=value, for example attack=badnet") from error
+        raise UserError(f"the options cannot be read: {str(error).splitlines()[0]}") from error
+    folders = OptionFolders(tuple(folder.resolve() for folder in (own, config_dir) if folder is not None))
+    with folders.composing():
+        seen: set[str] = set()
+        for variant in _variants(parsed):
+            _check_variant(variant, config_name, folders)
+            experiment = next((text for text in variant if text.startswith("experiment=")), None)
+            if experiment is not None and experiment not in seen:
+                seen.add(experiment)
+                for swept in _variants(_swept_by(experiment, variant, config_name)):
+                    _check_variant(swept + variant, config_name, folders)
+
+
+def _check_variant(variant: list[str], config_name: str, folders: OptionFolders) -> None:
+    _refuse_missing_groups(variant, folders)
+    _refuse_unusable_folder(Path(str(_compose(variant, config_name, folders).runs_dir)))
+    _refuse_replaced_groups(variant, config_name, folders)
+
+
+def _refuse_unusable_folder(runs_dir: Path) -> None:
+    """Refuse a ``runs_dir`` that cannot be made or written to: Hydra makes it before any of our code runs."""
+    there = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"runs_dir='{runs_dir}' cannot be used: '{there}' is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"runs_dir='{runs_dir}' cannot be used: '{there}' cannot be written to")
+
+
+def _swept_by(experiment: str, variant: list[str], config_name: str) -> list[Override]:
+    """What the experiment sweeps by itself, where the command line does not say otherwise."""
+    own = compose(config_name, overrides=[experiment], return_hydra_config=True).hydra
+    params = (own.sweeper.params or {}) if own.mode == RunMode.MULTIRUN else {}
+    given = {text.lstrip("+").partition("=")[0] for text in variant}
+    return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
+
+
+def _variants(parsed: list[Override]) -> Iterator[list[str]]:
+    """Override lists without sweeps: every choice of every sweep appears in at least one."""
+    choices = [_choices(override) for override in parsed]
+    yield [options[0] for options in choices]
+    for position, options in enumerate(choices):
+        for option in options[1:]:
+            yield [option if index == position else other[0] for index, other in enumerate(choices)]
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    key = override.get_key_element()
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"'{override.input_line}' is an interval: list the values to run, as {key}=0,1, or write {key}=range(0,3)"
+        )
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _compose(overrides: list[str], config_name: str, folders: OptionFolders) -> DictConfig:
+    try:
+        config = compose(config_name, overrides=[text for text in overrides if not text.startswith("hydra.")])
+        OmegaConf.to_container(config, resolve=True)
+        return config
+    except MissingConfigException as error:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        options = list(error.options or [])
+        if group == "hydra/launcher" and option in ("joblib", "submitit_local", "submitit_slurm"):
+            raise UserError(
+                f"hydra/launcher={option} is not installed: pip install hydra-{option.partition('_')[0]}-launcher"
+            ) from error
+        raise UserError(
+            f"unknown option {group}={option}{nearest(option, options)} (there are {', '.join(sorted(options))})"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, config_name, overrides, folders)) from error
+
+
+def _refuse_missing_groups(overrides: list[str], folders: OptionFolders) -> None:
+    """Refuse ``defense=null`` and ``~defense``: a run has one option of every group at the top."""
+    for text in overrides:
+        key, _, value = text.lstrip("~+").partition("=")
+        options = folders.options(key) if not {".", "/"} & {*key} and key != "experiment" else []
+        if options and (text.startswith("~") or value in ("null", "")):
+            hint = f"use {key}=none" if "none" in options else f"there are {', '.join(options)}"
+            raise UserError(f"'{text}' leaves the run without {key}; {hint}")
+
+
+def _refuse_replaced_groups(overrides: list[str], config_name: str, folders: OptionFolders) -> None:
+    """Refuse ``defense.detector=paper``, which would put a word in the place of a group's settings."""
+    assignments = [text.lstrip("+").partition("=") for text in overrides if "." in text.partition("=")[0]]
+    if not assignments:
+        return
+    whole = _with_groups(config_name, overrides)
+    for key, _, value in assignments:
+        found = None if key.startswith(("~", "hydra.")) else OmegaConf.select(whole, key)
+        if isinstance(found, DictConfig) and value != "null" and not value.startswith(("{", "${")):
+            first = next((str(name) for name in found if not str(name).startswith("_")), "key")
+            group = key.replace(".", "/") if folders.is_group(key.replace(".", "/")) else f"{key.partition('.')[0]}@{key}"
+            raise UserError(
+                f"'{key}' is a group of settings, not one value: set them one by one, as {key}.{first}=..., "
+                f"or choose an option where there is one, as {group}=..."
+            )
+
+
+def _with_groups(config_name: str, overrides: list[str]) -> DictConfig:
+    """The configuration with the chosen options of groups, before single keys are set; the default where these do not compose."""
+    try:
+        return compose(config_name, overrides=[text for text in overrides if "." not in text.partition("=")[0]])
+    except (HydraException, OmegaConfBaseException):
+        return compose(config_name)
+
+
+def _explain(error: Exception, config_name: str, overrides: list[str], folders: OptionFolders) -> str:
+    text = str(error)
+    existing = re.search(r"already at '([^']+)'", text)
+    if existing is not None:
+        return f"the key '{existing.group(1)}' is there already: write it without '+'"
+    found = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text) or re.search(
+        r"Key '([^']+)' is not in struct", text
+    )
+    if found is None:
+        return text.splitlines()[0] if text else f"the configuration cannot be read ({error.__cause__})"
+    key = re.split(r"[@=]", found.group(1))[0]
+    if "/" in key and folders.is_group(key):  # the chosen option of the group has no such part, or has it under other names
+        parts = _parts(config_name, [text for text in overrides if not text.startswith(key)], key)
+        return f"'{key}' cannot be chosen here" + (f": write {' or '.join(f'{part}=...' for part in parts)}" if parts else "")
+    keys = _flat_keys(OmegaConf.to_container(_with_groups(config_name, overrides), resolve=False))
+    group, _, last = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == group]
+    elsewhere = [name for name in keys if name.rpartition(".")[2] == last]
+    owners = _options_with(config_name, folders, key) if group else []
+    hint = (
+        f"; {key.partition('.')[0]}={', '.join(owners)} {'have' if len(owners) > 1 else 'has'} it"
+        if owners
+        else nearest(last, siblings)
+    )
+    hint = hint or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else "")
+    where = f"under '{group}'" if group else "at the top"
+    return f"unknown key '{key}'{hint}" + (f" (valid {where}: {', '.join(siblings)})" if siblings else "")
+
+
+def _parts(config_name: str, overrides: list[str], group: str) -> list[str]:
+    """The names under which the configuration takes an option of ``group``, as ``defense/schedule@defense.mmac``."""
+    try:
+        groups = [text for text in overrides if "." not in text.partition("=")[0]]
+        choices = compose(config_name, overrides=groups, return_hydra_config=True).hydra.runtime.choices
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return sorted(str(name) for name in choices if str(name).startswith(f"{group}@"))
+
+
+def _options_with(config_name: str, folders: OptionFolders, key: str) -> list[str]:
+    """The options of the group that ``key`` begins with, with which the configuration has it."""
+    group, nothing, found = key.partition(".")[0], object(), []
+    for option in folders.options(group):
+        try:
+            config = compose(config_name, overrides=[f"{group}={option}"])
+            if OmegaConf.select(config, key, default=nothing) is not nothing:
+                found.append(option)
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return found
+
+
+def _flat_keys(content: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in content.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _flat_keys(value, f"{prefix}{key}.")
+    return keys
