@@ -50,6 +50,13 @@ def test_arguments_of_a_constructor_say_it_too():
     assert identifying_settings(settings, Identifies.RUN, find)["threshold"] == 0.9
 
 
+def test_null_is_a_setting_of_a_run_like_any_other():
+    """Left out, a setting has its default, which need not be null."""
+    settings = {"_target_": "mine.Made", "rate": None}
+    assert identifying_settings(settings, Identifies.RUN, find) == settings
+    assert identifying_settings(settings, Identifies.VICTIM, find) == {"_target_": "mine.Made"}
+
+
 def test_nested_objects_and_lists_are_followed():
     settings = {"base": {"_target_": "mine.Made", "threshold": 1.0}, "blocks": (1, 2), "plain": {"threshold": 1.0}}
     found = identifying_settings(settings, Identifies.VICTIM, find)

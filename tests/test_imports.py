@@ -1,4 +1,4 @@
-"""The import arrows of architecture.md: they point down only, and the core needs nothing of ours."""
+"""The import arrows of CONTRIBUTING.md: they point down only, and the core needs nothing of ours."""
 
 import ast
 import subprocess
@@ -66,7 +66,7 @@ def own(path):
 @pytest.mark.parametrize("path", below_experiment())
 def test_arrows_point_down(path):
     part = part_of(path)
-    assert part in ARROWS, f"say in ARROWS and architecture.md what '{part}' may import"
+    assert part in ARROWS, f"say in ARROWS and CONTRIBUTING.md what '{part}' may import"
     for imported, line in own(path):
         assert imported in ARROWS[part], f"{path.name}:{line}: {part} must not import {imported}"
 

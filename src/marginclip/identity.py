@@ -60,9 +60,10 @@ def identifying_fields(value: Any, what: Identifies) -> dict[str, Any]:
 
 
 def identifying_settings(settings: Any, what: Identifies, find: Callable[[str], Any]) -> Any:
-    """Nested settings without those that are no part of the identity of ``what``, and without those left at null.
+    """Nested settings without those that are no part of the identity of ``what``.
 
-    ``find`` gives the class or function that a ``_target_`` names; its annotations decide about its settings.
+    A victim does not depend on settings left at null, so that a new option leaves the victims of before
+    alone. ``find`` gives the class or function that a ``_target_`` names; its annotations decide about its settings.
     """
     if not isinstance(settings, Mapping):
         return list(settings) if isinstance(settings, (list, tuple)) else settings
@@ -71,7 +72,7 @@ def identifying_settings(settings: Any, what: Identifies, find: Callable[[str], 
     return {
         name: identifying_settings(value, what, find)
         for name, value in settings.items()
-        if value is not None and declared(hints.get(name)).part_of(what)
+        if (value is not None or what is Identifies.RUN) and declared(hints.get(name)).part_of(what)
     }
 
 

@@ -117,7 +117,7 @@ class Cifar10(ImageSource):
         return Splits(train, held_out)
 
     def _parts(self) -> list[Any]:
-        """Training and test part; what is there is only read, what is not is downloaded by one cell of a parallel sweep."""
+        """Training and test part; what is there is only read, what is not is downloaded by one run of a parallel sweep."""
         try:
             return [self._part(train, download=False) for train in (True, False)]
         except RuntimeError:

@@ -18,7 +18,7 @@ from marginclip.files import write_whole
 from marginclip.record import RunRecord
 from marginclip.reporting.classes import Series, accuracies, class_names, class_width, draw_classes
 from marginclip.reporting.figures import save_png
-from marginclip.reporting.groups import LEFT_OUT, SWEPT, Group, cell, section, section_title, swept, swept_text
+from marginclip.reporting.groups import LEFT_OUT, SWEPT, Group, row_group, section, section_title, swept, swept_text
 from marginclip.reporting.rows import before_and_after, label
 from marginclip.reporting.style import AFTER, BEFORE, TRIGGERED, new_figure
 
@@ -54,7 +54,7 @@ def sweeps(records: Iterable[RunRecord], varied: str) -> dict[Setting, Sweep]:
         if value is None or record.status in LEFT_OUT or not before_and_after(record, record.per_class):
             continue
         others = tuple(swept(record, name) for name in SWEPT if name != varied)
-        found.setdefault((section(record), cell(record), others), {}).setdefault(value, []).append(record)
+        found.setdefault((section(record), row_group(record), others), {}).setdefault(value, []).append(record)
     return {setting: dict(sorted(runs.items())) for setting, runs in found.items() if len(runs) > 1}
 
 

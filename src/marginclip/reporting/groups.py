@@ -35,7 +35,7 @@ def section_title(group: Group) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def cell(record: RunRecord) -> Group:
+def row_group(record: RunRecord) -> Group:
     """Attack, X2X setting (none without an attack) and defense."""
     attack = named(record, "attack")
     return attack, "-" if attack == "none" else named(record, "x2x"), named(record, "defense")

@@ -10,7 +10,7 @@ from typing import Any
 
 from marginclip.errors import UserError
 from marginclip.record import RunRecord, find_records, read_record
-from marginclip.reporting.groups import LEFT_OUT, Group, cell, section, section_title, split_swept
+from marginclip.reporting.groups import LEFT_OUT, Group, row_group, section, section_title, split_swept
 from marginclip.reporting.rows import METRICS, NATS, columns, label, metric, seconds, success_before
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def summarise(records: Iterable[RunRecord]) -> str:
     """
     sections: dict[Group, dict[Group, list[RunRecord]]] = {}
     for record in records:
-        sections.setdefault(section(record), {}).setdefault(cell(record), []).append(record)
+        sections.setdefault(section(record), {}).setdefault(row_group(record), []).append(record)
     parts = ["# Summary of runs", "Mean ± sample standard deviation over seeds; shares in percent."]
     for group in sorted(sections, key=_natural):
         parts += _section_text(group, _divided(sections[group]))
@@ -141,11 +141,11 @@ def _reason(record: RunRecord) -> str:
     success = success_before(record)
     if record.status == "attack_failed" and success is not None:
         reason += f" (ASR without defense {100 * success:.1f} %)"
-    return f"{' '.join(cell(record))}, seed {record.seed}: {reason}"
+    return f"{' '.join(row_group(record))}, seed {record.seed}: {reason}"
 
 
 def _mixed(key: Group, records: list[RunRecord]) -> str | None:
-    """A note when runs of one cell differ in other settings than the seed, or repeat a seed; None when all is well."""
+    """A note when runs of one row differ in other settings than the seed, or repeat a seed; None when all is well."""
     settings = [dict(_flat(record.identity)) for record in records]
     missing = object()
     keys = dict.fromkeys(key for each in settings for key in each)
