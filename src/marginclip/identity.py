@@ -68,7 +68,7 @@ def identifying_settings(settings: Any, what: Identifies, find: Callable[[str], 
     if not isinstance(settings, Mapping):
         return list(settings) if isinstance(settings, (list, tuple)) else settings
     target = settings.get("_target_")
-    hints = _known_types(find(target)) if isinstance(target, str) else {}
+    hints = known_types(find(target)) if isinstance(target, str) else {}
     return {
         name: identifying_settings(value, what, find)
         for name, value in settings.items()
@@ -76,7 +76,7 @@ def identifying_settings(settings: Any, what: Identifies, find: Callable[[str], 
     }
 
 
-def _known_types(target: Any) -> dict[str, Any]:
+def known_types(target: Any) -> dict[str, Any]:
     """:func:`argument_types`; none for a class of somebody else whose annotations cannot be resolved."""
     try:
         return argument_types(target)

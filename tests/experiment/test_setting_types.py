@@ -28,7 +28,17 @@ def test_wrong_types_are_named(config, message):
         make(config, key="defense")
 
 
-def test_whole_numbers_are_numbers_and_other_peoples_classes_are_left_alone():
+class OwnDefense:
+    def __init__(self, *, steps: int = 3) -> None:
+        self.steps = steps
+
+
+def test_classes_of_ones_own_are_checked_like_ours():
+    with pytest.raises(UserError, match=r"^defense.steps must be a whole number, got 'many'$"):
+        check_types({"_target_": "own.OwnDefense", "steps": "many"}, "defense", lambda _: OwnDefense)
+
+
+def test_whole_numbers_are_numbers_and_classes_of_libraries_are_left_alone():
     check_types({"_target_": PENALTY, "initial": 1, "factor": 2.0}, "defense.penalty", get_object)
     check_types({"_target_": "torch.optim.SGD", "lr": "x"}, "training.optimizer", get_object)
 

@@ -9,7 +9,7 @@ from torch import nn
 from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
 from marginclip.maxmargin import MarginDropDetector
-from marginclip.maxmargin.detector import CORRECTIONS, RULES, margin_drop
+from marginclip.maxmargin.detector import CORRECTIONS, DECISION_RULES, margin_drop
 from marginclip.maxmargin.null import NULLS
 
 
@@ -92,7 +92,7 @@ def test_or_disagree_flags_those_and_no_others(clean_logits, new_logits):
 
 
 @pytest.mark.parametrize("null_distribution", NULLS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", DECISION_RULES)
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_decisions_by_loop(clean_logits, new_logits, correction, rule, null_distribution):
     detector = make(clean_logits, theta=0.05, correction=correction, rule=rule, null_distribution=null_distribution)

@@ -99,11 +99,13 @@ class InputAware(Attack):
 
     def pattern(self, images: Tensor) -> Tensor:
         """The trigger's colours (N, C, H, W) in (0, 1) for images (N, C, H, W)."""
-        return self.generator(images)
+        colours: Tensor = self.generator(images)
+        return colours
 
     def mask(self, images: Tensor) -> Tensor:
         """The share of the trigger in every pixel, (N, 1, H, W) in (0, 1): nearly binary."""
-        return (20 * self.masker(images) - 10).tanh() / 2 + 0.5
+        mask: Tensor = self.masker(images)
+        return (20 * mask - 10).tanh() / 2 + 0.5
 
     def trigger(self, images: Tensor) -> Tensor:
         return _paint(images, self.pattern(images), self.mask(images))

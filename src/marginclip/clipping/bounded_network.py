@@ -278,6 +278,6 @@ def _with_bounds(
 @torch.no_grad()
 def _logits(traced: fx.GraphModule, example: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
-        logits = traced(example.detach().clone())
+        logits: Tensor = traced(example.detach().clone())
     require(isinstance(logits, Tensor), f"the model must return one tensor of logits, not a {type(logits).__name__}")
     return logits

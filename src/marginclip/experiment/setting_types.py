@@ -7,22 +7,24 @@ from collections.abc import Callable
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from marginclip.errors import UserError
-from marginclip.identity import argument_types
+from marginclip.identity import known_types
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+
+LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "wandb", "hydra")
 
 
 def check_types(settings: Any, key: str, find: Callable[[str], Any]) -> None:
     """Raise :class:`UserError` for a number, word or switch below ``key`` that its constructor does not take.
 
-    Looks at every node of ours with a ``_target_``, which ``find`` resolves; arguments of other types than int, float, bool and str are
-    left to the constructors.
+    Looks at every node with a ``_target_``, which ``find`` resolves, except those of libraries, whose annotations are often narrower
+    than what they take. Arguments of other types than int, float, bool and str are left to the constructors.
     """
     if not isinstance(settings, dict):
         return
     target = settings.get("_target_")
-    if isinstance(target, str) and target.startswith("marginclip."):
-        expected = argument_types(find(target))
+    if isinstance(target, str) and target.split(".")[0] not in LIBRARIES:
+        expected = known_types(find(target))
         for name, value in settings.items():
             allowed = _simple(expected.get(name))
             if allowed and not _fits(value, allowed):

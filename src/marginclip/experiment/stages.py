@@ -51,7 +51,7 @@ def load_model(spec: RunSpec, setup: VictimSetup) -> VictimSource:
     else:
         victim, trained_now = obtain_victim(spec, setup)
         source = VictimSource(folder=str(victim.folder), trained_now=trained_now)
-    setup.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    setup.model.eval().to(memory_format=torch.channels_last)
     setup.model.to(device_of(spec.trainer))
     if spec.from_checkpoint:
         warn_if_poor(setup.model, *setup.data.clean_set())

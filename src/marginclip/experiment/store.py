@@ -24,7 +24,8 @@ class Victim:
     @property
     def record(self) -> dict[str, Any] | None:
         """Recipe, metrics and seconds; None while it is not trained."""
-        return read_json(self.folder / "victim.json")
+        record: dict[str, Any] | None = read_json(self.folder / "victim.json")
+        return record
 
     @property
     def weights(self) -> Path:

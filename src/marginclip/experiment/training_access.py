@@ -112,7 +112,7 @@ class _Autocast(nn.Module):
 
     def __init__(self, network: nn.Module, *, bf16: bool) -> None:
         super().__init__()
-        self.network, self.bf16 = network.to(memory_format=torch.channels_last), bf16  # type: ignore[call-overload]
+        self.network, self.bf16 = network.to(memory_format=torch.channels_last), bf16
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):

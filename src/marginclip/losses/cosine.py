@@ -34,7 +34,7 @@ def final_layer(model: nn.Module) -> str:
 
     Raises :class:`UserError` where there is none.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | CosineLinear)]
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | CosineLinear)]
     if not names:
         raise UserError(
             f"the model {type(model).__name__} has no nn.Linear as its last layer, which the loss must replace or train alone; "

@@ -15,7 +15,7 @@ from marginclip.maxmargin.null import NULLS, p_values, threshold
 from marginclip.networks.logits import batched_logits, check_images
 
 log = logging.getLogger(__name__)
-RULES = ("repaired", "paper", "or_disagree")
+DECISION_RULES = ("repaired", "paper", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
 
 
@@ -155,5 +155,5 @@ def check_detector_settings(*, theta: float, null_distribution: str, rule: str, 
         null_distribution in NULLS,
         f"detector.null_distribution must be one of {', '.join(NULLS)}, got '{null_distribution}'",
     )
-    require(rule in RULES, f"detector.rule must be one of {', '.join(RULES)}, got '{rule}'")
+    require(rule in DECISION_RULES, f"detector.rule must be one of {', '.join(DECISION_RULES)}, got '{rule}'")
     require(correction in CORRECTIONS, f"detector.correction must be one of {', '.join(CORRECTIONS)}, got '{correction}'")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import UserError, require
 
-RULES = ("raw", "unit_norm", "sign")
+ASCENT_RULES = ("raw", "unit_norm", "sign")
 
 
 def margin(logits: Tensor, classes: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def ascend_margins(
     keeps for its backward pass (default: 1 GiB on the CPU, a quarter of the free memory on a GPU); ``autocast`` is the dtype
     of mixed precision, or None to leave the caller's autocast as it is.
     """
-    require(rule in RULES, f"ascent rule must be one of {', '.join(RULES)}, got '{rule}'")
+    require(rule in ASCENT_RULES, f"ascent rule must be one of {', '.join(ASCENT_RULES)}, got '{rule}'")
     require(steps >= 0 and step_size > 0, f"ascent needs steps >= 0 and step_size > 0, got {steps} and {step_size:g}")
     require(0 <= momentum < 1, f"ascent momentum must be in [0, 1), got {momentum:g}")
     require(len(classes) == len(starts), f"one class a start is needed, got {len(classes)} classes and {len(starts)} starts")
@@ -142,7 +142,7 @@ class _Search:
             return gradient
         if self.rule == "sign":
             return gradient.sign()
-        norms = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        norms: Tensor = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
         return gradient / norms.view(-1, 1, 1, 1)
 
     def _stalled(self, history: list[float], best: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.errors import require
-from marginclip.maxmargin.margin import RULES, ascend_margins, margin, random_starts
+from marginclip.maxmargin.margin import ASCENT_RULES, ascend_margins, margin, random_starts
 from marginclip.networks.copies import frozen_copy
 from marginclip.networks.logits import batched_logits, check_full_precision
 
@@ -63,7 +63,7 @@ class MaximumMarginTest:
         require(self.starts >= 1, f"detect.starts must be at least 1, got {self.starts}")
         require(self.steps >= 0, f"detect.steps must not be negative, got {self.steps}")
         require(self.step_size > 0, f"detect.step_size must be positive, got {self.step_size:g}")
-        require(self.rule in RULES, f"detect.rule must be one of {', '.join(RULES)}, got '{self.rule}'")
+        require(self.rule in ASCENT_RULES, f"detect.rule must be one of {', '.join(ASCENT_RULES)}, got '{self.rule}'")
         require(self.tolerance >= 0, f"detect.tolerance must not be negative, got {self.tolerance:g}")
         require(
             self.calibration in CALIBRATIONS,
@@ -85,7 +85,7 @@ class MaximumMarginTest:
         """r_t of every class (K,), on the CPU."""
         require(num_classes >= 3, f"MM-BD compares each class with the others and needs at least 3 classes, got {num_classes}")
         check_full_precision(model)
-        network = frozen_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = frozen_copy(model).to(memory_format=torch.channels_last)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         generator = torch.Generator().manual_seed(self.seed)
         # Class by class the same starts: how r_t compares between classes owes nothing to luck.

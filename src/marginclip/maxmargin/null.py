@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,12 @@ def p_values(statistic: Tensor, clean: Tensor, *, null_distribution: str = "tail
     if len(clean) < 2 or float(clean.max() - clean.min()) <= 1e-9 * max(1.0, float(clean.abs().max())):
         return torch.ones_like(statistic).float()
     if null_distribution == "gaussian":
-        return 0.5 * torch.special.erfc((statistic - clean.mean()) / (clean.std() * 2**0.5)).float()
+        standardised = (statistic - clean.mean()) / (clean.std() * math.sqrt(2))
+        upper_tail: Tensor = 0.5 * torch.special.erfc(standardised)
+        return upper_tail.float()
     ordered = clean.sort().values
     reached = len(clean) - torch.searchsorted(ordered, statistic, right=False)
-    empirical = (1 + reached) / (len(clean) + 1)
+    empirical: Tensor = (1 + reached) / (len(clean) + 1)
     return (empirical if null_distribution == "empirical" else _with_tail(statistic, ordered, empirical)).float()
 
 

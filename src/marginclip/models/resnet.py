@@ -51,7 +51,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.act2(out + self.shortcut(x))
+        activated: Tensor = self.act2(out + self.shortcut(x))
+        return activated
 
 
 class ResNet(nn.Module):
@@ -110,7 +111,8 @@ class ResNet(nn.Module):
         out = self.act1(self.bn1(self.conv1(self.normalize(images))))
         for stage in range(self.num_stages):
             out = getattr(self, f"layer{stage + 1}")(out)
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 def _kaiming_init(module: nn.Module) -> None:

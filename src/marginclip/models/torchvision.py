@@ -42,4 +42,5 @@ class TorchvisionModel(nn.Module):
         self.network: nn.Module = torchvision.models.get_model(network, weights=weights, num_classes=num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(self.normalize(images))
+        logits: Tensor = self.network(self.normalize(images))
+        return logits

@@ -60,7 +60,7 @@ def new_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Lin
 
     Where ``linear`` has a bias and ``bias`` is None the new one's is zero, so that its weights have the same names.
     """
-    new = nn.utils.skip_init(
+    new: nn.Linear = nn.utils.skip_init(
         nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None, device=linear.weight.device
     )
     new.weight.copy_(weight)

@@ -39,7 +39,7 @@ def amplification(largest: float) -> float:
     factor = 1 / largest
     digits = 1 - math.floor(math.log10(factor))
     # The small addition keeps a factor such as 1 / 0.1 from being cut to the next lower number by rounding errors.
-    return max(1.0, math.floor(factor * 10**digits + 1e-3) / 10**digits)
+    return max(1.0, float(math.floor(factor * 10**digits + 1e-3) / 10**digits))
 
 
 def _draw(rows: dict[str, np.ndarray], headings: list[str], title: str) -> Figure:

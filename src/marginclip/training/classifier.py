@@ -69,7 +69,8 @@ class ClassifierTraining(L.LightningModule):
         self.make_optimizer, self.make_scheduler, self.label_smoothing = optimizer, scheduler, label_smoothing
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        logits: Tensor = self.model(images)
+        return logits
 
     def on_train_epoch_start(self) -> None:
         if self.loss is not None:

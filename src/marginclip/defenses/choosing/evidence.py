@@ -18,7 +18,7 @@ def sign_test(more: int, fewer: int) -> float:
     its exact form.
     """
     tosses = more + fewer
-    return sum(math.comb(tosses, heads) for heads in range(more, tosses + 1)) / 2**tosses
+    return float(sum(math.comb(tosses, better) for better in range(more, tosses + 1)) / 2**tosses)
 
 
 @dataclass(frozen=True)

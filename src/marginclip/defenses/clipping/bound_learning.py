@@ -253,7 +253,8 @@ class BoundLearning(LearningDefense):
         per_pass = -(-count // self.batch_size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // per_pass)
         order = torch.randperm(count, generator=generator)
-        return order.split(self.batch_size)[step % per_pass].to(self.device)
+        rows: Tensor = order.split(self.batch_size)[step % per_pass]
+        return rows.to(self.device)
 
     @torch.no_grad()
     def _check(self) -> None:

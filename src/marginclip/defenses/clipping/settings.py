@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.errors import require
-from marginclip.maxmargin.margin import RULES, random_starts
+from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class AscentPlan:
             self.start_from in STARTS,
             f"defense.ascent.start_from must be one of {', '.join(STARTS)}, got '{self.start_from}'",
         )
-        require(self.rule in RULES, f"defense.ascent.rule must be one of {', '.join(RULES)}, got '{self.rule}'")
+        require(self.rule in ASCENT_RULES, f"defense.ascent.rule must be one of {', '.join(ASCENT_RULES)}, got '{self.rule}'")
         for key in ("starts_per_class", "refresh_every"):
             require(getattr(self, key) >= 1, f"defense.ascent.{key} must be at least 1, got {getattr(self, key)}")
         for key in ("first_steps", "steps"):

@@ -35,7 +35,8 @@ class AffineLogits(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images) * self.scale + self.shift
+        logits: Tensor = self.network(images)
+        return logits * self.scale + self.shift
 
 
 def fit_affine(
@@ -110,7 +111,7 @@ def _descend(learned: Tensor, objective: Callable[[], Tensor]) -> float:
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
         closure()
     assert learned.grad is not None
     return float(learned.grad.abs().max())

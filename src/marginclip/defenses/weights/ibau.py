@@ -115,7 +115,7 @@ class IBAU(LearningDefense):
         self.history = []
         check_clean_set(images, labels, clean_logits(model, images).shape[1])
         # Double backward of convolutions is faster in the plain layout, unlike all else here.
-        self.network = trainable_copy(model).to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        self.network = trainable_copy(model).to(memory_format=torch.contiguous_format).eval()
         self.register_buffer("images", images.clone(memory_format=torch.contiguous_format), persistent=False)
         self.register_buffer("labels", labels.clone().to(images.device), persistent=False)
         self.register_buffer("delta", torch.zeros_like(images[:1]))

@@ -102,7 +102,8 @@ def attention_map(features: Tensor) -> Tensor:
     ``features`` (B, C, H, W); returns (B, H * W). All-zero features give zeros.
     """
     energy = features.float().square().sum(1).flatten(1)
-    return energy / (energy.norm(dim=1, keepdim=True) + 1e-6)
+    length: Tensor = energy.norm(dim=1, keepdim=True)
+    return energy / (length + 1e-6)
 
 
 def attention_distance(features: Tensor, wanted: Tensor) -> Tensor:

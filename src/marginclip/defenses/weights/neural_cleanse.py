@@ -65,7 +65,7 @@ class NeuralCleanse(FineTune):
                 self.suspect_class < self.num_classes,
                 f"defense.suspect_class must be a class in 0..{self.num_classes - 1}, got {self.suspect_class}",
             )
-        self.frozen = [frozen_copy(model).to(memory_format=torch.channels_last)]  # type: ignore[call-overload]
+        self.frozen = [frozen_copy(model).to(memory_format=torch.channels_last)]
 
     @property
     def suspects(self) -> list[int]:
