@@ -6,7 +6,7 @@ from marginclip.data.folder import ImageFolder
 from marginclip.data.images import ImageSet, Splits
 from marginclip.data.imbalance import Imbalance
 from marginclip.data.module import ImageData
-from marginclip.data.sources import Cifar10, Cifar100, Digits, ImageSource, MnistSubset
+from marginclip.data.sources import Cifar10, Cifar100, Digits, ImageSource, MnistM, MnistSubset
 
 __all__ = [
     "Augment",
@@ -18,6 +18,7 @@ __all__ = [
     "ImageSet",
     "ImageSource",
     "Imbalance",
+    "MnistM",
     "MnistSubset",
     "Splits",
     "split_clean",

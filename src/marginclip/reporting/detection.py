@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -30,7 +31,7 @@ def roc_curve(clean: np.ndarray, triggered: np.ndarray) -> tuple[np.ndarray, np.
 
 def area_under(false_rates: np.ndarray, true_rates: np.ndarray) -> float:
     """The area under a ROC curve by the trapezoidal rule, a share in [0, 1]."""
-    return float(np.trapezoid(true_rates, false_rates))
+    return float(torch.trapezoid(torch.from_numpy(true_rates), torch.from_numpy(false_rates)))
 
 
 def detection_figures(record: RunRecord, arrays: Arrays) -> dict[str, Figure]:
