@@ -40,7 +40,7 @@ CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
 # What the code adds to a group's keys when it makes the object, and keys that are for the code around it.
 ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape"}
-LABELS = {"_target_", "_partial_", "name", "augment", "bounds_start", "detector", "repaired_row", "detector_row"}
+LABELS = {"_target_", "_partial_", "name", "augment", "detector", "repaired_row", "detector_row"}
 
 
 def composed(name, *overrides):
@@ -203,7 +203,7 @@ def test_models_are_made(model):
 def test_datasets_are_made(dataset, tmp_path):
     node = composed("defend", f"dataset={dataset}", f"runs_dir={tmp_path}").dataset
     OmegaConf.update(node, "root", str(tmp_path)) if "root" in node else None
-    source = make({key: value for key, value in node.items() if key not in ("augment", "bounds_start")}, key="dataset")
+    source = make({key: value for key, value in node.items() if key != "augment"}, key="dataset")
     if "root" in node:
         return  # downloads, or has no images here
     splits = source.load()
@@ -288,7 +288,7 @@ def test_image_folder_experiments_run_shrunk(experiment, image_root, tmp_path):
     assert content["status"] == "done"
     assert content["classes"] == ["blue", "green", "red"]
     assert content["clean_set_size"] == 12
-    assert set(content["metrics"]) == {"none", "mmac", "mmdf"}
+    assert set(content["metrics"]) == {"none", "mmac", "mmdf", "mmdf_repaired"}
     assert len(list((tmp_path / "runs" / "cache").glob("*.safetensors"))) == 2
     pictures = sorted(path.stem for path in done.folder.rglob("*.png"))
     assert ({"activations", "detection_mmdf", "examples"} if attacked else {"activations"}) <= set(pictures)

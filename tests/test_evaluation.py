@@ -101,7 +101,7 @@ def test_cross_triggered_images_count_as_right_by_their_true_label_and_for_nothi
     found = evaluation.results()
     assert found["none"] == {"acc": 1, "asr": 1, "pacc": 0, "cross_acc": pytest.approx(1 / 3)}
     assert found["mmac"] == {"acc": 1, "asr": 0, "pacc": 1, "cross_acc": 1}
-    assert len(evaluation.scores()["mmdf_triggered"]) == 30
+    assert len(evaluation.scores("mmdf")["triggered"]) == 30
 
 
 def test_without_triggered_images_there_is_no_asr(setup):
@@ -134,9 +134,9 @@ def test_detectors_by_sklearn_and_by_hand(setup, scale):
     assert found["acc"] == pytest.approx(float((wanted.decisions[:40] == labels).float().mean()))
     assert found["asr"] == pytest.approx(float((wanted.decisions[40:] == targets).float().mean()))
     assert found["pacc"] == pytest.approx(float((wanted.decisions[40:] == sources).float().mean()))
-    scores = evaluation.scores()
-    torch.testing.assert_close(scores["mmdf_clean"], wanted.statistic[:40])
-    torch.testing.assert_close(scores["mmdf_triggered"], wanted.statistic[40:])
+    scores = evaluation.scores("mmdf")
+    torch.testing.assert_close(scores["clean"], wanted.statistic[:40])
+    torch.testing.assert_close(scores["triggered"], wanted.statistic[40:])
 
 
 def test_rejected_images_are_neither_right_nor_captured(setup):

@@ -60,7 +60,7 @@ class Evaluation(L.LightningModule):
             {f"{name}_{kind}": FlaggedRate() for name in self.detectors for kind in ("clean", "triggered")}
         )
         self.auroc = nn.ModuleDict({name: BinaryAUROC() for name in self.detectors})
-        self.statistics: dict[str, list[Tensor]] = {}
+        self.statistics: dict[str, dict[str, list[Tensor]]] = {}
         self.training_counts = training_counts
         self.decided, self.calibrated = nn.ModuleDict(), nn.ModuleDict()
         if num_classes is not None:
@@ -85,7 +85,7 @@ class Evaluation(L.LightningModule):
             self.flagged[f"{name}_{kind}"].update(detection.flagged)  # type: ignore[operator]
             kinds = torch.full_like(detection.flagged, dataloader_idx, dtype=torch.long)
             self.auroc[name].update(_to_unit(detection.statistic), kinds)  # type: ignore[operator]
-            self.statistics.setdefault(f"{name}_{kind}", []).append(detection.statistic.cpu())
+            self.statistics.setdefault(name, {}).setdefault(kind, []).append(detection.statistic.cpu())
 
     def _score(self, name: str, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         if dataloader_idx == CLEAN:
@@ -144,9 +144,9 @@ class Evaluation(L.LightningModule):
             arrays[f"reliability/{name}"] = scores.reliability.compute().cpu()
         return arrays
 
-    def scores(self) -> dict[str, Tensor]:
-        """Detection statistics of all evaluated images, ``<detector>_clean`` (N,) and ``<detector>_triggered`` (M,)."""
-        return {name: torch.cat(chunks).float() for name, chunks in self.statistics.items()}
+    def scores(self, detector: str) -> dict[str, Tensor]:
+        """The detection statistics of all evaluated images, ``clean`` (N,) and, where there are such, ``triggered`` (M,)."""
+        return {kind: torch.cat(chunks).float() for kind, chunks in self.statistics[detector].items()}
 
     def configure_optimizers(self) -> Any:
         return None

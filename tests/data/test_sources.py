@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision.datasets.cifar as torchvision_cifar
 
-from marginclip.data import Cifar10, Cifar100, Digits, MnistSubset
+from marginclip.data import Cifar10, Cifar100, Digits, MnistM, MnistSubset
 from marginclip.data.sources import held_out_mask, seeded_split
 from marginclip.errors import UserError
 
@@ -51,7 +51,20 @@ def test_mnist_subset_holds_500_of_each_digit():
     assert splits.train.images.max() == 255
 
 
-@pytest.mark.parametrize("source", [Digits(), MnistSubset(), Cifar10(), Cifar100()])
+def test_mnist_m_is_the_difference_of_digits_and_photographs():
+    digits, blended = MnistSubset(held_out_share=0.2).load(), MnistM(held_out_share=0.2).load()
+    assert blended.image_shape == (3, 28, 28)
+    assert torch.equal(blended.train.labels, digits.train.labels)
+    # Where the digit is black the photograph is seen, where it is white its negative: the background follows from either.
+    black, white = digits.train.images == 0, digits.train.images == 255
+    photographs = torch.where(white, 255 - blended.train.images, blended.train.images)
+    assert (black | white).float().mean() > 0.9
+    assert photographs.float().std(dim=(1, 2, 3)).median() > 10
+    assert torch.equal(blended.train.images, MnistM(held_out_share=0.2).load().train.images)
+    assert not torch.equal(blended.train.images, MnistM(held_out_share=0.2, background_seed=1).load().train.images)
+
+
+@pytest.mark.parametrize("source", [Digits(), MnistSubset(), MnistM(), Cifar10(), Cifar100()])
 def test_the_settings_say_all_about_images_that_never_change(source):
     assert source.digest() is None
 

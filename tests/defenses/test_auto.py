@@ -270,7 +270,7 @@ def test_repairs_share_no_state(victim, clean, fit):
     short = partial(BoundLearning, lambda_=lambda_, steps=4, check_every=2)
     auto = Auto(detection=stub_margins(True, 1), mmac=short, mmom=short, max_cost=1.0)
     fit(auto, victim, clean)
-    assert (lambda_.value, lambda_.checks) == (0.1, 0)
+    assert (lambda_.value, lambda_.checks) == (0.3, 0)
     assert auto.repairs["mmac"].lambda_.checks == 2
     assert auto.repairs["mmac"].lambda_ is not auto.repairs["mmom"].lambda_
 
@@ -331,7 +331,10 @@ def test_the_runs_seed_reaches_every_part():
         ({"min_gain": -0.1}, r"defense.min_gain must be in \[0, 1\), got -0.1"),
         ({"max_cost": 2}, r"defense.max_cost must be in \[0, 1\], got 2"),
         ({"mmac": partial(BoundLearning, steps=0)}, "defense.mmac: defense.steps must be at least 1, got 0"),
-        ({"mmom": partial(BoundLearning, keep="all")}, "defense.mmom: defense.keep must be 'best' or 'last', got 'all'"),
+        (
+            {"mmom": partial(BoundLearning, keep="all")},
+            "defense.mmom: defense.keep must be one of feasible, best, last, got 'all'",
+        ),
         ({"detection": partial(MaximumMarginTest, alpha=1.5)}, r"defense.detection: detect.alpha must be in \(0, 1\), got 1.5"),
     ],
 )

@@ -38,12 +38,12 @@ def learning(**settings):
     """A short bound learning whose settings are all stated; a test changes those that it is about."""
     plan = {"network": "bounded", "starts_per_class": 3, "first_steps": 4, "steps": 1, "refresh_every": 1, "warm_start": True}
     plan |= {"rule": "unit_norm", "step_size": 0.1} | settings.pop("ascent", {})
-    lambda_ = {"initial": 0.1, "control": "fixed", "min_agreement": 0.95} | settings.pop("lambda_", {})
+    lambda_ = {"initial": 0.1, "control": "fixed", "factor": 1.2, "min_agreement": 0.95} | settings.pop("lambda_", {})
     stated = {
         "start": BoundStart(share=0.5, quantile=1.0), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
         "lr_scale": "absolute", "keep": "last", "project": True, "seed": 0,
     }  # fmt: skip
-    objective = MMACObjective(reduction=settings.pop("reduction", "mean"))
+    objective = MMACObjective(data="squared_error", penalty="signed", reduction=settings.pop("reduction", "mean"))
     return BoundLearning(
         objective=objective, ascent=AscentPlan(**plan), lambda_=LambdaController(**lambda_), **(stated | settings)
     )

@@ -29,9 +29,11 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def learning(**settings):
-    lambda_ = LambdaController(**({"initial": 0.5} | settings.pop("lambda_", {})))
+    lambda_ = LambdaController(
+        **({"initial": 0.5, "control": "fixed", "factor": 1.2, "min_agreement": 0.95} | settings.pop("lambda_", {}))
+    )
     stated = {"sites": "all", "start": BoundStart(constant=8.0), "steps": 4, "check_every": 2, "batch_size": 100}
-    stated |= {"learning_rate": 0.1, "keep": "last", "project": False}
+    stated |= {"learning_rate": 0.1, "lr_scale": "absolute", "keep": "last", "project": False}
     return BoundLearning(objective=MMBMObjective(), lambda_=lambda_, **(stated | settings))
 
 

@@ -31,17 +31,23 @@ def test_record_holds_what_was_asked_run_and_measured(finished):
     assert set(content["seconds"]) == {"victim", "repair", "detector", "evaluation"}
     assert all(seconds > 0 for seconds in content["seconds"].values())
     assert content["peak_memory_mib"]["process"] > 50
-    assert list(content["metrics"]) == ["none", "mmac", "mmdf"]
+    assert list(content["metrics"]) == ["none", "mmac", "mmdf", "mmdf_repaired"]
     backdoor = {"acc", "asr", "pacc"}
     assert set(content["metrics"]["none"]) == set(content["metrics"]["mmac"]) == backdoor | PER_CLASS | CALIBRATION
     assert set(content["metrics"]["mmdf"]) == backdoor | {"fpr", "tpr", "auroc"} | PER_CLASS
     shares = [value for row in content["metrics"].values() for key, value in row.items() if key not in ("nll", "brier")]
     assert all(0 <= value <= 1 for value in shares)
-    assert {row: len(each) for row, each in content["per_class"].items()} == {"none": 10, "mmac": 10, "mmdf": 10}
+    assert {row: len(each) for row, each in content["per_class"].items()} == {
+        "none": 10,
+        "mmac": 10,
+        "mmdf": 10,
+        "mmdf_repaired": 10,
+    }
     assert "training_counts" not in content
     assert content["evaluated_on"] == "held_out"
     assert done.path.is_relative_to(runs_dir)
     assert content["rows"]["mmdf"] == {"label": "MMDF", "phases": ["repair", "detector"]}
+    assert content["rows"]["mmdf_repaired"]["label"] == "MMDF, repair decides"
     assert content["schema_version"] == 2
 
 
@@ -158,6 +164,6 @@ def test_any_defense_takes_a_detector(configure):
     done = defend(
         configure("attack=badnet", "defense=logit_adjustment", "defense.class_counts=known", "+defense/detector=calibrated")
     )
-    assert set(done.metrics) == {"none", "logit_adjustment", "logit_adjustment_mmdf"}
+    assert set(done.metrics) == {"none", "logit_adjustment", "logit_adjustment_mmdf", "logit_adjustment_mmdf_repaired"}
     assert {"fpr", "tpr", "auroc"} <= set(done.metrics["logit_adjustment_mmdf"])
     assert seconds(done, "logit_adjustment_mmdf") > 0

@@ -13,12 +13,12 @@ def test_lambda_rises_at_or_above_pi_and_falls_below():
 
 
 def test_a_fixed_lambda_stays():
-    controller = LambdaController(initial=0.3)
+    controller = LambdaController(initial=0.3, control="fixed")
     assert {controller.update(agreement) for agreement in (0.0, 0.5, 1.0)} == {0.3}
 
 
 def test_the_scripts_schedule_moves_it_26_times_at_epochs_40_to_290():
-    controller = LambdaController(initial=0.002, control="agreement", first_check=4)
+    controller = LambdaController(initial=0.002, control="agreement", factor=1.2, min_agreement=0.95, first_check=4)
     moved, value = [], 0.002
     for epoch in range(10, 300, 10):
         if controller.update(1.0) != value:

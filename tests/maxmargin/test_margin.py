@@ -221,7 +221,7 @@ def test_random_starts_are_uniform_and_a_function_of_the_generator():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"rule": "l2"}, "one of raw, unit_norm, sign, got 'l2'"),
+        ({"rule": "l2"}, "one of raw, unit_norm, unit_rms, sign, got 'l2'"),
         ({"steps": -1}, "steps >= 0"),
         ({"step_size": 0.0}, "step_size > 0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),

@@ -67,8 +67,7 @@ class DatasetSpec:
     @classmethod
     def of(cls, content: Settings) -> DatasetSpec:
         """The ``dataset`` group."""
-        own = ("augment", "bounds_start")  # the start of bounds acts through the defense, which reads it
-        choice = Choice.needed("dataset", {key: value for key, value in content.items() if key not in own})
+        choice = Choice.needed("dataset", {key: value for key, value in content.items() if key != "augment"})
         return cls(choice, content.get("augment") or {})
 
     def source(self, **settings: Any) -> Any:

@@ -138,17 +138,23 @@ def evaluate(
         record.rows |= {name: Row(label=variant.label, phases=["repair"]) for name, variant in result.variants.items()}
         record.rows[repaired_row], record.repaired_row = Row(label=defense.label, phases=["repair"]), repaired_row
         if detector is not None:
+            title, phases = _detector_label(spec, defense), ["repair", "detector"]
             detectors[detector_row] = (repaired_row, detector)
-            record.rows[detector_row] = Row(label=_detector_label(spec, defense), phases=["repair", "detector"])
+            record.rows[detector_row] = Row(label=title, phases=phases)
+            if detector.rule == "paper":  # the other way of deciding, beside the papers' own
+                detectors[f"{detector_row}_repaired"] = (repaired_row, detector.with_rule("repaired"))
+                record.rows[f"{detector_row}_repaired"] = Row(label=f"{title}, repair decides", phases=phases)
     counts = None if spec.imbalance is None else setup.data.class_counts
     evaluation = Evaluation(networks, detectors, num_classes=len(setup.classes), training_counts=counts)
     build_trainer(spec.trainer, record.folder, **SILENT).test(evaluation, setup.data, verbose=False)
     record.metrics = {row: dict(values) for row, values in evaluation.results().items()}
     record.per_class = evaluation.per_class()
     record.training_counts = None if counts is None else counts.tolist()
-    for name in detectors:
-        _note_detector(spec, setup, name, detectors[name][1], evaluation, record)
-    scores = {f"scores/{name}": values for name, values in evaluation.scores().items()}
+    scores = {}
+    if detector is not None and spec.defense is not None:
+        name = spec.defense.named_detector_row
+        _note_detector(spec, setup, name, detector, evaluation, record)
+        scores = {f"scores/{name}_{kind}": values for kind, values in evaluation.scores(name).items()}
     return (result.arrays if result is not None else {}) | scores | evaluation.class_arrays()
 
 
@@ -176,7 +182,7 @@ def _note_detector(
     assert spec.defense is not None and spec.defense.detector is not None
     threshold = detector.threshold if abs(detector.threshold) < float("inf") else None
     record.detector = {"threshold": threshold, "folds": spec.defense.detector.folds, **spec.defense.detector.settings}
-    scores, rate = evaluation.scores()[f"{name}_clean"], record.metrics[name]["fpr"]
+    scores, rate = evaluation.scores(name)["clean"], record.metrics[name]["fpr"]
     assert rate is not None
     record.flagged = Flagged(images=len(scores), flagged=round(rate * len(scores)))
     which = "evaluation" if len(setup.data.eval_index) else "clean"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from marginclip.maxmargin.null import NULLS, p_values, threshold
 from marginclip.networks.logits import batched_logits, check_images
 
 log = logging.getLogger(__name__)
-DECISION_RULES = ("repaired", "paper", "or_disagree")
+DECISION_RULES = ("paper", "repaired", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
 
 
@@ -46,9 +47,10 @@ class MarginDropDetector(nn.Module):
     ``model`` and ``repaired`` map images to logits; ``clean_statistics`` (M,) are the margin drops of clean images and
     ``clean_margins`` (M,) what margin the repaired network leaves to the model's decision there. An image is flagged when its
     p-value under the ``null_distribution`` (see :func:`marginclip.maxmargin.null.p_values`) is below ``theta``; with
-    ``rule="or_disagree"``, the wording of the second paper, also when the two networks disagree. Not flagged: the decision of the
-    repaired network stands (``rule="repaired"``), or the model's (``"paper"`` and ``"or_disagree"``). The former costs what the
-    repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the bounds undo without a large drop.
+    ``rule="or_disagree"``, the wording of the second paper, also when the two networks disagree. Not flagged: the model's decision
+    stands (``"paper"``, which is MMDF, and ``"or_disagree"``), or that of the repaired network (``"repaired"``, which is ours). The
+    latter costs what the repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the bounds undo
+    without a large drop.
     Flagged: ``correction`` says what happens. ``"exclude"`` takes the repaired network's best class *other than* the model's
     (the papers): a false alarm is then always wrong, which is why the null must be well calibrated. ``"insist"`` keeps the model's
     class where the repaired network chooses it too, by a margin of at least the clean samples' median; it forgives false alarms,
@@ -68,7 +70,7 @@ class MarginDropDetector(nn.Module):
         *,
         theta: float = 0.005,
         null_distribution: str = "tail",
-        rule: str = "repaired",
+        rule: str = "paper",
         correction: str = "exclude",
     ) -> None:
         super().__init__()
@@ -105,6 +107,15 @@ class MarginDropDetector(nn.Module):
             why = "lose the same margin" if alike else f"are too few for theta={detector.theta:g}"
             log.warning("this detector flags nothing: its %d clean images %s", len(statistics), why)
         return detector
+
+    def with_rule(self, rule: str) -> MarginDropDetector:
+        """The same detector with another ``rule``; both share networks and null."""
+        check_detector_settings(
+            theta=self.theta, null_distribution=self.null_distribution, rule=rule, correction=self.correction
+        )
+        other = copy.copy(self)
+        other.rule = rule
+        return other
 
     @property
     def insisting_margin(self) -> float:

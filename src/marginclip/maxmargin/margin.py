@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import UserError, require
 
-ASCENT_RULES = ("raw", "unit_norm", "sign")
+ASCENT_RULES = ("raw", "unit_norm", "unit_rms", "sign")
 
 
 def margin(logits: Tensor, classes: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ def ascend_margins(
 
     Every image climbs on its own margin; after each step it is projected back to the feasible space [0, 1] (so saturated pixels
     keep their gradient, unlike with a clamp inside the model). ``rule`` turns the gradient into a direction: ``raw`` (the
-    published script: step 0.01), ``unit_norm`` (L2 norm 1 for each image: the step is a distance) or ``sign``.
+    published script: step 0.01), ``unit_norm`` (L2 norm 1 for each image: the step is a distance), ``unit_rms`` (root mean square 1:
+    the step means the same at every image size) or ``sign``.
     The image of largest margin on the way is kept, so the result never lies under its start. The search of a chunk ends early
     when its mean best margin has grown by less than ``tolerance`` (relative) over ``patience`` steps; 0 never does.
 
@@ -143,7 +145,8 @@ class _Search:
         if self.rule == "sign":
             return gradient.sign()
         norms: Tensor = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        return gradient / norms.view(-1, 1, 1, 1)
+        unit = gradient / norms.view(-1, 1, 1, 1)
+        return unit * math.sqrt(gradient[0].numel()) if self.rule == "unit_rms" else unit
 
     def _stalled(self, history: list[float], best: Tensor) -> bool:
         if self.tolerance <= 0:

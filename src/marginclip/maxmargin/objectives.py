@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,10 +33,16 @@ def mmac(
     classes of the squared difference. ``reduction`` of the margin term: ``mean`` (the paper) or ``sum`` (the published script,
     whose lambda is N times smaller for the same effect).
     """
-    _check_reduction(reduction)
-    data = F.mse_loss(bounded_logits.float(), clean_logits.float())
-    term = margins.float().mean() if reduction == "mean" else margins.float().sum()
+    data, term = F.mse_loss(bounded_logits.float(), clean_logits.float()), _reduced(margins, reduction)
     return Objective(data + lambda_ * term, data, term)
+
+
+def margin_hinge(margins: Tensor, kappa: float, *, reduction: str = "mean") -> Tensor:
+    """What margins (N,) exceed ``-kappa`` by, in logits, averaged or summed: only inputs that their class wins, or nearly, count.
+
+    The plain mean of Eq. 3 can be lowered by making lost inputs lose by more, which limits no maximum margin.
+    """
+    return _reduced(F.relu(margins.float() + kappa), reduction)
 
 
 def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], lambda_: float) -> Objective:
@@ -56,10 +63,13 @@ def mmom(bounded_logits: Tensor, labels: Tensor, margins: Tensor, lambda_: float
     class, on the bounded network; ``lambda_`` is lambda. The data term is the cross entropy. ``reduction`` of the margin term:
     ``mean`` over classes and their inputs (the paper) or ``sum`` (whose lambda is N times smaller for the same effect).
     """
-    _check_reduction(reduction)
-    data = F.cross_entropy(bounded_logits.float(), labels)
-    term = margins.float().mean() if reduction == "mean" else margins.float().sum()
+    data, term = F.cross_entropy(bounded_logits.float(), labels), _reduced(margins, reduction)
     return Objective(data + lambda_ * term, data, term)
+
+
+def _reduced(margins: Tensor, reduction: str) -> Tensor:
+    _check_reduction(reduction)
+    return margins.float().mean() if reduction == "mean" else margins.float().sum()
 
 
 def _check_reduction(reduction: str) -> None:
@@ -93,19 +103,43 @@ class BoundObjective(Protocol):
     def __call__(self, step: Measured, lambda_: float) -> Objective: ...
 
 
+DATA_TERMS = ("cross_entropy", "squared_error")
+MARGIN_TERMS = ("hinge", "signed")
+
+
 @dataclass(frozen=True)
 class MMACObjective:
-    """:func:`mmac`, with its ``reduction`` of the margins."""
+    """A data term plus lambda times a margin term; ``squared_error`` with ``signed`` is Eq. 3 of the MMAC paper (:func:`mmac`).
 
+    ``data`` is the ``cross_entropy`` with the labels, or the ``squared_error`` against the model's own logits. The latter wants the
+    large logits back that an attack has caused, and so wide bounds. ``penalty`` is the ``hinge`` of :func:`margin_hinge` with
+    ``kappa``, in logits, or the ``signed`` margins. ``reduction`` of the margin term over the margin inputs: ``mean`` or ``sum``.
+    """
+
+    data: str = "cross_entropy"
+    penalty: str = "hinge"
+    kappa: float = 1.0
     reduction: str = "mean"
     ascends = True
     correct_only = True
 
     def __post_init__(self) -> None:
+        for key, allowed in (("data", DATA_TERMS), ("penalty", MARGIN_TERMS)):
+            value = getattr(self, key)
+            require(value in allowed, f"defense.objective.{key} must be one of {', '.join(allowed)}, got '{value}'")
+        require(math.isfinite(self.kappa), f"defense.objective.kappa must be a finite number of logits, got {self.kappa}")
         _check_reduction(self.reduction)
 
     def __call__(self, step: Measured, lambda_: float) -> Objective:
-        return mmac(step.bounded_logits, step.clean_logits, step.margins, lambda_, reduction=self.reduction)
+        if self.data == "cross_entropy":
+            data = F.cross_entropy(step.bounded_logits.float(), step.labels)
+        else:
+            data = F.mse_loss(step.bounded_logits.float(), step.clean_logits.float())
+        if self.penalty == "hinge":
+            term = margin_hinge(step.margins, self.kappa, reduction=self.reduction)
+        else:
+            term = _reduced(step.margins, self.reduction)
+        return Objective(data + lambda_ * term, data, term)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from marginclip.maxmargin.margin import ascend_margins, margin
 from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObjective, Objective
 from marginclip.networks.logits import check_clean_set, clean_logits
 
+KEEP = ("feasible", "best", "last")
+
 
 class BoundLearning(LearningDefense):
     """What MMAC, MMOM and MMBM have in common: learns an upper (and, where needed, lower) bound for activations from clean images.
@@ -37,10 +39,10 @@ class BoundLearning(LearningDefense):
     one factor of all logits, the inverse of a temperature, from where they fit the clean set best at the bounds' start. Learning
     ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every step takes the whole clean set.
 
-    Every ``check_every`` steps the accuracy on all of those images is measured; it moves lambda (``lambda_``), and among the
-    bounds that kept it at ``lambda_.min_agreement`` those of lowest objective, at the initial lambda, are returned
-    (``keep="best"``) or the last (``"last"``, as the published scripts). If none kept it, the bounds are relaxed towards the clean
-    maxima until they do.
+    Every ``check_every`` steps the accuracy on all of those images is measured. It moves lambda (``lambda_``), and says which bounds are
+    returned: ``keep="feasible"`` the last that kept it at ``lambda_.min_agreement``, ``"best"`` those among them of lowest objective at
+    the initial lambda, ``"last"`` the last whatever it is (as the published scripts). Where none kept it, the first two relax the last
+    bounds towards the clean maxima until they do.
     """
 
     label = "learned bounds"
@@ -63,13 +65,13 @@ class BoundLearning(LearningDefense):
         steps: int = 60,
         tolerance: float | None = None,
         batch_size: int = 100,
-        learning_rate: float = 0.02,
-        lr_scale: str = "absolute",
+        learning_rate: float = 0.05,
+        lr_scale: str = "relative",
         offset_rate: float | None = None,
         scale_rate: float | None = None,
-        keep: str = "best",
+        keep: str = "feasible",
         project: bool = True,
-        check_every: int = 10,
+        check_every: int = 5,
         channel_axis: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -85,7 +87,7 @@ class BoundLearning(LearningDefense):
             f"defense.scale_rate={scale_rate} needs defense.offset_rate, which is null; set defense.scale_rate=null too",
         )
         require(lr_scale in ("absolute", "relative"), f"defense.lr_scale must be 'absolute' or 'relative', got '{lr_scale}'")
-        require(keep in ("best", "last"), f"defense.keep must be 'best' or 'last', got '{keep}'")
+        require(keep in KEEP, f"defense.keep must be one of {', '.join(KEEP)}, got '{keep}'")
         require(check_every >= 1, f"defense.check_every must be at least 1, got {check_every}")
         named = sites if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else None
         require(
@@ -151,9 +153,9 @@ class BoundLearning(LearningDefense):
 
     def repaired(self) -> BoundedNetwork:
         """The bounded network with the bounds to keep."""
-        if self.keep == "best" and self.best_bounds:
-            self.bounded.load_bounds(self.best_bounds)
-        if self.keep == "best":
+        if self.keep != "last":
+            if self.best_bounds:
+                self.bounded.load_bounds(self.best_bounds)
             self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
         return self.bounded
 
@@ -269,7 +271,8 @@ class BoundLearning(LearningDefense):
         score = float(terms.loss)
         require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")
         # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
-        if agreement >= self.lambda_.min_agreement and (score < self.best_score or len(self.history) == 1):
+        better = score < self.best_score or len(self.history) == 1 or self.keep == "feasible"
+        if agreement >= self.lambda_.min_agreement and better:
             self.best_score = score if self.history else float("inf")
             self.best_bounds = self.bounded.bounds_state()
         if self.history:

@@ -42,7 +42,8 @@ class MMOM(BoundLearning):
     ) -> None:
         super().__init__(
             objective=objective or MMOMObjective(), sites=sites, start=start or BoundStart(share=0.6, quantile=1.0),
-            ascent=ascent or AscentPlan(refresh_every=10), lambda_=lambda_ or LambdaController(initial=1e-5, min_agreement=0.0),
+            ascent=ascent or AscentPlan(refresh_every=10, rule="sign", step_size=0.004),
+            lambda_=lambda_ or LambdaController(initial=1e-5, control="fixed", factor=1.2, min_agreement=0.0),
             steps=steps, tolerance=tolerance, batch_size=batch_size, learning_rate=learning_rate, lr_scale=lr_scale,
             offset_rate=offset_rate, scale_rate=scale_rate, keep=keep, project=project, check_every=check_every,
             channel_axis=channel_axis, seed=seed,

@@ -21,7 +21,7 @@ class BoundStart:
     """
 
     constant: float | None = None
-    share: float = 0.5
+    share: float = 0.4
     quantile: float = 0.9
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class AscentPlan:
     steps: int = 4
     refresh_every: int = 2
     warm_start: bool = False
-    rule: str = "sign"
-    step_size: float = 0.004
+    rule: str = "unit_rms"
+    step_size: float = 0.005
     momentum: float = 0.0
     tolerance: float = 0.0
 
