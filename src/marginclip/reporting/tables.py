@@ -29,7 +29,7 @@ def result_table(record: RunRecord) -> Table:
     table = Table(
         title=_title(record), caption=_caption(record), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
-    table.add_column("defense", no_wrap=True)
+    table.add_column("defense", min_width=12)  # long names take two lines, so that the numbers stay whole
     for heading in shown:
         table.add_column(_heading(heading), justify="right", no_wrap=True)
     for position, row in enumerate(rows):

@@ -42,7 +42,7 @@ class BoundLearning(LearningDefense):
     Every ``check_every`` steps the accuracy on all of those images is measured. It moves lambda (``lambda_``), and says which bounds are
     returned: ``keep="feasible"`` the last that kept it at ``lambda_.min_agreement``, ``"best"`` those among them of lowest objective at
     the initial lambda, ``"last"`` the last whatever it is (as the published scripts). Where none kept it, the first two relax the last
-    bounds towards the clean maxima until they do.
+    bounds towards the clean maxima until they do; ``"feasible"`` goes on for up to ``extra_steps`` before.
     """
 
     label = "learned bounds"
@@ -63,6 +63,7 @@ class BoundLearning(LearningDefense):
         ascent: AscentPlan | None = None,
         lambda_: LambdaController | None = None,
         steps: int = 60,
+        extra_steps: int = 60,
         tolerance: float | None = None,
         batch_size: int = 100,
         learning_rate: float = 0.05,
@@ -77,6 +78,7 @@ class BoundLearning(LearningDefense):
     ) -> None:
         super().__init__()
         require(steps >= 1, f"defense.steps must be at least 1, got {steps}")
+        require(extra_steps >= 0, f"defense.extra_steps must not be negative, got {extra_steps}")
         require(tolerance is None or tolerance > 0, f"defense.tolerance must be positive or null, got {tolerance}")
         require(batch_size >= 1, f"defense.batch_size must be at least 1, got {batch_size}")
         require(0 < learning_rate <= 1e30, f"defense.learning_rate must be in (0, 1e30], got {learning_rate:g}")
@@ -101,7 +103,8 @@ class BoundLearning(LearningDefense):
         )
         self.sites = sites
         self.start, self.ascent, self.lambda_ = start or BoundStart(), ascent or AscentPlan(), lambda_ or LambdaController()
-        self.steps, self.batch_size, self.learning_rate, self.lr_scale = steps, batch_size, learning_rate, lr_scale
+        self.steps, self.extra_steps = steps, extra_steps if keep == "feasible" else 0
+        self.batch_size, self.learning_rate, self.lr_scale = batch_size, learning_rate, lr_scale
         self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
@@ -149,7 +152,7 @@ class BoundLearning(LearningDefense):
 
     @property
     def num_epochs(self) -> int:
-        return -(-self.steps // self.check_every)
+        return -(-(self.steps + self.extra_steps) // self.check_every)
 
     def repaired(self) -> BoundedNetwork:
         """The bounded network with the bounds to keep."""
@@ -183,8 +186,8 @@ class BoundLearning(LearningDefense):
             self._check()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """End the last round early where ``steps`` is no multiple of ``check_every``, or when the loss has come to rest."""
-        return -1 if self.global_step >= self.steps or self.stopped_at else None
+        """End where the steps are taken, which may be within a round, or when the loss has come to rest."""
+        return -1 if self._steps_taken() or self.stopped_at else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.global_step
@@ -208,12 +211,19 @@ class BoundLearning(LearningDefense):
     def on_train_epoch_end(self) -> None:
         if self.checked_at != self.global_step:  # else nothing was learned: a run that had ended was resumed
             self._check()
+        if self._steps_taken():
+            self.trainer.should_stop = True
 
     def findings(self) -> dict[str, Any]:
         """How long bounds were learned, what ended it, ``tolerance`` or ``steps``, and how far they had to be relaxed, in [0, 1]."""
-        taken = self.stopped_at or self.steps
+        taken = self.stopped_at or self.checked_at
         found: dict[str, Any] = {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
         return found | {"relaxed": self.relaxed}
+
+    def _steps_taken(self) -> bool:
+        """Whether ``steps`` are taken and bounds that kept the accuracy were found, or ``extra_steps``, too."""
+        enough = self.steps if self.best_bounds else self.steps + self.extra_steps
+        return self.global_step >= enough
 
     def _forget(self) -> None:
         """Be as new, before or after learning."""

@@ -28,6 +28,7 @@ class MMBM(BoundLearning):
         ascent: AscentPlan | None = None,
         lambda_: LambdaController | None = None,
         steps: int = 150,
+        extra_steps: int = 0,
         tolerance: float | None = None,
         batch_size: int = 200,
         learning_rate: float = 0.1,
@@ -42,7 +43,8 @@ class MMBM(BoundLearning):
     ) -> None:
         super().__init__(
             objective=objective or MMBMObjective(), sites=sites, start=start or BoundStart(constant=8.0, share=1.0, quantile=1.0),
-            ascent=ascent, lambda_=lambda_ or LambdaController(initial=0.5, factor=1.2, min_agreement=0.95, first_check=2), steps=steps,
+            ascent=ascent, lambda_=lambda_ or LambdaController(initial=0.5, factor=1.2, min_agreement=0.95, first_check=2),
+            steps=steps, extra_steps=extra_steps,
             tolerance=tolerance, batch_size=batch_size, learning_rate=learning_rate, lr_scale=lr_scale, offset_rate=offset_rate,
             scale_rate=scale_rate, keep=keep, project=project, check_every=check_every, channel_axis=channel_axis, seed=seed,
         )  # fmt: skip

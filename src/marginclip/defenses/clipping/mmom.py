@@ -28,6 +28,7 @@ class MMOM(BoundLearning):
         ascent: AscentPlan | None = None,
         lambda_: LambdaController | None = None,
         steps: int = 300,
+        extra_steps: int = 0,
         tolerance: float | None = 1e-5,
         batch_size: int = 5000,
         learning_rate: float = 0.05,
@@ -43,8 +44,9 @@ class MMOM(BoundLearning):
         super().__init__(
             objective=objective or MMOMObjective(), sites=sites, start=start or BoundStart(share=0.6, quantile=1.0),
             ascent=ascent or AscentPlan(refresh_every=10, rule="sign", step_size=0.004),
-            lambda_=lambda_ or LambdaController(initial=1e-5, control="fixed", factor=1.2, min_agreement=0.0),
-            steps=steps, tolerance=tolerance, batch_size=batch_size, learning_rate=learning_rate, lr_scale=lr_scale,
+            lambda_=lambda_ or LambdaController(initial=1e-5, control="fixed", factor=1.2, min_agreement=0.0, first_check=1),
+            steps=steps, extra_steps=extra_steps, tolerance=tolerance,
+            batch_size=batch_size, learning_rate=learning_rate, lr_scale=lr_scale,
             offset_rate=offset_rate, scale_rate=scale_rate, keep=keep, project=project, check_every=check_every,
             channel_axis=channel_axis, seed=seed,
         )  # fmt: skip
