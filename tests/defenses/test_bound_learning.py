@@ -38,7 +38,9 @@ def learning(**settings):
     """A short bound learning whose settings are all stated; a test changes those that it is about."""
     plan = {"network": "bounded", "starts_per_class": 3, "first_steps": 4, "steps": 1, "refresh_every": 1, "warm_start": True}
     plan |= {"rule": "unit_norm", "step_size": 0.1} | settings.pop("ascent", {})
-    lambda_ = {"initial": 0.1, "control": "fixed", "factor": 1.2, "min_agreement": 0.95} | settings.pop("lambda_", {})
+    lambda_ = {"initial": 0.1, "control": "fixed", "factor": 1.2, "min_agreement": 0.95, "first_check": 1} | settings.pop(
+        "lambda_", {}
+    )
     stated = {
         "start": BoundStart(share=0.5, quantile=1.0), "steps": 4, "check_every": 2, "batch_size": 100, "learning_rate": 0.05,
         "lr_scale": "absolute", "keep": "last", "project": True, "seed": 0,
@@ -381,6 +383,35 @@ def test_best_is_the_lowest_objective_that_kept_the_accuracy(victim, clean):
     assert all(torch.equal(value, watch.notes[best][0][name]) for name, value in repaired.bounds_state().items())
 
 
+def test_feasible_is_the_last_that_kept_the_accuracy(victim, clean):
+    lambda_ = {"initial": 50.0, "min_agreement": 0.9}  # so that accuracy is lost after some steps
+    start = BoundStart(share=1.0, quantile=1.0)
+    defense = learning(keep="feasible", steps=25, extra_steps=0, check_every=1, start=start, learning_rate=0.5, lambda_=lambda_)
+    watch = Watch(epoch=lambda module: module.bounded.bounds_state())
+    repaired = fit(defense, victim, clean, callbacks=[watch])
+    kept = [number for number, entry in enumerate(defense.history[1:]) if entry["agreement"] >= 0.9]
+    assert kept and kept[-1] < 24, "choose settings under which the last bounds are not accurate enough"
+    assert all(torch.equal(value, watch.notes[kept[-1]][name]) for name, value in repaired.bounds_state().items())
+    assert defense.relaxed == 0
+
+
+def test_learning_goes_on_until_bounds_are_accurate(victim, clean):
+    start = BoundStart(share=0.05, quantile=1.0)
+    settings = {"keep": "feasible", "steps": 2, "check_every": 1, "start": start, "learning_rate": 0.01}
+    lambda_ = {"initial": 0.0, "min_agreement": 1.0}
+    defense = learning(extra_steps=60, lambda_=lambda_, **settings)
+    repaired = fit(defense, victim, clean)
+    taken = defense.findings()["bound_steps"]
+    assert 2 < taken < 62, "choose a start that is not accurate after two steps and is after some more"
+    assert [entry["agreement"] == 1 for entry in defense.history[1:]] == [False] * (taken - 1) + [True]
+    assert agreement_of(repaired, victim, clean) == 1
+    assert defense.relaxed == 0
+    short = learning(extra_steps=0, lambda_=lambda_, **settings)
+    fit(short, victim, clean)
+    assert short.findings()["bound_steps"] == 2
+    assert short.relaxed > 0
+
+
 def test_last_is_the_last(victim, clean):
     watch = Watch(epoch=lambda module: module.bounded.bounds_state())
     hopeless = learning(steps=6, start=BoundStart(constant=1e-3), learning_rate=1e-4)
@@ -393,7 +424,7 @@ def test_last_is_the_last(victim, clean):
 
 
 @pytest.mark.parametrize("at", [1, 5, 6])  # checks come every 2 steps; before the first checkpoint, and behind the second
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["feasible", "best", "last"])
 def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, tmp_path, at, keep):
     def make():
         lambda_ = {"control": "agreement"}

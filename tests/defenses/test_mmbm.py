@@ -30,7 +30,10 @@ CONF = Path(__file__).parents[2] / "conf"
 
 def learning(**settings):
     lambda_ = LambdaController(
-        **({"initial": 0.5, "control": "fixed", "factor": 1.2, "min_agreement": 0.95} | settings.pop("lambda_", {}))
+        **(
+            {"initial": 0.5, "control": "fixed", "factor": 1.2, "min_agreement": 0.95, "first_check": 1}
+            | settings.pop("lambda_", {})
+        )
     )
     stated = {"sites": "all", "start": BoundStart(constant=8.0), "steps": 4, "check_every": 2, "batch_size": 100}
     stated |= {"learning_rate": 0.1, "lr_scale": "absolute", "keep": "last", "project": False}

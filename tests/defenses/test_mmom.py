@@ -33,7 +33,9 @@ CONF = Path(__file__).parents[2] / "conf"
 
 def learning(**settings):
     """Bound learning with MMOM's objective on the whole clean set, all activations."""
-    lambda_ = LambdaController(**({"initial": 1e-5, "control": "fixed", "min_agreement": 0.0} | settings.pop("lambda_", {})))
+    lambda_ = LambdaController(
+        **({"initial": 1e-5, "control": "fixed", "min_agreement": 0.0, "first_check": 1} | settings.pop("lambda_", {}))
+    )
     ascent = AscentPlan(**({"starts_per_class": 2, "first_steps": 2, "steps": 1} | settings.pop("ascent", {})))
     stated = {"sites": "all", "start": BoundStart(share=0.6, quantile=1.0), "steps": 6, "check_every": 2, "batch_size": 500}
     stated |= {"keep": "last", "learning_rate": 0.02, "lr_scale": "absolute"}

@@ -282,3 +282,14 @@ def test_a_detector_that_can_flag_nothing_says_so(clean_logits, caplog):
     assert "flags nothing: its 3 clean images are too few for theta=0.01" in caplog.messages[-1]
     make((clean_logits[0], clean_logits[0]))
     assert "flags nothing: its 200 clean images lose the same margin" in caplog.messages[-1]
+
+
+def test_two_rules_share_a_null(clean_logits, new_logits):
+    paper = make(clean_logits, rule="paper")
+    other = paper.with_rule("repaired")
+    assert (paper.rule, other.rule) == ("paper", "repaired")
+    one, two = (detector.decide(*new_logits) for detector in (paper, other))
+    assert torch.equal(one.flagged, two.flagged)
+    assert torch.equal(two.decisions, make(clean_logits, rule="repaired").decide(*new_logits).decisions)
+    with pytest.raises(UserError, match=r"detector.rule must be one of paper, repaired, or_disagree, got 'both'"):
+        paper.with_rule("both")

@@ -7,7 +7,7 @@ from marginclip.maxmargin.lambda_control import LambdaController
 
 
 def test_lambda_rises_at_or_above_pi_and_falls_below():
-    controller = LambdaController(initial=0.1, control="agreement", factor=1.2, min_agreement=0.95)
+    controller = LambdaController(initial=0.1, control="agreement", factor=1.2, min_agreement=0.95, first_check=1)
     values = [controller.update(agreement) for agreement in (1.0, 0.95, 0.9499, 0.0, 0.96)]
     assert values == pytest.approx([0.12, 0.144, 0.12, 0.1, 0.12])
 
@@ -29,7 +29,7 @@ def test_the_scripts_schedule_moves_it_26_times_at_epochs_40_to_290():
 
 
 def test_lambda_stays_within_its_limits():
-    controller = LambdaController(initial=1.0, control="agreement", factor=10, smallest=0.01, largest=50)
+    controller = LambdaController(initial=1.0, control="agreement", factor=10, first_check=1, smallest=0.01, largest=50)
     assert [controller.update(1.0) for _ in range(3)] == [10, 50, 50]
     assert [controller.update(0.0) for _ in range(5)] == pytest.approx([5, 0.5, 0.05, 0.01, 0.01])
 

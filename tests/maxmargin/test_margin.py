@@ -86,7 +86,7 @@ def test_chunks_change_nothing(budget, net64, starts):
     assert (max(seen) == 1, max(seen) == 12) == (budget == 1, budget == 2**40)
 
 
-@pytest.mark.parametrize("rule", ["raw", "unit_norm", "sign"])
+@pytest.mark.parametrize("rule", ["raw", "unit_norm", "unit_rms", "sign"])
 def test_images_stay_feasible_and_no_margin_falls(rule, net, images):
     before = images.clone()
     found = ascend_margins(net, CLASSES, images, steps=20, step_size=3.0, rule=rule, momentum=0.5)
@@ -98,7 +98,7 @@ def test_images_stay_feasible_and_no_margin_falls(rule, net, images):
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize(("rule", "length"), [("unit_norm", 0.01), ("sign", 0.01 * 192**0.5)])
+@pytest.mark.parametrize(("rule", "length"), [("unit_norm", 0.01), ("unit_rms", 0.01 * 192**0.5), ("sign", 0.01 * 192**0.5)])
 def test_one_step_has_the_length_of_its_rule(rule, length, net, images):
     centre = images / 2 + 0.25
     found = ascend_margins(net, CLASSES, centre, steps=1, step_size=0.01, rule=rule)
@@ -111,7 +111,7 @@ def test_no_step_gives_the_starts(net, images):
     assert torch.equal(found.margins, found.initial_margins)
 
 
-@pytest.mark.parametrize("rule", ["raw", "unit_norm", "sign"])
+@pytest.mark.parametrize("rule", ["raw", "unit_norm", "unit_rms", "sign"])
 def test_linear_model_of_two_classes_reaches_the_exact_corner(rule, settle):
     model = settle(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
     weights, bias = model[1].weight.detach(), model[1].bias.detach()

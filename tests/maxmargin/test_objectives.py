@@ -6,7 +6,7 @@ import torch
 from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
 from marginclip.maxmargin.margin import margin
-from marginclip.maxmargin.objectives import mmac
+from marginclip.maxmargin.objectives import Measured, MMACObjective, margin_hinge, mmac
 
 CLASSES = torch.arange(12) % 4
 
@@ -54,6 +54,41 @@ def test_a_small_step_on_the_margin_term_lowers_the_mean_margin(net, images):
 def test_low_precision_logits_are_reduced_in_full():
     logits = torch.randn(6, 4).bfloat16()
     assert mmac(logits, logits, torch.randn(9).bfloat16(), 0.1).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_hinge_counts_what_is_won_or_nearly(reduction):
+    margins = torch.tensor([-7.0, -1.5, -0.5, 0.0, 2.0], requires_grad=True)
+    found = margin_hinge(margins, 1.0, reduction=reduction)
+    assert found.item() == pytest.approx(4.5 / (5 if reduction == "mean" else 1))
+    found.backward()
+    assert margins.grad.ne(0).tolist() == [False, False, True, True, True]
+
+
+def test_the_objectives_terms_are_chosen_one_by_one():
+    measured = Measured(torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4, torch.randn(9), [])
+    bounded, clean, labels, margins = measured.bounded_logits, measured.clean_logits, measured.labels, measured.margins
+    paper = MMACObjective(data="squared_error", penalty="signed")(measured, 0.3)
+    torch.testing.assert_close(paper.loss, mmac(bounded, clean, margins, 0.3).loss)
+    ours = MMACObjective(kappa=0.5)(measured, 0.3)
+    entropy = sum(-bounded[i].log_softmax(0)[labels[i]].item() for i in range(6)) / 6
+    excess = sum(max(0.0, value + 0.5) for value in margins.tolist()) / 9
+    assert ours.data.item() == pytest.approx(entropy, rel=1e-5)
+    assert ours.margin.item() == pytest.approx(excess, rel=1e-5)
+    assert ours.loss.item() == pytest.approx(entropy + 0.3 * excess, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"data": "l2"}, "defense.objective.data must be one of cross_entropy, squared_error, got 'l2'"),
+        ({"penalty": "max"}, "defense.objective.penalty must be one of hinge, signed, got 'max'"),
+        ({"kappa": float("nan")}, "defense.objective.kappa must be a finite number of logits, got nan"),
+    ],
+)
+def test_unknown_terms_are_refused(setting, message):
+    with pytest.raises(UserError, match=message):
+        MMACObjective(**setting)
 
 
 def test_an_unknown_reduction_is_refused():
