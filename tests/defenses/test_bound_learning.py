@@ -242,11 +242,34 @@ def test_minibatches_are_whole_passes(victim, clean):
     fit(defense, victim, clean)
     count = len(defense.images)
     per_pass = -(-count // 5)
-    first, second = ([defense._minibatch(start + step) for step in range(per_pass)] for start in (0, per_pass))
+    first, second = ([defense._minibatch(count, 5, start + step) for step in range(per_pass)] for start in (0, per_pass))
     for batches in (first, second):
         assert torch.cat(batches).sort().values.tolist() == list(range(count))
     assert not torch.equal(torch.cat(first), torch.cat(second))
     assert max(map(len, first)) == 5
+
+
+def test_margin_inputs_come_in_minibatches_like_the_scripts(plain_victim, clean):
+    """The first step of the published script's objective: a sum over five of the twelve margin inputs, beside five clean images."""
+    defense = learning(
+        steps=1, check_every=1, batch_size=5, reduction="sum", ascent={"batch_size": 5}, lambda_={"initial": 0.1}
+    )
+    start = BoundedNetwork(plain_victim, clean[0][:1])
+    defense.start.apply(start, clean[0])
+    losses = []
+
+    class Loss(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    fit(defense, plain_victim, clean, callbacks=[Loss()])
+    images, _, targets = correct_ones(plain_victim, clean)
+    rows = [defense._minibatch(count, 5, 0) for count in (len(images), 12)]
+    with torch.no_grad():
+        data = ((start(images[rows[0]]) - targets[rows[0]]) ** 2).mean()
+        margins = slow_margins(start(defense.margin_inputs[rows[1]]), defense.wanted[rows[1]])
+    assert len(margins) == 5
+    assert losses == [pytest.approx(float(data + 0.1 * margins.sum()), rel=1e-4)]
 
 
 def test_bounds_stay_feasible_unless_told_not_to(victim, clean):

@@ -193,8 +193,9 @@ class BoundLearning(LearningDefense):
         step = self.global_step
         if self.objective.ascends and step % self.ascent.refresh_every == 0:
             self._ascend(step)
-        rows = self._minibatch(step)
-        margins = self._margins()
+        rows = self._minibatch(len(self.images), self.batch_size, step)
+        size = self.ascent.batch_size
+        margins = self._margins(slice(None) if size is None else self._minibatch(len(self.wanted), size, step))
         terms = self._terms(self._bounded_logits(rows), rows, margins, self.lambda_.value)
         self._log_step(terms, margins)
         return terms.loss
@@ -234,11 +235,11 @@ class BoundLearning(LearningDefense):
         self.prefix = None
         self.lambda_.reset()
 
-    def _margins(self) -> Tensor:
-        """The margins of the margin inputs under the present bounds, (N,); none for an objective that needs none."""
+    def _margins(self, rows: Tensor | slice) -> Tensor:
+        """The margins of these margin inputs under the present bounds, (N,); none for an objective that needs none."""
         if not self.objective.ascends:
             return torch.zeros(0, device=self.device)
-        return margin(self.working[0](self.margin_inputs).float(), self.wanted)
+        return margin(self.working[0](self.margin_inputs[rows]).float(), self.wanted[rows])
 
     def _bounded_logits(self, rows: Tensor) -> Tensor:
         """The logits (B, K) of the clean images of these rows under the present bounds."""
@@ -257,15 +258,14 @@ class BoundLearning(LearningDefense):
             found = ascend_margins(self.working[0], self.wanted, self.margin_inputs, **plan.search(first=first))
         self.margin_inputs = found.images
 
-    def _minibatch(self, step: int) -> Tensor:
-        """The rows of the clean set of one step: whole passes in a seeded order that depends on the step alone."""
-        count = len(self.images)
-        if self.batch_size >= count:
+    def _minibatch(self, count: int, size: int, step: int) -> Tensor:
+        """``size`` of ``count`` rows for one step: whole passes in a seeded order that depends on the step alone."""
+        if size >= count:
             return torch.arange(count, device=self.device)
-        per_pass = -(-count // self.batch_size)
+        per_pass = -(-count // size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // per_pass)
         order = torch.randperm(count, generator=generator)
-        rows: Tensor = order.split(self.batch_size)[step % per_pass]
+        rows: Tensor = order.split(size)[step % per_pass]
         return rows.to(self.device)
 
     @torch.no_grad()
@@ -275,7 +275,7 @@ class BoundLearning(LearningDefense):
         with self.trainer.precision_plugin.forward_context():
             everything = torch.arange(len(self.images), device=self.device)
             logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(250)])
-            margins = self._margins()
+            margins = self._margins(slice(None))
         agreement = float((logits.argmax(1) == self.labels).float().mean())
         terms = self._terms(logits, slice(None), margins, self.lambda_.initial)
         score = float(terms.loss)

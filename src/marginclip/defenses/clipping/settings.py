@@ -46,7 +46,8 @@ class AscentPlan:
     refresh; at every later one, each ``refresh_every`` bound steps, ``steps`` more, from where they are (``warm_start``) or from
     new starts. Starts are ``noise``, uniform in [0, 1] as in the papers, or ``clean``: randomly chosen clean images of *other*
     classes, from where a few small steps look for what a trigger does, a small change that flips any image to the class.
-    ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script).
+    ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script). ``batch_size`` of the
+    margin inputs count in a bound step (published script: as many as clean images), None: all.
     """
 
     network: str = "bounded"
@@ -60,6 +61,7 @@ class AscentPlan:
     step_size: float = 0.005
     momentum: float = 0.0
     tolerance: float = 0.0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -73,6 +75,10 @@ class AscentPlan:
         require(self.rule in ASCENT_RULES, f"defense.ascent.rule must be one of {', '.join(ASCENT_RULES)}, got '{self.rule}'")
         for key in ("starts_per_class", "refresh_every"):
             require(getattr(self, key) >= 1, f"defense.ascent.{key} must be at least 1, got {getattr(self, key)}")
+        require(
+            self.batch_size is None or self.batch_size >= 1,
+            f"defense.ascent.batch_size must be at least 1 or null, got {self.batch_size}",
+        )
         for key in ("first_steps", "steps"):
             require(getattr(self, key) >= 0, f"defense.ascent.{key} must not be negative, got {getattr(self, key)}")
         require(self.step_size > 0, f"defense.ascent.step_size must be positive, got {self.step_size:g}")
