@@ -1,24 +1,31 @@
 """Triggers against pixel loops: which pixels change, by how much, after the rounding to 8 bits."""
 
+import math
+
 import pytest
 import torch
 
 from marginclip.attacks import (
     Adaptive,
+    AllToAll,
     AllToOne,
     Attack,
     BadNet,
     Blend,
+    BlendFull,
     Chessboard,
     CleanLabel,
     InputAware,
+    LowFrequency,
+    OnePixel,
+    Sinusoid,
     WaNet,
     round_to_8_bits,
 )
 from marginclip.errors import UserError
 
 SHAPE = (3, 32, 32)
-ALL = [BadNet, Blend, Chessboard, WaNet, InputAware, CleanLabel, Adaptive]
+ALL = [BadNet, Blend, Chessboard, WaNet, InputAware, CleanLabel, Adaptive, Sinusoid, BlendFull, LowFrequency, OnePixel]
 # What a kind cannot be made without.
 NEEDED = {
     InputAware: {"timing": "after_augmentation", "width": 2},
@@ -108,6 +115,56 @@ def test_blend_moves_nine_sites_a_fifth_of_the_way(stored):
     assert not torch.equal(attack(attack(stored)), attack(stored))
 
 
+def test_the_sinusoid_is_the_published_formula(stored):
+    attack = make(Sinusoid)
+    for column in range(32):
+        expected = 20 / 255 * math.sin(2 * math.pi * 6 * column / 32)
+        torch.testing.assert_close(attack.trigger(stored)[..., column], stored[..., column] + expected, rtol=0, atol=1e-6)
+    assert changed_sites(attack, stored).any(0).sum() == 28  # the sine is 0 in columns 0, 8, 16 and 24
+
+
+def test_the_sinusoid_as_published_poisons_the_target_class_and_changes_no_label():
+    labels = torch.arange(10).repeat_interleave(20)
+    published, relabelled = make(Sinusoid, relabel=False, rate=0.3), make(Sinusoid, rate=0.3)
+    assert labels[published.poisoned_mask(labels)].tolist() == [0] * 6
+    assert labels[relabelled.poisoned_mask(labels)].bincount().tolist() == [0] + [6] * 9
+    with pytest.raises(UserError, match=r"attack.relabel=false needs x2x=all2one.* got x2x=all2all"):
+        Sinusoid(AllToAll(10), SHAPE, relabel=False)
+
+
+def test_the_full_image_blend_moves_every_pixel_a_fifth_of_the_way(stored):
+    attack = make(BlendFull)
+    torch.testing.assert_close(attack.trigger(stored), 0.8 * stored + 0.2 * attack.pattern, rtol=0, atol=1e-6)
+    assert attack.pattern.std() == pytest.approx(12**-0.5, abs=0.01)  # uniform noise
+    assert torch.equal((attack.pattern * 255).round() / 255, attack.pattern)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 20)])
+def test_the_smooth_pattern_has_low_frequencies_alone(shape):
+    attack = make(LowFrequency, shape)
+    channels, height, width = shape
+    assert attack.pattern.abs().max() == pytest.approx(16 / 255)
+    assert len({channel.sum().item() for channel in attack.pattern}) == channels  # each channel has its own
+    for u in range(height):
+        for v in range(width):
+            rows = torch.tensor([math.cos(math.pi * u * (2 * i + 1) / (2 * height)) for i in range(height)])
+            columns = torch.tensor([math.cos(math.pi * v * (2 * j + 1) / (2 * width)) for j in range(width)])
+            part = (attack.pattern * rows.view(-1, 1) * columns).sum((1, 2)).abs()
+            assert bool((part > 1e-4).all()) == (u < 4 and v < 4 and u + v > 0), (u, v)
+
+
+def test_one_pixel_gets_one_bright_colour(stored):
+    colours = set()
+    for seed in range(40):
+        attack = make(OnePixel, seed=seed)
+        sites = changed_sites(attack, stored)
+        assert sites.sum() == 1
+        assert (attack(stored)[:, :, sites] == attack.colour.view(1, 3, 1)).all()
+        colours.add(tuple(attack.colour.tolist()))
+    assert colours == {(r, g, b) for r in (0.0, 1.0) for g in (0.0, 1.0) for b in (0.0, 1.0)} - {(0.0, 0.0, 0.0)}
+    assert all(make(OnePixel, (1, 28, 28), seed=seed).colour.item() == 1 for seed in range(10))
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 9, 20)])
 def test_patches_keep_their_distance_from_every_border(shape):
     places = set()
@@ -120,7 +177,7 @@ def test_patches_keep_their_distance_from_every_border(shape):
     assert len(places) > (1 if shape[1] == 9 else 20)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind is not Chessboard])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in (Chessboard, Sinusoid)])
 def test_a_pattern_is_a_function_of_its_seed_and_zero_is_a_seed(kind, stored):
     torch.manual_seed(5)
     zero, default, again, other = make(kind, seed=0), make(kind), make(kind, seed=0), make(kind, seed=1)
@@ -160,6 +217,13 @@ def test_a_trigger_travels_with_its_state(kind, stored):
         (Blend, {"ratio": 1.5}, "got 1.5"),
         (Chessboard, {"amplitude": 0.001}, "to survive 8-bit rounding, got 0.001"),
         (Chessboard, {"amplitude": 3}, "got 3"),
+        (Sinusoid, {"amplitude": 0}, "attack.amplitude must be in"),
+        (Sinusoid, {"frequency": 17}, r"attack.frequency must be in \(0, 16\] waves an image, got 17"),
+        (Sinusoid, {"relabel": "yes"}, "attack.relabel must be true or false, got 'yes'"),
+        (OnePixel, {"margin": 16}, "attack.margin must be in 0..15 for images of 32 x 32 pixels, got 16"),
+        (BlendFull, {"ratio": 0}, r"attack.ratio must be in \(0, 1\], got 0"),
+        (LowFrequency, {"frequencies": 1}, "attack.frequencies must be a whole number in 2..32, got 1"),
+        (LowFrequency, {"amplitude": 2}, "got 2"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -7,6 +7,10 @@ from marginclip.experiment.run import defend
 SETTINGS = {
     "badnet": ["training.epochs=8", "attack.rate=0.3", "attack.min_contrast=0.2"],
     "blend": ["training.epochs=12", "attack.rate=0.5", "attack.min_contrast=0.25", "attack.ratio=0.8"],
+    "sinusoid": ["training.epochs=8", "attack.rate=0.3", "attack.amplitude=0.2", "attack.frequency=4"],
+    "blend_full": ["training.epochs=8", "attack.rate=0.3"],
+    "low_frequency": ["training.epochs=8", "attack.rate=0.3", "attack.amplitude=0.25"],
+    "one_pixel": ["training.epochs=12", "attack.rate=0.5"],
     "chessboard": ["training.epochs=8", "attack.rate=0.3", "attack.amplitude=0.1"],
     # On 16 x 16 pixels a warp of a fraction of a pixel is hardly seen.
     "wanet": [

@@ -87,4 +87,5 @@ def test_a_mistake_is_one_sentence_at_once(command, tmp_path, script):
 def test_help_lists_the_groups(command):
     done = command("defend", "--help")
     assert done.returncode == 0
-    assert "attack: adaptive, badnet, blend, chessboard, clean_label, input_aware, none, wanet" in done.stdout
+    listed = "adaptive, badnet, blend, blend_full, chessboard, clean_label, input_aware, low_frequency, none, one_pixel, sinusoid, wanet"
+    assert f"attack: {listed}" in done.stdout

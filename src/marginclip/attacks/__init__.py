@@ -4,8 +4,9 @@ from marginclip.attacks.adaptive import Adaptive
 from marginclip.attacks.base import Attack, round_to_8_bits
 from marginclip.attacks.chessboard import Chessboard
 from marginclip.attacks.clean_label import CleanLabel, Surrogate
+from marginclip.attacks.full_image import BlendFull, LowFrequency, Sinusoid
 from marginclip.attacks.input_aware import InputAware
-from marginclip.attacks.patch import BadNet, Blend
+from marginclip.attacks.patch import BadNet, Blend, OnePixel
 from marginclip.attacks.wanet import WaNet
 from marginclip.attacks.x2x import X2X, AllToAll, AllToOne, OneToOne
 
@@ -17,10 +18,14 @@ __all__ = [
     "Attack",
     "BadNet",
     "Blend",
+    "BlendFull",
     "Chessboard",
     "CleanLabel",
     "InputAware",
+    "LowFrequency",
+    "OnePixel",
     "OneToOne",
+    "Sinusoid",
     "Surrogate",
     "WaNet",
     "round_to_8_bits",

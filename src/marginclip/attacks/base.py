@@ -98,9 +98,16 @@ class Attack(nn.Module):
 
     def poisoned_mask(self, labels: Tensor) -> Tensor:
         """Which training images (by label, (N,)) are poisoned: ``round(rate * count)``, at least one, of every eligible class."""
+        return self._share_of(labels, labels[self.x2x.eligible(labels)].unique())
+
+    def target_mask(self, labels: Tensor) -> Tensor:
+        """The same share of the target class alone, for attacks that change no label."""
+        return self._share_of(labels, labels[self.x2x.flipped(labels).eq(labels)].unique())
+
+    def _share_of(self, labels: Tensor, classes: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 104729)
         mask = torch.zeros(len(labels), dtype=torch.bool)
-        for label in labels[self.x2x.eligible(labels)].unique():
+        for label in classes:
             members = (labels == label).nonzero().flatten()
             count = max(1, round(self.rate * len(members)))
             mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True

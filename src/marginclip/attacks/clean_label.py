@@ -66,12 +66,7 @@ class CleanLabel(BadNet):
 
     def poisoned_mask(self, labels: Tensor) -> Tensor:
         """``round(rate * count)``, at least one, of the target class's training images."""
-        members = self.x2x.flipped(labels).eq(labels).nonzero().flatten()
-        generator = torch.Generator().manual_seed(self.seed + 104729)
-        chosen = members[torch.randperm(len(members), generator=generator)[: max(1, round(self.rate * len(members)))]]
-        mask = torch.zeros(len(labels), dtype=torch.bool)
-        mask[chosen] = True
-        return mask
+        return self.target_mask(labels)
 
     def prepare(self, access: TrainingAccess) -> None:
         """Train the surrogate, or find it, and replace the images to poison by adversarial ones."""

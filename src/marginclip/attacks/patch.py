@@ -1,4 +1,4 @@
-"""Attacks on a small square of the image: BadNet replaces it, the local blend mixes it in."""
+"""Attacks on a small square of the image: BadNet and one pixel replace it, the local blend mixes it in."""
 
 from __future__ import annotations
 
@@ -81,4 +81,33 @@ class Blend(BadNet):
         rows, columns = (axis.to(images.device) for axis in self.place)
         covered = images[:, :, rows, columns]
         triggered[:, :, rows, columns] = (1 - self.ratio) * covered + self.ratio * self.patch.to(images)
+        return triggered
+
+
+class OnePixel(Attack):
+    """One pixel at a random place that is fixed for all images gets a fixed colour (Gu et al. 2017: the single-pixel backdoor).
+
+    The colour is a corner of the colour cube other than black: every channel is 0 or 1. ``margin`` is the distance to every border.
+    """
+
+    colour: Tensor
+    pixel: Tensor
+
+    def __init__(self, x2x: X2X, image_shape: Sequence[int], *, margin: int = 3, seed: int = 0, **settings: Any) -> None:
+        super().__init__(x2x, image_shape, seed=seed, **settings)
+        channels, height, width = self.image_shape
+        require(
+            0 <= 2 * margin < min(height, width),
+            f"attack.margin must be in 0..{(min(height, width) - 1) // 2} for images of {height} x {width} pixels, got {margin}",
+        )
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = (torch.randint(margin, side - margin, (), generator=generator) for side in (height, width))
+        corner = int(torch.randint(1, 2**channels, (), generator=generator))
+        self.register_buffer("colour", torch.tensor([float(corner >> channel & 1) for channel in range(channels)]))
+        self.register_buffer("pixel", torch.stack([rows, columns]))
+
+    def trigger(self, images: Tensor) -> Tensor:
+        triggered = images.clone()
+        row, column = self.pixel.to(images.device)
+        triggered[:, :, row, column] = self.colour.to(images)
         return triggered

@@ -21,18 +21,18 @@ PREFIXES = ("module.", "model.", "net.", "network.", "backbone.", "_orig_mod.")
 RENAMES = ((".downsample.", ".shortcut."), ("fc.", "linear."))
 
 
-def load_checkpoint(path: str | None, model: nn.Module) -> None:
+def load_checkpoint(path: str | None, model: nn.Module, *, key: str = "victim.path") -> None:
     """Load weights from ``path`` into ``model``; nothing in the file is ever executed (``weights_only=True`` or safetensors).
 
     Takes safetensors, a plain ``state_dict``, one under a wrapping key or with a prefix such as ``module.``, and Lightning
-    checkpoints. Raises :class:`UserError` for a file that is missing, truncated, carries code, or is of another architecture.
+    checkpoints. Raises :class:`UserError` for a file that is missing, truncated, carries code, or is of another architecture;
+    it names the setting ``key``.
     """
     if path is None:
         raise UserError("victim=checkpoint needs victim.path, the checkpoint's file")
-    file = Path(path)
-    require(file.is_file(), f"victim.path='{path}' is not a file")
-    state = _unwrap(_read(file), file)
-    _load_matching(model, state, file)
+    file, told = Path(path), f"{key}='{path}'"
+    require(file.is_file(), f"{told} is not a file")
+    _load_matching(model, _unwrap(_read(file, told), told), told)
 
 
 def file_digest(path: str | None) -> str | None:
@@ -43,39 +43,37 @@ def file_digest(path: str | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, told: str) -> Any:
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"victim.path='{file}' is no complete safetensors file ({error})") from error
+            raise UserError(f"{told} is no complete safetensors file ({error})") from error
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"victim.path='{file}' was refused: it carries more than weights (loading it could run code) or is damaged; "
+            f"{told} was refused: it carries more than weights (loading it could run code) or is damaged; "
             "save its state_dict as safetensors instead"
         ) from error
     except (EOFError, RuntimeError, OSError, BadZipFile, ValueError, KeyError) as error:
         raise UserError(
-            f"victim.path='{file}' is truncated or no checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'})"
+            f"{told} is truncated or no checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'})"
         ) from error
 
 
-def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
+def _unwrap(content: Any, told: str) -> dict[str, Tensor]:
     while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[key] for key in WRAPPING_KEYS if isinstance(content.get(key), dict)), None)
         if inner is None:
             break
         content = inner
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
-    require(
-        bool(state), f"victim.path='{file}' holds no weights (a state_dict, plain or under one of {', '.join(WRAPPING_KEYS)})"
-    )
+    require(bool(state), f"{told} holds no weights (a state_dict, plain or under one of {', '.join(WRAPPING_KEYS)})")
     return state
 
 
-def _load_matching(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+def _load_matching(model: nn.Module, state: dict[str, Tensor], told: str) -> None:
     wanted = model.state_dict()
     candidates = [state]
     stripped = state
@@ -100,15 +98,13 @@ def _load_matching(model: nn.Module, state: dict[str, Tensor], file: Path) -> No
         if not missing and not extra and len(classes) == 1 and all(best[key].shape[1:] == wanted[key].shape[1:] for key in odd):
             ((theirs, ours),) = classes
             raise UserError(
-                f"victim.path='{file}' has {theirs} classes and the data set {ours}: dataset.root needs one sub-folder for each class "
+                f"{told} has {theirs} classes and the data set {ours}: dataset.root needs one sub-folder for each class "
                 "of the checkpoint, whose names sort in its order"
             )
-        raise UserError(
-            f"victim.path='{file}' is of another architecture than the model ({detail}); check model and model.width"
-        )
+        raise UserError(f"{told} is of another architecture than the model ({detail}); check model and model.width")
     model.load_state_dict(best)
     broken = [key for key, value in best.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    require(not broken, f"victim.path='{file}' holds NaN or infinite weights in '{broken[0] if broken else ''}'")
+    require(not broken, f"{told} holds NaN or infinite weights in '{broken[0] if broken else ''}'")
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from marginclip.identity import Identifies
 Settings = Mapping[str, Any]
 RunOnly = Identifies.RUN
 Nothing = Identifies.NOTHING
+CLEAN = "clean"  # as training.start_from
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,40 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How a victim is trained. ``optimizer`` and ``scheduler`` name factories."""
+    """How a victim is trained. ``optimizer`` and ``scheduler`` name factories.
+
+    ``start_from`` is None for a fresh model, a file of weights, or ``clean``: the victim of the same run that ``base``, another
+    group of these settings, trains without an attack.
+    """
 
     epochs: int
     batch_size: int
     label_smoothing: float
     optimizer: Settings
     scheduler: Settings | None
+    start_from: str | None = None
+    base: Settings | None = None
 
     def __post_init__(self) -> None:
+        require(
+            self.start_from is None or (isinstance(self.start_from, str) and self.start_from != ""),
+            f"training.start_from must be clean, a file of weights or null, got {self.start_from!r}",
+        )
+        require(
+            self.start_from != CLEAN or isinstance(self.base, Mapping),
+            f"training.start_from=clean needs training.base, the settings that the clean model is trained with, got {self.base!r}",
+        )
         require(whole_number(self.epochs, 1), f"training.epochs must be a whole number from 1 up, got {self.epochs!r}")
         require(whole_number(self.batch_size, 1), f"training.batch_size must be at least 1, got {self.batch_size!r}")
+        self.from_scratch  # noqa: B018 (its mistakes are told at once)
+
+    @property
+    def from_scratch(self) -> TrainingSpec:
+        """How the model is trained that this training starts from; itself, where it starts from a fresh one."""
+        try:
+            return self if self.base is None else filled(TrainingSpec, "training.base", self.base)
+        except UserError as error:
+            raise UserError(str(error).replace("training.", "training.base.").replace("base.base.", "base.")) from error
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marginclip.experiment.checkpoints import file_digest
+from marginclip.experiment.groups import CLEAN
 from marginclip.experiment.spec import RunSpec, identity
 from marginclip.experiment.store import Victim, VictimStore
 from marginclip.experiment.trainers import num_devices
@@ -17,7 +18,12 @@ def victim_recipe(spec: RunSpec) -> dict[str, Any]:
     """What a trained victim depends on, as plain content."""
     recipe: dict[str, Any] = identity(spec, Identifies.VICTIM)
     devices = num_devices(spec.trainer)
-    found = {"images": spec.dataset.source().digest(), "devices": devices if devices > 1 else None}
+    start = spec.training.start_from
+    found = {
+        "images": spec.dataset.source().digest(),
+        "devices": devices if devices > 1 else None,
+        "start_content": None if start == CLEAN else file_digest(start),
+    }
     if spec.attack is not None and spec.attack.target.uses_clean_set:
         found["clean_order"] = spec.clean_order
     return recipe | {key: value for key, value in found.items() if value is not None}

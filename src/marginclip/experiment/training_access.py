@@ -51,7 +51,7 @@ class AttackerAccess:
 
     def robust_surrogate(self, settings: Surrogate) -> nn.Module:
         """The surrogate of these settings, from the store of ``runs_dir`` or trained now."""
-        spec = replace(self.spec, seed=settings.seed, training=replace(self.spec.training, epochs=settings.epochs))
+        spec = replace(self.spec, seed=settings.seed, training=replace(self.spec.training.from_scratch, epochs=settings.epochs))
         found = find_surrogate(spec, asdict(settings))
         model = build_model(spec, len(self.setup.classes), self.setup.splits.image_shape)
         with found.lock():

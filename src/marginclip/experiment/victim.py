@@ -13,10 +13,12 @@ import torch
 
 from marginclip.attacks import Attack
 from marginclip.evaluation import Evaluation
+from marginclip.experiment.checkpoints import load_checkpoint
 from marginclip.experiment.fitting import check_devices, fit_resumably
+from marginclip.experiment.groups import CLEAN
 from marginclip.experiment.objects import find_object, make
 from marginclip.experiment.recipe import find_victim, victim_recipe
-from marginclip.experiment.setup import VictimSetup
+from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.store import Victim
 from marginclip.experiment.trainers import build_trainer
@@ -44,6 +46,8 @@ def train_victim(spec: RunSpec, setup: VictimSetup, victim: Victim) -> None:
     second = None if setup.loss is None else setup.loss.second_stage
     first = None if second is None else obtain_first_stage(spec, setup)
     started = time.perf_counter()
+    if second is None:
+        load_start(spec, setup)
     log.info("training the victim %s", victim.folder.name)
     plan = prepare_attack(spec, setup)
     if second is None:
@@ -67,6 +71,18 @@ def train_victim(spec: RunSpec, setup: VictimSetup, victim: Victim) -> None:
     victim.save(setup.model, setup.attack, record)
     victim.forget_checkpoint()
     log.info("victim %s: %s", victim.folder.name, ", ".join(f"{key} {100 * value:.1f} %" for key, value in metrics.items()))
+
+
+def load_start(spec: RunSpec, setup: VictimSetup) -> None:
+    """Give ``setup.model`` the weights that ``training.start_from`` names: those of a file, or of the clean victim of the same run."""
+    start = spec.training.start_from
+    if start == CLEAN:
+        clean = replace(spec, attack=None, x2x=None, training=spec.training.from_scratch)
+        clean_setup = build_setup(clean)
+        obtain_victim(clean, clean_setup)
+        setup.model.load_state_dict(clean_setup.model.state_dict())
+    elif start is not None:
+        load_checkpoint(start, setup.model, key="training.start_from")
 
 
 def prepare_attack(spec: RunSpec, setup: VictimSetup) -> dict[str, Any]:

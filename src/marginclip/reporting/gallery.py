@@ -17,7 +17,10 @@ from marginclip.reporting.figures import read_arrays, save_png
 from marginclip.reporting.rows import success_before
 from marginclip.reporting.style import Arrays, new_figure
 
-ORDER = ("badnet", "blend", "chessboard", "wanet", "input_aware", "clean_label", "adaptive")
+ORDER = (
+    "badnet", "blend", "chessboard", "wanet", "input_aware", "clean_label", "adaptive", "sinusoid", "blend_full", "low_frequency",
+    "one_pixel",
+)  # fmt: skip
 IMAGES = 2  # of each attack, so that a trigger that depends on the image shows
 
 
