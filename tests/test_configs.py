@@ -39,7 +39,7 @@ def make_defense(config):
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
 # What the code adds to a group's keys when it makes the object, and keys that are for the code around it.
-ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape"}
+ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape", "optimizer", "total_steps"}
 LABELS = {"_target_", "_partial_", "name", "augment", "detector", "repaired_row", "detector_row"}
 
 
