@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,13 @@ def silent_trainer(max_epochs: int = 1, **settings: Any) -> L.Trainer:
     """
     with without_lightning_messages():
         return L.Trainer(max_epochs=max_epochs, **({"devices": 1} | SILENT | settings))
+
+
+def nested_trainers(trainer: L.Trainer) -> Callable[[int], L.Trainer]:
+    """What makes silent Trainers for a part of a repair, from a number of epochs: on the device of ``trainer`` and in its precision."""
+    device = trainer.strategy.root_device
+    devices = 1 if device.index is None else [device.index]
+    return lambda epochs: silent_trainer(epochs, accelerator=device.type, devices=devices, precision=trainer.precision)
 
 
 def _drop_warnings() -> None:

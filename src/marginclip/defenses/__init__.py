@@ -18,6 +18,7 @@ from marginclip.defenses.weights.finetune import FineTune
 from marginclip.defenses.weights.ibau import IBAU
 from marginclip.defenses.weights.inversion import InversionPlan
 from marginclip.defenses.weights.last_layer import LastLayer
+from marginclip.defenses.weights.mmac_finetune import MMACFineTune
 from marginclip.defenses.weights.nad import NAD
 from marginclip.defenses.weights.neural_cleanse import NeuralCleanse
 
@@ -37,6 +38,7 @@ __all__ = [
     "LogitAdjustment",
     "LogitCalibration",
     "MMAC",
+    "MMACFineTune",
     "MMBM",
     "MMOM",
     "NAD",

@@ -23,7 +23,7 @@ from marginclip.errors import UserError, require
 from marginclip.maxmargin import MaximumMargins, MaximumMarginTest
 from marginclip.networks.copies import own_copy
 from marginclip.networks.logits import check_clean_set, clean_logits
-from marginclip.silence import silent_trainer
+from marginclip.silence import nested_trainers, silent_trainer
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -143,16 +143,10 @@ class CleanModel:
     def out_of_fold(self, repair: Defense, folds: int, seed: int) -> Paired:
         """The model's correct decisions against those of repairs that never saw the image."""
         logits = cross_fitted_logits(
-            repair, self.network, self.images, self.labels, folds=folds, seed=seed, make_trainer=self.nested_trainer
+            repair, self.network, self.images, self.labels, folds=folds, seed=seed, make_trainer=nested_trainers(self.trainer)
         )
         labels = self.labels.cpu()
         return compare(self.decisions == labels, logits.argmax(1) == labels)
-
-    def nested_trainer(self, epochs: int) -> L.Trainer:
-        """A silent Trainer on the same device and in the same precision."""
-        device = self.trainer.strategy.root_device
-        devices = 1 if device.index is None else [device.index]
-        return silent_trainer(epochs, accelerator=device.type, devices=devices, precision=self.trainer.precision)
 
 
 class Clock:

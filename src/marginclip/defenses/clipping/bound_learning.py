@@ -139,7 +139,8 @@ class BoundLearning(LearningDefense):
         if self.bounded.offsets is not None:
             start_offsets(self.bounded.offsets, clean_logits(self.bounded, images[kept]), labels[kept.to(labels.device)])
         self.register_buffer("targets", logits[kept.to(logits.device)].to(images.device), persistent=False)
-        wanted = self.ascent.classes(logits.shape[1]) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
+        self.num_classes = logits.shape[1]
+        wanted = self._classes(0) if self.objective.ascends else torch.zeros(0, dtype=torch.long)
         self.register_buffer("wanted", wanted, persistent=False)
         self.register_buffer(
             "margin_inputs", torch.zeros(len(self.wanted), *images.shape[1:], dtype=images.dtype), persistent=True
@@ -191,6 +192,8 @@ class BoundLearning(LearningDefense):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.global_step
+        if self.objective.ascends:
+            self.wanted = self._classes(step)
         if self.objective.ascends and step % self.ascent.refresh_every == 0:
             self._ascend(step)
         rows = self._minibatch(len(self.images), self.batch_size, step)
@@ -248,6 +251,11 @@ class BoundLearning(LearningDefense):
     def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, lambda_: float) -> Objective:
         bounds = self.bounded.bound_parameters()
         return self.objective(Measured(bounded_logits, self.targets[rows], self.labels[rows], margins, bounds), lambda_)
+
+    def _classes(self, step: int) -> Tensor:
+        """The classes of the margin inputs at a step, which are those of its last refresh."""
+        refresh = step // self.ascent.refresh_every
+        return self.ascent.classes(self.num_classes, refresh=refresh, seed=self.seed).to(self.device)
 
     def _ascend(self, step: int) -> None:
         first, plan = step == 0, self.ascent

@@ -43,7 +43,7 @@ class MMOM(BoundLearning):
     ) -> None:
         super().__init__(
             objective=objective or MMOMObjective(), sites=sites, start=start or BoundStart(share=0.6, quantile=1.0),
-            ascent=ascent or AscentPlan(refresh_every=10, rule="sign", step_size=0.004),
+            ascent=ascent or AscentPlan(refresh_every=10, rule="sign", step_size=0.004, max_inputs=None),
             lambda_=lambda_ or LambdaController(initial=1e-5, control="fixed", factor=1.2, min_agreement=0.0, first_check=1),
             steps=steps, extra_steps=extra_steps, tolerance=tolerance,
             batch_size=batch_size, learning_rate=learning_rate, lr_scale=lr_scale,

@@ -48,6 +48,9 @@ class AscentPlan:
     classes, from where a few small steps look for what a trigger does, a small change that flips any image to the class.
     ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script). ``batch_size`` of the
     margin inputs count in a bound step (published script: as many as clean images), None: all.
+
+    ``max_inputs`` limits the margin inputs, so that their cost does not grow with the number of classes: a class gets fewer starts
+    where there are many, and where there are more classes than inputs, each refresh takes other ones, all in turn. None: no limit.
     """
 
     network: str = "bounded"
@@ -62,6 +65,7 @@ class AscentPlan:
     momentum: float = 0.0
     tolerance: float = 0.0
     batch_size: int | None = None
+    max_inputs: int | None = 100
 
     def __post_init__(self) -> None:
         require(
@@ -79,15 +83,32 @@ class AscentPlan:
             self.batch_size is None or self.batch_size >= 1,
             f"defense.ascent.batch_size must be at least 1 or null, got {self.batch_size}",
         )
+        require(
+            self.max_inputs is None or self.max_inputs >= 1,
+            f"defense.ascent.max_inputs must be at least 1 or null, got {self.max_inputs}",
+        )
         for key in ("first_steps", "steps"):
             require(getattr(self, key) >= 0, f"defense.ascent.{key} must not be negative, got {getattr(self, key)}")
         require(self.step_size > 0, f"defense.ascent.step_size must be positive, got {self.step_size:g}")
         require(0 <= self.momentum < 1, f"defense.ascent.momentum must be in [0, 1), got {self.momentum:g}")
         require(self.tolerance >= 0, f"defense.ascent.tolerance must not be negative, got {self.tolerance:g}")
 
-    def classes(self, num_classes: int) -> Tensor:
-        """The class that each margin input climbs for, (starts_per_class * num_classes,)."""
-        return torch.arange(num_classes).repeat_interleave(self.starts_per_class)
+    def classes(self, num_classes: int, *, refresh: int = 0, seed: int = 0) -> Tensor:
+        """The class that each margin input climbs for at the refresh of this number, (N,) int64: all classes, or a part of them in turn.
+
+        Raises :class:`UserError` where a part would have to be taken but inputs are to be kept (``warm_start``).
+        """
+        most = self.max_inputs or num_classes * self.starts_per_class
+        if num_classes <= most:
+            return torch.arange(num_classes).repeat_interleave(min(self.starts_per_class, most // num_classes))
+        require(
+            not self.warm_start,
+            f"defense.ascent.warm_start keeps the margin inputs of all {num_classes} classes: set defense.ascent.max_inputs=null, "
+            f"got {self.max_inputs}",
+        )
+        places = torch.arange(refresh * most, (refresh + 1) * most)
+        turns = {int(turn): _order(num_classes, seed, int(turn)) for turn in (places // num_classes).unique()}
+        return torch.stack([turns[int(place // num_classes)][place % num_classes] for place in places])
 
     def search(self, *, first: bool) -> dict[str, Any]:
         """The settings of :func:`~marginclip.maxmargin.margin.ascend_margins` at the first refresh, or at a later one."""
@@ -99,10 +120,19 @@ class AscentPlan:
         """New margin inputs (N, C, H, W), one for each class of ``wanted`` (N,), given the clean set (M, C, H, W) and its labels (M,)."""
         if self.start_from == "noise":
             return random_starts(len(wanted), images.shape[1:], generator=generator, device=images.device)
-        order = torch.randperm(len(images), generator=generator).to(images.device)
+        return images[self.start_rows(labels, wanted, generator)].clone()
+
+    def start_rows(self, labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows (N,) of randomly chosen clean images, by their ``labels`` (M,), of another class than each of ``wanted`` (N,)."""
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
         shuffled = labels[order]
         rows = []
         for number, label in enumerate(wanted):
             others = (shuffled != label).nonzero().flatten()
             rows.append(order[others[number % len(others)]] if len(others) else order[0])
-        return images[torch.stack(rows)].clone()
+        return torch.stack(rows)
+
+
+def _order(count: int, seed: int, turn: int) -> Tensor:
+    """All of ``count`` classes in a random order of this turn's own."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn + 49979687))

@@ -1,0 +1,142 @@
+"""MMAC, then a short fine-tuning of the bounded network: what bounds cannot reach is unlearned (paper 1, end of section 5.7)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses.base import RepairResult, TrainerFactory, Variant
+from marginclip.defenses.clipping.mmac import MMAC
+from marginclip.defenses.clipping.settings import AscentPlan
+from marginclip.defenses.weights.finetune import FineTune
+from marginclip.errors import UserError, require
+from marginclip.maxmargin.margin import ascend_margins
+from marginclip.silence import nested_trainers, silent_trainer
+
+
+class MMACFineTune(FineTune):
+    """Learns bounds with MMAC, then fine-tunes the weights below them. **It changes weights**, unlike MMAC itself.
+
+    Each step takes ``batch_size`` clean images with their labels, and margin inputs: clean images of other classes that ``ascent`` moves
+    towards each class on the network as it is. They keep the label of the class that they came from, so the network unlearns
+    that a small change can turn an image into another class. The loss is the cross entropy of the former plus ``margin_weight`` times
+    that of the latter. Adam takes the steps, its rate falls to zero along a cosine, and batch norms keep the model's statistics.
+
+    ``mmac`` makes the bound learning that comes first (``seed`` is given); None leaves the activations unbounded. The bounded network
+    before the fine-tuning is the row ``mmac``. Other settings are those of :class:`FineTune`.
+    """
+
+    label = "MMAC + fine-tuning"
+    clean_per_class = 50
+
+    def __init__(
+        self,
+        *,
+        mmac: Callable[..., MMAC] | None = MMAC,
+        ascent: AscentPlan | None = None,
+        margin_weight: float = 1.0,
+        epochs: int = 20,
+        batch_size: int = 100,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 5e-4,
+        augmentation: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay, batch_norm="frozen",
+            augmentation=augmentation, seed=seed,
+        )  # fmt: skip
+        require(margin_weight >= 0, f"defense.margin_weight must not be negative, got {margin_weight:g}")
+        self.margin_weight, self.ascent = margin_weight, ascent or AscentPlan()
+        require(
+            self.ascent.start_from == "clean",
+            f"defense.ascent.start_from must be clean: margin inputs keep the label of the image that they come from; got "
+            f"{self.ascent.start_from}",
+        )
+        try:
+            self.bound_learning = None if mmac is None else copy.deepcopy(mmac)(seed=seed)
+        except UserError as error:
+            raise UserError(str(error).replace("defense.", "defense.mmac.")) from error
+        self.bounded: RepairResult | None = None
+
+    # -- the defense contract -------------------------------------------------------------------------------------------------
+
+    def check_model(self, model: nn.Module, image: Tensor) -> None:
+        """Whether its activations can be bounded."""
+        if self.bound_learning is not None:
+            self.bound_learning.check_model(model, image)
+
+    def fit(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        make_trainer: TrainerFactory = silent_trainer,
+        resume: Path | None = None,
+    ) -> RepairResult:
+        """See :meth:`Defense.fit`. The fine-tuning alone can be resumed: bounds are learned again, to the same values."""
+        self.bounded = None
+        if self.bound_learning is not None:
+            nested = nested_trainers(make_trainer(1))
+            self.bounded = self.bound_learning.fit(model, images, labels, make_trainer=nested)
+        return super().fit(model, images, labels, make_trainer=make_trainer, resume=resume)
+
+    def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        super().prepare(model, images, labels)
+        if self.bounded is not None:
+            self.network = copy.deepcopy(self.bounded.network).to(images.device)
+        self.num_classes = len(self.network(self.images[:1])[0])
+        self.network.requires_grad_(True)
+        if isinstance(self.network, BoundedNetwork):
+            for bound in self.network.bound_parameters():
+                bound.requires_grad_(False)
+
+    def variants(self) -> dict[str, Variant]:
+        """The bounded network before its weights were changed."""
+        return {} if self.bounded is None else {"mmac": Variant(MMAC.label, self.bounded.network)}
+
+    def findings(self) -> dict[str, Any]:
+        return {} if self.bounded is None else {"mmac": self.bounded.findings}
+
+    # -- learning -------------------------------------------------------------------------------------------------------------
+
+    def before_epoch(self, epoch: int) -> None:
+        """Batch norm keeps the model's statistics, and nothing is dropped."""
+        del epoch
+        self.network.eval()
+
+    def configure_optimizers(self) -> Any:
+        weights = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(weights, self.learning_rate, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.epochs * self.steps_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        """The optimizer's rate follows its schedule, not :meth:`rate`."""
+        self.before_epoch(self.current_epoch)
+        self.totals.clear()
+
+    def augmented(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The clean batch and, behind it, the margin inputs of this step with the labels of the images that they come from."""
+        clean, labels = super().augmented(images, labels, generator)
+        if self.margin_weight == 0:
+            return clean, labels
+        wanted = self.ascent.classes(self.num_classes, refresh=self.global_step, seed=self.seed).to(labels.device)
+        rows = self.ascent.start_rows(self.labels, wanted, generator)
+        starts, origins = super().augmented(self.images[rows], self.labels[rows], generator)
+        moved = ascend_margins(self.network, wanted, starts, **self.ascent.search(first=False)).images
+        return torch.cat([clean, moved.to(clean)]), torch.cat([labels, origins])
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        inputs = 0 if self.margin_weight == 0 else len(self.ascent.classes(self.num_classes))
+        clean, moved = self.network(images).float().split([len(labels) - inputs, inputs])
+        data = F.cross_entropy(clean, labels[: len(clean)])
+        return data if inputs == 0 else data + self.margin_weight * F.cross_entropy(moved, labels[len(clean) :])
