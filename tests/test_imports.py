@@ -29,11 +29,23 @@ ARROWS = {
     "defenses": {"clipping", "networks", "maxmargin", "metrics", "precision", "silence", "errors"},
     "training": {"attacks", "clipping", "networks", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},
+    "service": {
+        "clipping",
+        "data",
+        "defenses",
+        "files",
+        "maxmargin",
+        "metrics",
+        "networks",
+        "reporting",
+        "silence",
+        "errors",
+    },
     "reporting": {"record", "errors", "files"},
     "cli": {"__version__", "errors", "experiment", "reporting"},
     "__main__": {"cli"},
     "api": {"defenses", "networks", "precision", "silence", "errors"},
-    "__init__": {"api", "clipping", "defenses", "maxmargin", "errors"},
+    "__init__": {"api", "clipping", "defenses", "maxmargin", "service", "errors"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

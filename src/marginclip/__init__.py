@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from marginclip.defenses import MMAC, MMBM, MMOM, Auto, BoundLearning
     from marginclip.errors import UserError
     from marginclip.maxmargin import Detection, MarginDropDetector, MaximumMargins, maximum_margin_detection
+    from marginclip.service import Artefact, Audit, audit, export, scan
 
 _HOMES = {
     "repair": "marginclip.api",
@@ -31,6 +32,11 @@ _HOMES = {
     "MaximumMargins": "marginclip.maxmargin",
     "maximum_margin_detection": "marginclip.maxmargin",
     "UserError": "marginclip.errors",
+    "Artefact": "marginclip.service",
+    "Audit": "marginclip.service",
+    "audit": "marginclip.service",
+    "export": "marginclip.service",
+    "scan": "marginclip.service",
 }
 
 __version__ = "0.1.0"
@@ -38,6 +44,8 @@ __all__ = [
     "MMAC",
     "MMBM",
     "MMOM",
+    "Artefact",
+    "Audit",
     "Auto",
     "BoundLearning",
     "BoundedNetwork",
@@ -45,8 +53,11 @@ __all__ = [
     "MarginDropDetector",
     "MaximumMargins",
     "UserError",
+    "audit",
+    "export",
     "maximum_margin_detection",
     "repair",
+    "scan",
 ]
 
 

@@ -16,13 +16,22 @@ USAGE = """marginclip repairs image classifiers that were poisoned or trained on
   marginclip defend ...   obtain a victim, repair it, and measure both: marginclip defend attack=badnet defense=mmdf
   marginclip train ...    only make a victim: marginclip train attack=badnet
   marginclip report DIR   summarise all runs below a folder
+
+With a model that somebody handed you, and a folder of clean images with one sub-folder a class:
+  marginclip audit ...    what does it show? marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
+  marginclip repair ...   the same options: writes a repaired artefact, a folder with the bounds and the detector
+  marginclip scan DIR IMAGES...   decide about images: one row each, with the corrected decision and a p-value
+  marginclip export DIR format=onnx output=FILE   the repaired model as one graph
   marginclip --version
 
 eval "$(marginclip defend -sc install=bash)" completes options in this shell.
-Options of defend and train are written key=value; -m runs every combination of a sweep (attack=badnet,blend).
+Options of defend, train, audit and repair are written key=value; -m runs every combination of a sweep (attack=badnet,blend).
 --config-dir DIR adds a folder with options of your own. marginclip defend --help lists all options.
 """
-COMMANDS = ("defend", "train", "report")
+WITH_HYDRA = ("defend", "train", "audit", "repair")
+COMMANDS = (*WITH_HYDRA, "scan", "export", "report")
+# Flags of audit and repair that are options underneath.
+FLAGS = {"--json": "json=true", "--images-suspect": "images_suspect="}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,8 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
         from marginclip.reporting.__main__ import main as report
 
         sys.exit(report(rest))
-    elif command in ("defend", "train"):
-        _run_with_hydra(command, rest)
+    elif command in WITH_HYDRA:
+        _run_with_hydra(command, _as_options(rest) if command in ("audit", "repair") else rest)
+    elif command in ("scan", "export"):
+        from marginclip.experiment import artefact_commands
+
+        sys.exit(artefact_commands.main(command, rest))
     elif command in ("-sc", "--shell_completion"):
         _complete(given)
     else:
@@ -51,9 +64,23 @@ def _complete(arguments: list[str]) -> None:
     _, *typed = line.split()
     if not typed or (len(typed) == 1 and not line.endswith(" ")):
         print(" ".join(command for command in COMMANDS if command.startswith("".join(typed))))
-    elif typed[0] in ("defend", "train"):
+    elif typed[0] in WITH_HYDRA:
         os.environ["COMP_LINE"] = re.sub(rf"^(\s*\S+)\s+{typed[0]}", r"\1", line, count=1)  # as Hydra expects it
         _run_with_hydra(typed[0], arguments)
+
+
+def _as_options(arguments: list[str]) -> list[str]:
+    """The arguments with flags written as options: ``--images-suspect DIR`` and ``--images-suspect=DIR`` alike."""
+    found: list[str] = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if found and found[-1] == FLAGS["--images-suspect"]:
+            found[-1] += word
+        elif name in FLAGS:
+            found.append(FLAGS[name] + (value if equals else ""))
+        else:
+            found.append(word)
+    return found
 
 
 def _run_with_hydra(command: str, arguments: list[str]) -> None:

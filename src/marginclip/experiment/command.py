@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
 _failures: list[dict[str, Any]] = []
+SUSPICIOUS = 3  # the exit status of an audit that found something
+_found: list[bool] = []  # of each audit, whether it found something
 
 
 def command_line(command: str, config_dir: Path) -> None:
@@ -40,6 +42,8 @@ def command_line(command: str, config_dir: Path) -> None:
     hydra.main(version_base="1.3", config_path=str(own or config_dir), config_name=command)(TASKS[command])()
     if _failures:
         sys.exit(1)
+    if any(_found):
+        sys.exit(SUSPICIOUS)
 
 
 def own_options(folder: str | None) -> Path | None:
@@ -75,7 +79,33 @@ def defend_job(config: DictConfig) -> None:
     run_job(config, _defend)
 
 
-TASKS: dict[str, Callable[[DictConfig], None]] = {"train": train_job, "defend": defend_job}
+def audit_job(config: DictConfig) -> None:
+    """What Hydra calls for ``marginclip audit``."""
+    run_job(config, _audit, own=("output", "images_suspect", "json"))
+
+
+def repair_job(config: DictConfig) -> None:
+    """What Hydra calls for ``marginclip repair``."""
+    run_job(config, _repair, own=("output", "tolerance", "json"))
+
+
+TASKS: dict[str, Callable[[DictConfig], None]] = {
+    "train": train_job, "defend": defend_job, "audit": audit_job, "repair": repair_job
+}  # fmt: skip
+
+
+def _audit(spec: RunSpec, **settings: Any) -> str:
+    from marginclip.experiment.handed_over import audit_model
+
+    suspicious, told = audit_model(spec, **settings)
+    _found.append(suspicious)
+    return told
+
+
+def _repair(spec: RunSpec, **settings: Any) -> str:
+    from marginclip.experiment.handed_over import repair_model
+
+    return repair_model(spec, **settings)
 
 
 def _train(spec: RunSpec) -> str:
@@ -93,18 +123,20 @@ def _defend(spec: RunSpec) -> str:
     return str(record.path)
 
 
-def run_job(config: DictConfig, task: Callable[[RunSpec], str]) -> None:
+def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] = ()) -> None:
     """Do one job: print its result, or its failure in one sentence, and note the outcome for the end of a sweep.
 
     A failure is not raised, so that the other runs of a sweep go on with every launcher; what is not the user's mistake is
-    logged with its traceback.
+    logged with its traceback. ``own`` names keys of the command itself, which ``task`` takes beside the specification.
     """
     overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
     try:
         from marginclip.experiment.spec import run_spec
 
-        outcome["record"] = task(run_spec(plain(config)))
+        content = plain(config)
+        settings = {key: content.pop(key) for key in own}
+        outcome["record"] = task(run_spec(content), **settings)
     except UserError as error:
         outcome["error"] = str(error)
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ SMALLEST_SHARE = 0.01
 class MaximumMargins:
     """What MM-BD says of a model: ``statistics`` (K,), the maximum margin of every class in logits; the ``p_value`` of the largest
     and its class, the ``suspect``; whether a backdoor was ``detected``; the p-value before calibration; the gamma null's ``shape``
-    and ``scale`` (logits)."""
+    and ``scale`` (logits); and the input of largest margin of every class, ``images`` (K, C, H, W), where they were searched for."""
 
     statistics: Tensor
     p_value: float
@@ -32,6 +32,7 @@ class MaximumMargins:
     uncalibrated_p_value: float
     shape: float
     scale: float
+    images: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,19 @@ class MaximumMarginTest:
         self, model: nn.Module, image_shape: Sequence[int], num_classes: int, *, autocast: torch.dtype | None = None
     ) -> MaximumMargins:
         """Test ``model``, which is not changed; ``autocast`` is the precision of the ascent, the margins themselves are fp32."""
-        return self.judge(self.statistics(model, image_shape, num_classes, autocast=autocast))
+        statistics, images = self.search(model, image_shape, num_classes, autocast=autocast)
+        return replace(self.judge(statistics), images=images)
 
     def statistics(
         self, model: nn.Module, image_shape: Sequence[int], num_classes: int, *, autocast: torch.dtype | None = None
     ) -> Tensor:
         """r_t of every class (K,), on the CPU."""
+        return self.search(model, image_shape, num_classes, autocast=autocast)[0]
+
+    def search(
+        self, model: nn.Module, image_shape: Sequence[int], num_classes: int, *, autocast: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """r_t of every class (K,) and the images that reach them (K, C, H, W), on the CPU."""
         require(num_classes >= 3, f"MM-BD compares each class with the others and needs at least 3 classes, got {num_classes}")
         check_full_precision(model)
         network = frozen_copy(model).to(memory_format=torch.channels_last)
@@ -100,7 +108,9 @@ class MaximumMarginTest:
         )  # fmt: skip
         with torch.no_grad():
             logits = torch.cat([network(batch).float() for batch in found.images.split(250)])
-        return margin(logits, classes).view(num_classes, self.starts).amax(1).cpu()
+        largest, place = margin(logits, classes).view(num_classes, self.starts).max(1)
+        best = torch.arange(num_classes, device=device) * self.starts + place
+        return largest.cpu(), found.images[best].contiguous().cpu()
 
     def judge(self, statistics: Tensor) -> MaximumMargins:
         """The same from given statistics (K,)."""

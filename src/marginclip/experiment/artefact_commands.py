@@ -1,0 +1,173 @@
+"""``marginclip scan`` and ``marginclip export``: what is done with a repaired artefact."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from marginclip.errors import UserError, require
+from marginclip.experiment.checkpoints import load_checkpoint
+from marginclip.experiment.objects import make
+from marginclip.service import Artefact, ScannedImage, export, read_artefact, scan
+from marginclip.service.artefact import Description
+from marginclip.service.scan import image_files
+
+OWN_MODELS = ("marginclip.models.ResNet", "marginclip.models.TorchvisionModel", "marginclip.models.timm_model")
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Run one of the commands; returns its exit status: 0, or 1 after a mistake, which is told in one sentence."""
+    try:
+        return _scan(arguments) if command == "scan" else _export(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", file=sys.stderr)
+    return 1
+
+
+def open_artefact(folder: str, *, model_path: str | None = None, trust_code: bool = False) -> Artefact:
+    """The artefact in ``folder`` with its model, made anew from the settings there and loaded from its checkpoint.
+
+    An artefact can name any Python code as its architecture: code that is not the project's own runs only with ``trust_code``.
+    """
+    description = read_artefact(folder)
+    model = _model(description, folder, model_path, trust_code=trust_code)
+    return Artefact.load(folder, model)
+
+
+def _model(description: Description, folder: str, model_path: str | None, *, trust_code: bool) -> nn.Module:
+    settings: Mapping[str, Any] = description.model or {}
+    target = settings.get("_target_")
+    require(
+        isinstance(target, str),
+        f"the artefact '{folder}' does not say how its model is made: it was written from Python, so load it with Artefact.load",
+    )
+    require(
+        trust_code or target in OWN_MODELS,
+        f"the artefact '{folder}' makes its model with '{settings.get('target', target)}', code that is not marginclip's: "
+        "--trust-code runs it",
+    )
+    path = model_path or description.model_path
+    require(path is not None, f"the artefact '{folder}' does not say where its model is: give --model FILE")
+    require(
+        Path(str(path)).is_file(),
+        f"the model '{path}' of the artefact '{folder}' is not there: give its file with --model FILE",
+    )
+    channels = description.image_shape[0]
+    model: nn.Module = make(settings, key="model", num_classes=len(description.classes), in_channels=channels)
+    load_checkpoint(path, model, key="--model" if model_path else "model_path")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.eval().to(memory_format=torch.channels_last).to(device)
+    return model
+
+
+def _scan(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="marginclip scan", description="Decide about images with a repaired model: one row each.", allow_abbrev=False
+    )
+    parser.add_argument("artefact", help="the folder that marginclip repair wrote")
+    parser.add_argument("images", nargs="+", help="files and folders; - reads names from the standard input, one a line")
+    parser.add_argument("--model", help="the model's file, where it is no longer where the artefact says")
+    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="of the rows")
+    parser.add_argument("--output", help="write rows to this file instead of the standard output")
+    parser.add_argument("--json", action="store_true", help="rows as JSON lines, and the summary as JSON")
+    parser.add_argument("--resize", action="store_true", help="scale and cut images of other sizes instead of naming them")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--trust-code", action="store_true", help="run code that the artefact names to make its model")
+    given = parser.parse_args(arguments)
+    artefact = open_artefact(given.artefact, model_path=given.model, trust_code=given.trust_code)
+    rows = scan(artefact, image_files(_named(given.images)), batch_size=given.batch_size, resize=given.resize)
+    with Path(given.output).open("w", newline="") if given.output else nullcontext(sys.stdout) as file:
+        counts = _write_rows(_with_progress(rows), file, "jsonl" if given.json else given.format)
+    print(json.dumps(counts) if given.json else _summary(counts), file=sys.stderr)
+    if counts["images"] == 0:
+        print("error: no image could be used", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _named(inputs: list[str]) -> Iterator[str]:
+    for name in inputs:
+        if name == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        else:
+            yield name
+
+
+def _with_progress(rows: Iterable[ScannedImage]) -> Iterator[ScannedImage]:
+    """The rows, with a count on the terminal of how many there were."""
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed} images"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        for row in rows:
+            progress.advance(task)
+            yield row
+
+
+def _write_rows(rows: Iterable[ScannedImage], file: TextIO, kind: str) -> dict[str, Any]:
+    names = [each.name for each in fields(ScannedImage)]
+    writer = csv.DictWriter(file, names)
+    if kind == "csv":
+        writer.writeheader()
+    counts: dict[str, Any] = {"images": 0, "flagged": 0, "changed": 0, "errors": 0, "flagged_as": {}}
+    for row in rows:
+        if kind == "csv":
+            writer.writerow(asdict(row))
+        else:
+            file.write(json.dumps(asdict(row)) + "\n")
+        if row.error is not None:
+            counts["errors"] += 1
+            continue
+        counts["images"] += 1
+        counts["flagged"] += bool(row.flagged)
+        counts["changed"] += row.decision != row.corrected
+        if row.flagged:
+            counts["flagged_as"][row.decision] = counts["flagged_as"].get(row.decision, 0) + 1
+    return counts
+
+
+def _summary(counts: dict[str, Any]) -> str:
+    lines = [f"{counts['images']} images, {counts['flagged']} flagged, {counts['changed']} decisions changed"]
+    if counts["flagged"]:
+        label, most = max(counts["flagged_as"].items(), key=lambda pair: pair[1])
+        lines.append(f"most flagged images ({most}) were decided as '{label}'")
+    if counts["errors"]:
+        lines.append(f"{counts['errors']} files could not be used; their rows say why")
+    lines.append("no flag is no proof: the detector sees triggers that bounds undo, and no others")
+    return "\n".join(lines)
+
+
+def _export(arguments: list[str]) -> int:
+    allowed = ("format", "output", "part", "model")
+    folders = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    flags = [word for word in arguments if word.startswith("-")]
+    usage = "marginclip export ARTEFACT format=onnx|pt2 output=FILE [part=mmdf|repaired] [model=FILE] [--trust-code]"
+    if flags and flags[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    require(len(folders) == 1 and set(flags) <= {"--trust-code"}, f"usage: {usage}")
+    options = dict(word.split("=", 1) for word in arguments if "=" in word)
+    for name in options:
+        require(name in allowed, f"unknown option '{name}' (there are {', '.join(allowed)})")
+    require("output" in options, f"export needs output=FILE; {usage}")
+    artefact = open_artefact(folders[0], model_path=options.get("model"), trust_code=bool(flags))
+    path = export(artefact, options["output"], format=options.get("format", "onnx"), part=options.get("part", "mmdf"))
+    print(path)
+    return 0

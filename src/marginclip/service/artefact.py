@@ -1,0 +1,213 @@
+"""A repair as a folder to keep: bounds, the detector's null, classes, settings, and the digest of the model that they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses import MMAC, Defense, cross_fitted_logits
+from marginclip.defenses.base import TrainerFactory
+from marginclip.errors import UserError, require
+from marginclip.files import write_json, write_tensors
+from marginclip.maxmargin import Detection, MarginDropDetector
+from marginclip.networks.logits import clean_logits
+from marginclip.silence import silent_trainer
+
+DESCRIPTION, TENSORS = "artefact.json", "artefact.safetensors"
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Description(BaseModel):
+    """The content of ``artefact.json``."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    method: str = Field(description="what repaired the model")
+    classes: list[str]
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width of the images that the model takes")
+    model: dict[str, Any] | None = Field(description="the settings that make the architecture, normalisation among them")
+    model_path: str | None = Field(description="where the model's weights were read from")
+    model_digest: str = Field(description="SHA-256 of the model's weights, by name, shape and value")
+    tensors_digest: str = Field(description="SHA-256 of the file of tensors beside this one")
+    sites: list[str] = Field(description="the activation calls that are bounded")
+    channel_axis: int | None
+    changes_weights: bool = Field(description="whether the repair holds weights of its own")
+    detector: dict[str, Any] = Field(description="theta, null_distribution, rule, correction")
+    threshold: float | None = Field(description="margin drop, in logits, from which on an image is flagged; null: never")
+    clean_images: int
+    accuracy: float = Field(description="of the model, on the clean images")
+    repaired_accuracy: float = Field(description="of repairs that had not seen the image, on the same")
+    findings: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model with its repair and detector, ready to decide about images; :meth:`save` keeps the repair in a folder.
+
+    ``model_settings`` and ``model_path`` say how the model was made, where it came from a command line; ``facts`` are further
+    entries of :class:`Description`.
+    """
+
+    model: nn.Module
+    network: BoundedNetwork
+    detector: MarginDropDetector
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    model_settings: Mapping[str, Any] | None = None
+    model_path: str | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        defense: Defense | None = None,
+        classes: tuple[str, ...] | None = None,
+        folds: int = 2,
+        seed: int = 0,
+        make_trainer: TrainerFactory = silent_trainer,
+        detector: Mapping[str, Any] | None = None,
+        **origin: Any,
+    ) -> Artefact:
+        """Repair ``model`` with ``defense`` (MMAC) from clean images (N, C, H, W) in [0, 1] and labels (N,), and fit the detector.
+
+        The detector's null comes from ``folds`` further repairs, each of which leaves a part of the images out; ``detector`` are its
+        settings. Raises :class:`UserError` as :meth:`Defense.fit`, and for a method whose result has no bounds.
+        """
+        defense = MMAC(seed=seed) if defense is None else defense
+        given = clean_logits(model, images).cpu()
+        names = classes or tuple(str(number) for number in range(given.shape[1]))
+        require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
+        result = defense.fit(model, images, labels, make_trainer=make_trainer)
+        network = result.network
+        if not isinstance(network, BoundedNetwork):
+            raise UserError(f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
+        bounded = cross_fitted_logits(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
+        fitted = MarginDropDetector.from_logits(model, network, given, bounded, **(detector or {}))
+        shares = [float((logits.argmax(1) == labels.cpu()).float().mean()) for logits in (given, bounded)]
+        facts = {
+            "method": defense.label, "clean_images": len(images), "accuracy": shares[0], "repaired_accuracy": shares[1],
+            "findings": dict(result.findings),
+        }  # fmt: skip
+        channels, height, width = images.shape[1:]
+        return cls(model, network, fitted, names, (channels, height, width), facts, **origin)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Detection:
+        """Decisions, flags and p-values of images (N, C, H, W) in [0, 1]."""
+        return self.detector(images)  # type: ignore[no-any-return]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the two files of the artefact into ``folder``; the description comes last, so its presence means whole."""
+        folder, network = Path(folder), self.network
+        changed = self._own_weights()
+        tensors = {f"bounds/{name}": value for name, value in network.bounds_state().items()}
+        tensors |= {f"weights/{name}": value for name, value in changed.items()}
+        tensors |= {"null/statistics": self.detector.clean_statistics, "null/margins": self.detector.clean_margins}
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        file = write_tensors(folder / TENSORS, tensors)
+        threshold = self.detector.threshold
+        description = Description(
+            classes=list(self.classes), image_shape=self.image_shape,
+            model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
+            model_digest=model_digest(self.model), tensors_digest=_file_digest(file), sites=[name for name, _ in network.each()],
+            channel_axis=network.channel_axis, changes_weights=bool(changed),
+            detector={key: getattr(self.detector, key) for key in ("theta", "null_distribution", "rule", "correction")},
+            threshold=threshold if threshold < float("inf") else None, **self.facts,
+        )  # fmt: skip
+        write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module) -> Artefact:
+        """The artefact in ``folder``, on the ``model`` that it was made for.
+
+        Raises :class:`UserError` for a folder that holds none, for files that are truncated or do not belong together, and for
+        another model.
+        """
+        found, folder = read_artefact(folder), Path(folder)
+        digest = model_digest(model)
+        require(
+            digest == found.model_digest,
+            f"the artefact '{folder}' was made for another model: its digest is {found.model_digest[:12]}, that of the given model "
+            f"{digest[:12]}",
+        )
+        tensors = _read_tensors(folder / TENSORS, found.tensors_digest)
+        bounds = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith("bounds/")}
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        example = torch.zeros(1, *found.image_shape, device=device)
+        network = BoundedNetwork(
+            model, example, channel_axis=found.channel_axis, sites=found.sites, offsets="offsets" in bounds, scaled="scale" in bounds
+        )  # fmt: skip
+        if found.changes_weights:
+            weights = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith("weights/")}
+            network.network.load_state_dict(network.network.state_dict() | weights)
+        network.load_bounds(bounds)
+        network.to(memory_format=torch.channels_last)  # as it is learned: the same bits
+        detector = MarginDropDetector(
+            model, network, tensors["null/statistics"], tensors["null/margins"], **found.detector
+        )  # fmt: skip
+        facts = {key: getattr(found, key) for key in ("method", "clean_images", "accuracy", "repaired_accuracy", "findings")}
+        return cls(model, network, detector, tuple(found.classes), found.image_shape, facts, found.model, found.model_path)
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The weights of the repair, where it has other ones than the model."""
+        untouched = BoundedNetwork(self.model, torch.zeros(1, *self.image_shape), channel_axis=self.network.channel_axis,
+                                   sites=[name for name, _ in self.network.each()]).network.state_dict()  # fmt: skip
+        own = {name: value for name, value in self.network.network.state_dict().items() if not name.startswith("bound_")}
+        same = own.keys() <= untouched.keys() and all(
+            torch.equal(value.cpu(), untouched[name].cpu()) for name, value in own.items()
+        )
+        return {} if same else own
+
+
+def read_artefact(folder: str | Path) -> Description:
+    """What ``artefact.json`` of the folder says. Raises :class:`UserError` where there is none, or not a whole one."""
+    file = Path(folder) / DESCRIPTION
+    require(file.is_file(), f"'{folder}' is no artefact: it has no {DESCRIPTION}; marginclip repair writes one")
+    try:
+        return Description.model_validate(json.loads(file.read_text()))
+    except (ValidationError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"'{file}' is damaged or of another version ({reason})") from error
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers by name, type, shape and value; counters of batches are left out."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if name.endswith("num_batches_tracked"):
+            continue
+        plain = value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
+    require(file.is_file(), f"the artefact lacks its file '{file}'")
+    require(_file_digest(file) == digest, f"'{file}' is damaged or does not belong to the {DESCRIPTION} beside it")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{file}' is no complete safetensors file ({error})") from error
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

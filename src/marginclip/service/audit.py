@@ -1,0 +1,201 @@
+"""Auditing a model that somebody handed you: what it shows on a small clean set, and what that means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.clipping import activation_extremes
+from marginclip.defenses import MMAC, MMOM, Defense, cross_fitted_logits
+from marginclip.defenses.base import TrainerFactory
+from marginclip.defenses.choosing.evidence import compare
+from marginclip.errors import require
+from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarginTest
+from marginclip.maxmargin.margin import ascend_margins
+from marginclip.metrics import Reliability
+from marginclip.networks.copies import frozen_copy, own_copy
+from marginclip.networks.logits import batched_logits, check_clean_set, check_images, clean_logits
+from marginclip.service.verdict import Findings, Suspicious, Verdict, judge
+from marginclip.silence import nested_trainers, silent_trainer
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+REACH_STARTS, REACH_STEPS, REACH_STEP_SIZE = 20, 8, 0.01
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome of :func:`audit`: the ``verdict`` in words, what was ``found``, and what the report draws.
+
+    ``tensors``: ``images`` (K, C, H, W), the input of largest margin of each class; ``reliability`` (bins, 3); ``examples`` of the
+    suspect class; ``flagged_images``, where images were given to look at. ``sites`` holds, by activation call, the largest clean
+    activation and the bound of each map. ``seconds`` by part.
+    """
+
+    verdict: Verdict
+    found: Findings
+    classes: tuple[str, ...]
+    margins: MaximumMargins
+    reached: MaximumMargins
+    seconds: Mapping[str, float]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    suspicious: Suspicious | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but pictures, as plain values: the content of ``audit.json``."""
+        given = None if self.suspicious is None else asdict(self.suspicious)
+        return {
+            "verdict": asdict(self.verdict), "found": asdict(self.found), "classes": list(self.classes),
+            "maximum_margins": _test(self.margins), "reach": _test(self.reached), "suspicious_images": given,
+            "seconds": dict(self.seconds),
+        }  # fmt: skip
+
+    def write_html(self, path: str | Path) -> Path:
+        """One page with the verdict and its figures, that needs nothing beside it."""
+        from marginclip.service.page import write_page
+
+        return write_page(self, Path(path))
+
+
+def audit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    classes: tuple[str, ...] | None = None,
+    suspect_images: Tensor | None = None,
+    test: MaximumMarginTest | None = None,
+    mmac: Defense | None = None,
+    mmom: Defense | None = None,
+    folds: int = 2,
+    seed: int = 0,
+    make_trainer: TrainerFactory = silent_trainer,
+    progress: Progress = lambda part: None,
+) -> Audit:
+    """Look for a backdoor and for the traces of imbalance in ``model``, which is not changed.
+
+    ``images`` (N, C, H, W) in [0, 1] and ``labels`` (N,) are clean and out of an attacker's reach, about 50 of every class.
+    ``suspect_images`` (M, C, H, W) need no labels: the detector says which of them it flags. ``progress`` is told the name of each part as
+    it begins. Raises :class:`UserError` for a model or images that do not fit, and for fewer than 3 classes.
+    """
+    logits = clean_logits(model, images).cpu()
+    labels = labels.cpu()
+    check_clean_set(images, labels, logits.shape[1])
+    count = logits.shape[1]
+    names = classes or tuple(str(number) for number in range(count))
+    require(count >= 3, f"an audit compares each class with the others and needs at least 3 classes, got {count}")
+    require(len(names) == count, f"the model gives logits of {count} classes, not of {len(names)}")
+    if suspect_images is not None:
+        check_images(suspect_images)
+    clock, network = _Clock(progress), own_copy(model)
+    trainer = make_trainer(1)
+    nested = nested_trainers(trainer)
+    half = HALF.get(str(trainer.precision))
+    network.to(trainer.strategy.root_device)
+    shape = tuple(images.shape[1:])
+    margins = clock.timed(
+        "maximum margins", lambda: (test or MaximumMarginTest(seed=seed))(network, shape, count, autocast=half)
+    )
+    reached = clock.timed("reach of every class", lambda: reach(network, images, labels, seed=seed))
+    correct = logits.argmax(1) == labels
+    fitted = {}
+    for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", mmac or MMAC(seed=seed))):
+        fitted[name] = clock.timed(
+            f"{name} out of fold",
+            lambda defense=defense: cross_fitted_logits(  # type: ignore[misc]
+                defense, model, images, labels, folds=folds, seed=seed, make_trainer=nested
+            ),
+        )
+    result = clock.timed("mmac", lambda: (mmac or MMAC(seed=seed)).fit(model, images, labels, make_trainer=nested))
+    detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"])
+    changed = logits.argmax(1) != fitted["mmac"].argmax(1)
+    found = Findings(
+        images=len(images), classes=count, accuracy=float(correct.float().mean()),
+        mmom=compare(correct, fitted["mmom"].argmax(1) == labels), mmac=compare(correct, fitted["mmac"].argmax(1) == labels),
+        suspect=compare(labels == reached.suspect, logits.argmax(1) == reached.suspect),
+        changed=int(changed.sum()), changed_from=logits.argmax(1)[changed].bincount(minlength=count).tolist(),
+        changed_to=fitted["mmac"].argmax(1)[changed].bincount(minlength=count).tolist(),
+        smallest_class=int(labels.bincount(minlength=count).min()), largest_class=int(labels.bincount(minlength=count).max()),
+    )  # fmt: skip
+    suspicious, flagged_images = (None, None) if suspect_images is None else _look_at(detector, suspect_images, count)
+    verdict = judge(found, margins, reached, names, suspicious)
+    reliability = Reliability()
+    reliability.update(logits, labels)
+    tensors = {
+        "reliability": reliability.compute(),
+        "examples": images[(labels == reached.suspect).to(images.device)][:8].cpu(),
+    }
+    tensors |= {} if margins.images is None else {"images": margins.images}
+    tensors |= {} if flagged_images is None else {"flagged_images": flagged_images}
+    bounded: Any = result.network
+    extremes = activation_extremes(bounded, images)
+    sites = {name: (extremes[name][1].amax(0), bound.upper.detach().cpu()) for name, bound in bounded.each()}
+    return Audit(verdict, found, names, margins, reached, clock.seconds, tensors, sites, suspicious)
+
+
+def reach(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    starts: int = REACH_STARTS,
+    steps: int = REACH_STEPS,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> MaximumMargins:
+    """How far clean images of other classes get towards each class by a few small steps, and whether one class is too close.
+
+    ``starts`` images take ``steps`` steps of root mean square 0.01 towards each class; its statistic is their mean margin, in logits.
+    A trigger is a small change that turns any image into the target class, so that class is within reach from everywhere. The
+    largest statistic is judged among the others as MM-BD judges its own (:class:`~marginclip.maxmargin.MaximumMarginTest`).
+    """
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    network = frozen_copy(model)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    count = batched_logits(network, images[:1].to(device)).shape[1]
+    values = []
+    for label in range(count):
+        rows = order[labels[order.to(labels.device)].cpu() != label][:starts]
+        wanted = torch.full((len(rows),), label, device=device)
+        moved = ascend_margins(
+            network, wanted, images[rows.to(images.device)].to(device), steps=steps, step_size=REACH_STEP_SIZE, rule="unit_rms"
+        )
+        values.append(moved.margins.mean().cpu())
+    return MaximumMarginTest(alpha=alpha, seed=seed).judge(torch.stack(values))
+
+
+def _test(found: MaximumMargins) -> dict[str, Any]:
+    return {
+        "statistics": found.statistics.tolist(), "p_value": found.p_value, "published_p_value": found.uncalibrated_p_value,
+        "suspect": found.suspect, "detected": found.detected,
+    }  # fmt: skip
+
+
+def _look_at(detector: MarginDropDetector, images: Tensor, count: int) -> tuple[Suspicious, Tensor]:
+    detection = detector(images)
+    flagged = detection.flagged.cpu()
+    decisions = batched_logits(detector.model, images).argmax(1).cpu()[flagged].bincount(minlength=count)
+    most = (
+        detection.statistic.cpu().masked_fill(~flagged, float("-inf")).argsort(descending=True)[: min(24, int(flagged.sum()))]
+    )
+    return Suspicious(len(images), int(flagged.sum()), decisions.tolist()), images[most.to(images.device)].cpu()
+
+
+class _Clock:
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress
+
+    def timed(self, part: str, work: Callable[[], Any]) -> Any:
+        self.progress(part)
+        started = time.perf_counter()
+        result = work()
+        self.seconds[part] = time.perf_counter() - started
+        return result

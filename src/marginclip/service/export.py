@@ -1,0 +1,111 @@
+"""The repaired model, or the whole of its detection and correction, as one graph that runs without marginclip."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.errors import UserError, require
+from marginclip.maxmargin import MarginDropDetector
+from marginclip.maxmargin.detector import margin_drop
+from marginclip.maxmargin.margin import margin
+from marginclip.maxmargin.null import p_values
+from marginclip.networks.copies import own_copy
+from marginclip.service.artefact import Artefact
+
+FORMATS = ("onnx", "pt2")
+PARTS = ("mmdf", "repaired")
+TABLE = 512
+
+
+class DecisionNetwork(nn.Module):
+    """MMDF as a network: images (N, C, H, W) in [0, 1] to corrected decisions (N,) int64, flags (N,) bool and p-values (N,).
+
+    Threshold and null are frozen: flags are those of the detector. The p-value is looked up in a table of ``TABLE`` statistics and
+    is that of the next smaller one there, so it is never too small; -1 is a rejected image.
+    """
+
+    grid: Tensor
+    table: Tensor
+
+    def __init__(self, detector: MarginDropDetector) -> None:
+        super().__init__()
+        self.model, self.repaired = own_copy(detector.model), own_copy(detector.repaired)
+        self.rule, self.correction = detector.rule, detector.correction
+        self.threshold, self.insisting_margin = detector.threshold, max(detector.insisting_margin, 0.0)
+        clean = detector.clean_statistics
+        low, high = float(clean.min()), float(clean.max())
+        reach = max(high, self.threshold if self.threshold < float("inf") else high) + 4 * max(high - low, 1e-6)
+        grid = torch.cat(
+            [clean.double().unique(), torch.linspace(float(clean.quantile(0.8)), reach, TABLE, dtype=torch.float64)]
+        ).unique()
+        values = p_values(grid, clean, null_distribution=detector.null_distribution)
+        self.register_buffer("grid", grid.float())
+        self.register_buffer("table", torch.cat([values.new_ones(1), values]))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, bounded = self.model(images).float(), self.repaired(images).float()
+        original, chosen = logits.argmax(1), bounded.argmax(1)
+        statistic = margin_drop(logits, bounded)
+        finite = (logits + bounded).isfinite().all(1)
+        flagged = (statistic >= self.threshold) | ~finite
+        places = (statistic.unsqueeze(1) >= self.grid.unsqueeze(0)).sum(1)
+        values = torch.where(finite, self.table[places], torch.zeros_like(statistic))
+        if self.rule == "or_disagree":
+            flagged = flagged | (chosen != original)
+        standing = chosen if self.rule == "repaired" else original
+        return torch.where(flagged, self._corrected(original, bounded), standing), flagged, values
+
+    def _corrected(self, original: Tensor, bounded: Tensor) -> Tensor:
+        if self.correction == "reject":
+            return torch.full_like(original, -1)
+        others = bounded.scatter(1, original.unsqueeze(1), float("-inf")).argmax(1)
+        if self.correction == "exclude":
+            return others
+        return torch.where(margin(bounded, original) >= self.insisting_margin, original, others)
+
+
+def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: str = "mmdf") -> Path:
+    """Write one graph with a free batch size: ``part`` is ``mmdf`` (:class:`DecisionNetwork`) or ``repaired`` (images to logits).
+
+    ``format`` is ``pt2`` (``torch.export``) or ``onnx``, which needs the packages onnx and onnxscript. The program that was written
+    is not run: compare it with the artefact on your own images. Raises :class:`UserError` for what cannot be exported.
+    """
+    require(format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got '{format}'")
+    require(part in PARTS, f"part must be one of {', '.join(PARTS)}, got '{part}'")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network: nn.Module = DecisionNetwork(artefact.detector) if part == "mmdf" else own_copy(artefact.network)
+    network = network.cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    example = torch.rand(2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
+    shapes = ({0: torch.export.Dim("batch")},)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+            if format == "pt2":
+                torch.export.save(program, path)
+            else:
+                _write_onnx(program, path, part)
+    except ImportError as error:
+        raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'marginclip[onnx]'") from error
+    return path
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, part: str) -> None:
+    names = ["decisions", "flagged", "p_values"] if part == "mmdf" else ["logits"]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        torch.onnx.export(
+            program, (), str(path), input_names=["images"], output_names=names, dynamo=True, external_data=False, verbose=False
+        )  # fmt: skip
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,121 @@
+"""Deciding about any number of image files, one row each, with a repaired model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from marginclip.data.images import decode
+from marginclip.errors import UserError, require
+from marginclip.service.artefact import Artefact
+
+LARGEST = 64 * 2**20  # pixels of an image file that is to be resized
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class ScannedImage:
+    """One image: what the model decides, what the detector makes of it (None: rejected), its p-value, and whether it is flagged.
+
+    ``statistic`` is the margin drop in logits. Where the file could not be used, ``error`` says why and the rest is None.
+    """
+
+    path: str
+    decision: str | None = None
+    corrected: str | None = None
+    p_value: float | None = None
+    statistic: float | None = None
+    flagged: bool | None = None
+    error: str | None = None
+
+
+def scan(
+    artefact: Artefact, paths: Iterable[str | Path], *, batch_size: int = 64, resize: bool = False
+) -> Iterator[ScannedImage]:
+    """A row for each file of ``paths``, in order, as they come: a batch at a time is in memory, however many there are.
+
+    ``resize`` scales and cuts images of other sizes; otherwise they are rows with an error, like files that are no images.
+    """
+    require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
+    channels, height, width = artefact.image_shape
+    require(not resize or height == width, f"resize needs a model of square images, this one takes {width} x {height}")
+    device = next((parameter.device for parameter in artefact.model.parameters()), torch.device("cpu"))
+    remaining = iter(paths)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        while batch := [str(path) for path in islice(remaining, batch_size)]:
+            read = list(pool.map(lambda path: _read(path, (channels, height, width), resize=resize), batch))
+            yield from _rows(artefact, batch, read, device)
+
+
+def image_files(inputs: Iterable[str | Path]) -> Iterator[str]:
+    """Files named in ``inputs``, and image files below folders named there, found as they are asked for.
+
+    Hidden files are left out, and links that lead out of their folder. Raises :class:`UserError` for what does not exist.
+    """
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            yield from _below(path, path.resolve())
+        else:
+            yield str(given)
+
+
+def _below(folder: Path, root: Path) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _below(Path(entry.path), root)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    yield entry.path
+    except OSError as error:
+        raise UserError(f"the folder '{folder}' cannot be read: {error.strerror}") from error
+
+
+def _read(path: str, shape: tuple[int, int, int], *, resize: bool) -> Tensor | str:
+    """The image (C, H, W) in uint8, or why it cannot be used."""
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:  # the header alone: pixels are not decoded yet
+            across, down = image.size
+        if not resize and (across, down) != (width, height):
+            return f"{across} x {down} pixels, the model takes {width} x {height}; --resize scales images"
+        if across * down > LARGEST:
+            return f"{across} x {down} pixels are too many"
+        return decode(path, height if resize else None, grey=channels == 1)
+    except UserError as error:
+        return str(error)
+    except FileNotFoundError:
+        return "no such file"
+    except Exception as error:  # whatever a decoder raises on a hostile file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"not a readable image ({reason})"
+
+
+def _rows(artefact: Artefact, paths: list[str], read: list[Tensor | str], device: torch.device) -> Iterator[ScannedImage]:
+    images = [image for image in read if isinstance(image, Tensor)]
+    detection = None if not images else artefact(torch.stack(images).to(device).float() / 255)
+    original = None if not images else artefact.model(torch.stack(images).to(device).float() / 255).argmax(1).tolist()
+    number = 0
+    for path, image in zip(paths, read, strict=True):
+        if isinstance(image, str) or detection is None or original is None:
+            yield ScannedImage(path, error=str(image))
+            continue
+        corrected = int(detection.decisions[number])
+        yield ScannedImage(
+            path, artefact.classes[original[number]], None if corrected < 0 else artefact.classes[corrected],
+            float(detection.p_values[number]), float(detection.statistic[number]), bool(detection.flagged[number]),
+        )  # fmt: skip
+        number += 1

@@ -1,0 +1,168 @@
+"""From what an audit found to what it means, in words for somebody who is no expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from marginclip.defenses.choosing.evidence import Paired
+from marginclip.maxmargin import MaximumMargins
+
+ALPHA, MIN_GAIN = 0.05, 0.01
+FEW_IMAGES = 20  # of a class
+NOT_TESTED = (
+    "Triggers that lead to several classes, one for each class of origin, leave no single class that stands out.",
+    "A trigger that needs a large change of the image can stay out of reach of the few small steps that are taken here.",
+    "The audit knows nothing of privacy, of robustness against adversarial examples, or of fairness.",
+)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the clean images say, in counts: ``mmom`` and ``mmac`` compare whether each image is decided correctly by the model and by
+    a repair that never saw it; ``suspect`` whether each image *is* of the suspect class and whether it is *decided* for.
+
+    Of ``changed`` images the bounds change the decision, from (K,) and to (K,) these classes. ``smallest_class`` and ``largest_class``
+    are images of a class.
+    """
+
+    images: int
+    classes: int
+    accuracy: float
+    mmom: Paired
+    mmac: Paired
+    suspect: Paired
+    changed: int
+    changed_from: list[int]
+    changed_to: list[int]
+    smallest_class: int
+    largest_class: int
+
+
+@dataclass(frozen=True)
+class Suspicious:
+    """What the detector says of unlabelled images: their number, how many are ``flagged``, and the model's decisions on those (K,)."""
+
+    images: int
+    flagged: int
+    decisions: list[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``kind`` is ``poisoned``, ``imbalanced`` or ``nothing``; ``target`` the class that triggers lead to. The rest is for people."""
+
+    kind: str
+    headline: str
+    confidence: str
+    reasons: tuple[str, ...]
+    against: tuple[str, ...]
+    not_tested: tuple[str, ...]
+    advice: tuple[str, ...]
+    target: str | None = None
+    p_value: float | None = None
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether something was found."""
+        return self.kind != "nothing"
+
+
+def judge(
+    found: Findings,
+    margins: MaximumMargins,
+    reached: MaximumMargins,
+    classes: Sequence[str],
+    suspicious: Suspicious | None = None,
+) -> Verdict:
+    """The verdict. A backdoor is what stands out by the reach of its class; MM-BD supports or doubts it.
+
+    MM-BD alone accuses nobody: on our own victims it named another class than the attacker's, and accused clean models.
+    """
+    imbalanced = found.mmom.rises(ALPHA, MIN_GAIN)
+    explained = imbalanced and found.suspect.rises(ALPHA)
+    against = tuple(_doubts(found, margins, reached, classes))
+    shown = tuple(_shown(found, margins, reached, classes, suspicious))
+    if reached.detected and not explained:
+        target = classes[reached.suspect]
+        agrees = margins.detected and margins.suspect == reached.suspect
+        sure = (
+            "high: two tests agree"
+            if agrees
+            else "moderate: one test of two"
+            if reached.p_value <= 0.01
+            else "low: weak evidence"
+        )
+        return Verdict(
+            "poisoned", f'looks poisoned (target class "{target}", p = {reached.p_value:.2g})', sure, shown, against, NOT_TESTED,
+            (
+                "Do not deploy the model as it is.",
+                "Repair it (marginclip repair) and scan what it gets in use (marginclip scan): flagged images show the trigger.",
+                f'Look at training images that are labelled "{target}", if you can get them.',
+            ),
+            target, reached.p_value,
+        )  # fmt: skip
+    if imbalanced:
+        return Verdict(
+            "imbalanced", f"looks imbalanced or over-trained (a repair gains {100 * found.mmom.change:.1f} points)",
+            f"p = {found.mmom.rise_p_value:.2g} that the gain is chance", shown, against, NOT_TESTED,
+            ("Repair it with defense=mmom, and compare the accuracy of each class on further images.",), None,
+            found.mmom.rise_p_value,
+        )  # fmt: skip
+    return Verdict(
+        "nothing", "nothing found", "this is no clean bill: it says that these tests found nothing", shown, against, NOT_TESTED,
+        ("Keep scanning what the model gets in use (marginclip repair, then marginclip scan), if its source is not trusted.",),
+        None, reached.p_value,
+    )  # fmt: skip
+
+
+def _shown(
+    found: Findings, margins: MaximumMargins, reached: MaximumMargins, classes: Sequence[str], suspicious: Suspicious | None
+) -> list[str]:
+    ordered = reached.statistics.sort(descending=True).values
+    lines = [
+        f"The model decides {100 * found.accuracy:.1f} % of {found.images} clean images as labelled.",
+        f'A few small steps take images of other classes furthest towards "{classes[reached.suspect]}": mean margin '
+        f"{float(ordered[0]):.1f}, next {float(ordered[1]):.1f} logits (p = {reached.p_value:.2g}).",
+        f'The largest maximum margin (MM-BD) is that of "{classes[margins.suspect]}": p = {margins.p_value:.2g} calibrated, '
+        f"{margins.uncalibrated_p_value:.2g} as published.",
+        f"Bounds that never saw the image change {found.changed} of {found.images} decisions"
+        + (f', most of them away from "{classes[_most(found.changed_from)]}"' if found.changed else "")
+        + f", and {_moves(found.mmac)}.",
+        f"The repair for imbalance {_moves(found.mmom)}.",
+    ]
+    if suspicious is not None:
+        share = 100 * suspicious.flagged / suspicious.images
+        led = f', most of them decided as "{classes[_most(suspicious.decisions)]}"' if suspicious.flagged else ""
+        lines.append(
+            f"Of {suspicious.images} images to look at, {suspicious.flagged} ({share:.1f} %) are flagged{led}; 0.5 % of clean images are."
+        )
+    return lines
+
+
+def _doubts(found: Findings, margins: MaximumMargins, reached: MaximumMargins, classes: Sequence[str]) -> list[str]:
+    lines = []
+    if reached.detected and found.suspect.rises(ALPHA):
+        lines.append(f'"{classes[reached.suspect]}" is decided for too often, which imbalance explains as well.')
+    if reached.detected and not margins.detected:
+        lines.append(f"MM-BD finds nothing (p = {margins.p_value:.2g}).")
+    if margins.detected and margins.suspect != reached.suspect:
+        lines.append(f'MM-BD accuses another class, "{classes[margins.suspect]}". Alone it accuses clean models too often.')
+    if found.classes < 6:
+        lines.append(f"With {found.classes} classes there is little to compare the largest with.")
+    if found.smallest_class < FEW_IMAGES:
+        lines.append(f"A class has only {found.smallest_class} clean images; about 50 make the gains and costs reliable.")
+    if found.largest_class > 2 * found.smallest_class:
+        lines.append("The clean images are unevenly spread over the classes, which the gain follows.")
+    if found.accuracy < 0.5:
+        lines.append("Most clean images are decided wrongly: check the order of the classes and the normalisation first.")
+    return lines
+
+
+def _moves(change: Paired) -> str:
+    p_value = change.rise_p_value if change.change >= 0 else change.fall_p_value
+    return f"moves the accuracy by {100 * change.change:+.1f} points (p = {p_value:.2g})"
+
+
+def _most(counts: Sequence[int]) -> int:
+    return max(range(len(counts)), key=counts.__getitem__)

@@ -1,0 +1,180 @@
+"""``marginclip audit``, ``repair``, ``scan`` and ``export`` as they are typed, one after the other, on a checkpoint and folders."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from marginclip.cli import _as_options
+from marginclip.experiment import artefact_commands
+from marginclip.experiment.setup import build_setup
+from marginclip.experiment.victim import obtain_victim
+
+BAD = [
+    "attack=blend_full",
+    "attack.rate=0.3",
+    "model.width=8",
+    "training.epochs=10",
+    "training.batch_size=32",
+    "training.optimizer.lr=0.05",
+]
+QUICK = [
+    "dataset=image_folder", "dataset.grey=true", "victim=checkpoint", "model=small_resnet", "model.width=8",
+    "defense.steps=10", "defense.extra_steps=0", "detect.starts=2", "detect.steps=5", "trainer.threads=1",
+]  # fmt: skip
+
+
+def write_images(folder, images, prefix=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        Image.fromarray((image[0] * 255).round().byte().numpy()).save(folder / f"{prefix}{number:03}.png")
+
+
+@pytest.fixture(scope="module")
+def handed(tmp_path_factory, configure_at):
+    """A folder with a poisoned model's weights, clean images of its classes, and images from use, twenty of them triggered."""
+    folder = tmp_path_factory.mktemp("handed")
+    spec = configure_at(folder / "runs", *BAD)
+    setup = build_setup(spec)
+    victim, _ = obtain_victim(spec, setup)
+    (folder / "model.safetensors").write_bytes(victim.weights.read_bytes())
+    held_out = setup.splits.held_out
+    for label, name in enumerate(held_out.classes):
+        rows = (held_out.labels == label).nonzero().flatten()
+        images = held_out.images[rows].float() / 255
+        write_images(folder / "clean" / name, images[:20])
+        write_images(folder / "use", images[20:24], prefix=f"clean{label}-")
+        if label != setup.target_class:
+            write_images(folder / "use", setup.attack(images[24:27]), prefix=f"triggered{label}-")
+    return folder, setup.target_class
+
+
+@pytest.fixture(scope="module")
+def repaired(handed, tmp_path_factory, configure_at):
+    """The folder of the artefact that ``marginclip repair`` writes."""
+    from marginclip.experiment.handed_over import repair_model
+
+    folder, _ = handed
+    output = tmp_path_factory.mktemp("repaired")
+    overrides = [f"victim.path={folder / 'model.safetensors'}", f"dataset.root={folder / 'clean'}", "defense=mmdf", *QUICK]
+    spec = configure_at(output / "runs", *[text for text in overrides if "detect." not in text], "clean_per_class=null")
+    told = repair_model(spec, output=str(output / "kept"), tolerance=100.0, json=True)
+    assert json.loads(told)["accuracy"] > 80
+    return output / "kept"
+
+
+def test_the_audit_names_the_target_and_writes_its_report(handed, tmp_path, configure_at):
+    from marginclip.experiment.handed_over import audit_model
+
+    folder, target = handed
+    overrides = [
+        f"victim.path={folder / 'model.safetensors'}",
+        f"dataset.root={folder / 'clean'}",
+        "detect=mmbd",
+        "defense=mmdf",
+        *QUICK,
+    ]
+    spec = configure_at(tmp_path / "runs", *overrides, "clean_per_class=null")
+    suspicious, told = audit_model(spec, output=str(tmp_path / "out"), images_suspect=str(folder / "use"), json=False)
+    content = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert content["reach"]["suspect"] == target
+    assert suspicious == (content["verdict"]["kind"] != "nothing")
+    assert content["suspicious_images"]["images"] == 40 + 27
+    assert told.startswith(content["verdict"]["headline"])
+    assert "not tested:" in told
+    assert (tmp_path / "out" / "audit.html").read_text().startswith("<!doctype html>")
+
+
+def test_scanning_writes_a_row_for_every_image_and_a_summary(handed, repaired, tmp_path, capsys):
+    folder, _ = handed
+    (folder / "use" / "broken.png").write_text("no image")
+    try:
+        assert artefact_commands.main("scan", [str(repaired), str(folder / "use"), "--output", str(tmp_path / "rows.csv")]) == 0
+    finally:
+        (folder / "use" / "broken.png").unlink()
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(rows) == 68
+    assert [row["error"][:12] for row in rows if row["error"]] == ["not a readab"]
+    summary = capsys.readouterr().err
+    assert summary.startswith("67 images, ")
+    assert "1 files could not be used" in summary
+    assert "no flag is no proof" in summary
+
+
+def test_names_can_come_from_the_standard_input_and_rows_be_json(handed, repaired, capsys, monkeypatch):
+    import io
+
+    folder, _ = handed
+    names = sorted((folder / "use").iterdir())[:3]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, names)) + "\n"))
+    assert artefact_commands.main("scan", [str(repaired), "-", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["path"] for line in out.splitlines()] == [str(name) for name in names]
+    assert json.loads(err)["images"] == 3
+
+
+def test_the_export_decides_as_the_scan(handed, repaired, tmp_path, capsys):
+    folder, _ = handed
+    file = tmp_path / "mmdf.pt2"
+    assert artefact_commands.main("export", [str(repaired), "format=pt2", f"output={file}"]) == 0
+    assert capsys.readouterr().out.strip() == str(file)
+    assert artefact_commands.main("scan", [str(repaired), str(folder / "use"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    import numpy as np
+
+    images = torch.stack([torch.from_numpy(np.array(Image.open(row["path"]))).unsqueeze(0).float() / 255 for row in rows])
+    decisions, flagged, _ = torch.export.load(file).module()(images)
+    assert [row["flagged"] for row in rows] == flagged.tolist()
+    assert [row["corrected"] for row in rows] == [str(label) for label in decisions.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scan", "absent", "x.png"], "'absent' is no artefact"),
+        (["scan", "ARTEFACT", "x.png", "--model", "absent.pt"], "the model 'absent.pt' of the artefact"),
+        (["scan", "ARTEFACT", "absent-folder"], "no image could be used"),
+        (["export", "ARTEFACT"], "export needs output=FILE"),
+        (["export", "ARTEFACT", "output=x", "size=3"], "unknown option 'size'"),
+        (["export", "ARTEFACT", "output=x", "format=tflite"], "format must be one of"),
+    ],
+)
+def test_mistakes_are_one_sentence(repaired, arguments, message, capsys):
+    command, *rest = [str(repaired) if word == "ARTEFACT" else word for word in arguments]
+    assert artefact_commands.main(command, rest) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_another_model_is_refused(handed, repaired, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = handed
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value + 1 if value.is_floating_point() else value for name, value in state.items()},
+        tmp_path / "other.safetensors",
+    )
+    assert (
+        artefact_commands.main("scan", [str(repaired), str(folder / "use"), "--model", str(tmp_path / "other.safetensors")])
+        == 1
+    )
+    assert "was made for another model" in capsys.readouterr().err
+
+
+def test_code_that_an_artefact_names_runs_only_when_allowed(repaired, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "tampered"
+    shutil.copytree(repaired, folder)
+    content = json.loads((folder / "artefact.json").read_text())
+    content["model"]["_target_"] = "os.system"
+    (folder / "artefact.json").write_text(json.dumps(content))
+    assert artefact_commands.main("scan", [str(folder), "x.png"]) == 1
+    assert "makes its model with 'os.system', code that is not marginclip's: --trust-code runs it" in capsys.readouterr().err
+
+
+def test_flags_are_written_as_options():
+    given = ["victim.path=m", "--json", "--images-suspect", "use", "--images-suspect=other"]
+    assert _as_options(given) == ["victim.path=m", "json=true", "images_suspect=use", "images_suspect=other"]

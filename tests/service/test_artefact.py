@@ -1,0 +1,98 @@
+"""An artefact keeps a repair: the same decisions after loading, and a clear refusal of what does not belong together."""
+
+import json
+
+import pytest
+import torch
+
+from marginclip.defenses import MMOM, AscentPlan, MMACFineTune, StaticClip
+from marginclip.errors import UserError
+from marginclip.service import Artefact, model_digest, read_artefact
+
+from .conftest import quarters, trained, triggered
+
+
+def same(one, other, images):
+    first, second = one(images), other(images)
+    for name in ("decisions", "flagged", "p_values", "statistic"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_a_loaded_artefact_decides_the_same(artefact, poisoned, tmp_path):
+    loaded = Artefact.load(artefact.save(tmp_path / "kept"), poisoned)
+    images, _ = quarters(40, seed=3)
+    same(artefact, loaded, torch.cat([images, triggered(images)]))
+    assert loaded.classes == artefact.classes
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["artefact.json", "artefact.safetensors"]
+    described = read_artefact(tmp_path / "kept")
+    assert (described.method, described.clean_images, described.changes_weights) == ("MMAC", 80, False)
+    assert 0.9 < described.accuracy <= 1
+    assert described.threshold == pytest.approx(artefact.detector.threshold)
+
+
+@pytest.mark.parametrize("kind", ["weights", "offsets"])
+def test_repairs_with_weights_or_offsets_are_kept_whole(poisoned, clean, short, tmp_path, kind):
+    defense = (
+        MMACFineTune(mmac=lambda seed: short, epochs=1, ascent=AscentPlan(starts_per_class=2))
+        if kind == "weights"
+        else MMOM(steps=4, check_every=2)
+    )
+    made = Artefact.fit(poisoned, *clean, defense=defense)
+    loaded = Artefact.load(made.save(tmp_path / "kept"), poisoned)
+    images, _ = quarters(40, seed=3)
+    torch.testing.assert_close(loaded.network(images), made.network(images), rtol=0, atol=0)
+    assert read_artefact(tmp_path / "kept").changes_weights == (kind == "weights")
+
+
+def test_the_digest_is_that_of_the_weights(poisoned, honest):
+    again = trained(poisoned=True)
+    assert model_digest(again) == model_digest(poisoned) != model_digest(honest)
+    again[1].num_batches_tracked += 1
+    assert model_digest(again.to(memory_format=torch.channels_last)) == model_digest(poisoned)
+    with torch.no_grad():
+        again[7].bias[0] += 1e-6
+    assert model_digest(again) != model_digest(poisoned)
+
+
+def test_another_model_is_refused(artefact, honest, tmp_path):
+    folder = artefact.save(tmp_path / "kept")
+    with pytest.raises(
+        UserError, match=r"was made for another model: its digest is [0-9a-f]{12}, that of the given model [0-9a-f]{12}"
+    ):
+        Artefact.load(folder, honest)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "artefact.json").unlink(), "is no artefact: it has no artefact.json"),
+        (lambda folder: (folder / "artefact.json").write_text("{"), "is damaged or of another version"),
+        (lambda folder: (folder / "artefact.safetensors").unlink(), "lacks its file"),
+        (
+            lambda folder: (folder / "artefact.safetensors").write_bytes((folder / "artefact.safetensors").read_bytes()[:-8]),
+            "is damaged or does not belong to the artefact.json beside it",
+        ),
+    ],
+)
+def test_what_is_not_whole_is_refused(artefact, poisoned, tmp_path, spoil, message):
+    folder = artefact.save(tmp_path / "kept")
+    spoil(folder)
+    with pytest.raises(UserError, match=message):
+        Artefact.load(folder, poisoned)
+
+
+def test_an_artefact_of_a_later_version_is_refused(artefact, poisoned, tmp_path):
+    folder = artefact.save(tmp_path / "kept")
+    content = json.loads((folder / "artefact.json").read_text()) | {"schema_version": 9}
+    (folder / "artefact.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="of another version"):
+        Artefact.load(folder, poisoned)
+
+
+def test_a_repair_without_bounds_cannot_be_kept(poisoned, clean):
+    from marginclip.defenses import FineTune
+
+    with pytest.raises(UserError, match="fine-tuning does not bound activations"):
+        Artefact.fit(poisoned, *clean, defense=FineTune(epochs=1))
+    with pytest.raises(UserError, match="logits of 4 classes, not of 3"):
+        Artefact.fit(poisoned, *clean, defense=StaticClip(), classes=("a", "b", "c"))

@@ -1,0 +1,166 @@
+"""An audit: what it says of a poisoned and of an honest network, what its page holds, and when it refuses."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from marginclip.defenses import MMOM
+from marginclip.defenses.choosing.evidence import Paired
+from marginclip.errors import UserError
+from marginclip.maxmargin import MaximumMarginTest
+from marginclip.service import audit
+from marginclip.service.audit import reach
+from marginclip.service.verdict import Findings, judge
+
+from .conftest import TARGET, quarters, triggered
+
+NAMES = ("north west", "<script>alert(1)</script>", "south $x$ west", "south east")
+QUICK = MaximumMarginTest(starts=2, steps=5, simulations=100)
+
+
+@pytest.fixture(scope="module")
+def look(clean, short):
+    """Audits a network quickly."""
+
+    def look(model, **settings):
+        return audit(
+            model, *clean, test=QUICK, mmac=short, mmom=MMOM(steps=4, check_every=2), **({"classes": NAMES} | settings)
+        )
+
+    return look
+
+
+@pytest.fixture(scope="module")
+def found(look, poisoned):
+    images, _ = quarters(40, seed=11)
+    return look(poisoned, suspect_images=torch.cat([images, triggered(images[:20])]))
+
+
+def test_a_few_small_steps_lead_from_everywhere_to_the_target(poisoned, honest, clean):
+    bad, good = reach(poisoned, *clean), reach(honest, *clean)
+    assert bad.suspect == TARGET
+    others = bad.statistics[torch.arange(4) != TARGET]
+    assert bad.statistics[TARGET] > others.max() + 2
+    assert float(good.statistics.max() - good.statistics.median()) < float(bad.statistics[TARGET] - bad.statistics.median())
+
+
+def test_reach_is_the_mean_margin_after_the_steps(poisoned, clean):
+    from marginclip.maxmargin.margin import ascend_margins
+
+    images, labels = clean
+    found = reach(poisoned, images, labels, starts=6, steps=3, seed=4)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(4))
+    for label in range(4):
+        rows = [int(row) for row in order if labels[row] != label][:6]
+        moved = ascend_margins(poisoned, torch.full((6,), label), images[rows], steps=3, step_size=0.01, rule="unit_rms")
+        assert float(found.statistics[label]) == pytest.approx(float(moved.margins.mean()), abs=1e-3)
+
+
+def test_it_leaves_the_model_and_says_what_it_did(found, poisoned, look):
+    before = {name: value.clone() for name, value in poisoned.state_dict().items()}
+    parts = []
+    look(poisoned, progress=parts.append)
+    assert parts == ["maximum margins", "reach of every class", "mmom out of fold", "mmac out of fold", "mmac"]
+    assert all(torch.equal(value, before[name]) for name, value in poisoned.state_dict().items())
+    assert set(found.seconds) == set(parts)
+
+
+def test_its_numbers_are_plain(found):
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["found"]["images"] == 80
+    assert content["suspicious_images"]["images"] == 60
+    assert content["reach"]["suspect"] == TARGET
+    assert len(content["maximum_margins"]["statistics"]) == 4
+    assert sum(content["found"]["changed_to"]) == sum(content["found"]["changed_from"]) == content["found"]["changed"]
+
+
+def test_the_page_stands_alone_and_escapes_names(found, tmp_path):
+    page = found.write_html(tmp_path / "audit.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "default-src 'none'" in page
+    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page)
+    assert page.count("data:image/png;base64,") >= 4 + 4  # the charts, and a picture of every class
+    for line in (*found.verdict.reasons, *found.verdict.not_tested):
+        assert str(line).split('"')[0][:30].replace("'", "&#39;") in page
+
+
+def test_few_classes_and_wrong_names_are_refused(look, poisoned, clean):
+    with pytest.raises(UserError, match="logits of 4 classes, not of 2"):
+        look(poisoned, classes=("a", "b"))
+    two = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    with pytest.raises(UserError, match="needs at least 3 classes, got 2"):
+        audit(two, clean[0], clean[1] % 2)
+
+
+# -- what the findings mean, by counts made up here ---------------------------------------------------------------------------
+
+SAME = Paired(3, 3, 500)
+GAINS = Paired(40, 5, 500)
+
+
+def findings(**settings):
+    made = {
+        "images": 500, "classes": 10, "accuracy": 0.93, "mmom": SAME, "mmac": Paired(2, 9, 500), "suspect": SAME, "changed": 14,
+        "changed_from": [1, 0, 0, 0, 0, 0, 0, 0, 3, 10], "changed_to": [2, 2, 2, 2, 2, 1, 1, 1, 1, 0], "smallest_class": 50,
+        "largest_class": 50,
+    } | settings  # fmt: skip
+    return Findings(**made)
+
+
+def statistics_with(largest, *, at=9):
+    statistics = torch.tensor([5.0, 4.2, 6.1, 5.5, 4.8, 5.9, 6.4, 5.2, 6.6, 5.8])
+    statistics[at] = largest
+    return MaximumMarginTest(seed=0).judge(statistics)
+
+
+CLASSES = tuple(f"c{number}" for number in range(10))
+
+
+def test_a_class_within_reach_looks_poisoned_and_two_tests_make_it_sure():
+    verdict = judge(findings(), statistics_with(60.0), statistics_with(40.0), CLASSES)
+    assert (verdict.kind, verdict.target, verdict.suspicious) == ("poisoned", "c9", True)
+    assert verdict.headline.startswith('looks poisoned (target class "c9", p = 0.000')
+    assert verdict.confidence == "high: two tests agree"
+    assert not verdict.against
+    alone = judge(findings(), statistics_with(6.0), statistics_with(40.0), CLASSES)
+    assert alone.kind == "poisoned"
+    assert alone.confidence == "moderate: one test of two"
+    assert any("MM-BD finds nothing" in line for line in alone.against)
+
+
+def test_mm_bd_alone_accuses_nobody():
+    verdict = judge(findings(), statistics_with(60.0, at=3), statistics_with(6.0), CLASSES)
+    assert verdict.kind == "nothing"
+    assert any('MM-BD accuses another class, "c3"' in line for line in verdict.against)
+    assert "no clean bill" in verdict.confidence
+
+
+def test_a_gain_of_the_repair_for_imbalance_looks_imbalanced():
+    verdict = judge(findings(mmom=GAINS), statistics_with(6.0), statistics_with(6.0), CLASSES)
+    assert (verdict.kind, verdict.target) == ("imbalanced", None)
+    assert "gains 7.0 points" in verdict.headline
+
+
+def test_a_common_class_is_within_reach_too():
+    explained = judge(findings(mmom=GAINS, suspect=Paired(40, 2, 500)), statistics_with(60.0), statistics_with(40.0), CLASSES)
+    assert explained.kind == "imbalanced"
+    assert any("imbalance explains as well" in line for line in explained.against)
+    both = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(60.0), statistics_with(40.0), CLASSES)
+    assert both.kind == "poisoned"
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"classes": 4}, "With 4 classes"),
+        ({"smallest_class": 5}, "only 5 clean images"),
+        ({"largest_class": 500}, "unevenly spread"),
+        ({"accuracy": 0.2}, "decided wrongly"),
+    ],
+)
+def test_what_weakens_a_verdict_is_said(settings, part):
+    verdict = judge(findings(**settings), statistics_with(6.0), statistics_with(6.0), CLASSES)
+    assert any(part in line for line in verdict.against)
