@@ -128,7 +128,7 @@ def _shown(
         f"{margins.uncalibrated_p_value:.2g} as published.",
         f"Bounds that never saw the image change {found.changed} of {found.images} decisions"
         + (f', most of them away from "{classes[_most(found.changed_from)]}"' if found.changed else "")
-        + f", and {_moves(found.mmac)}.",
+        + f", and they {_moves(found.mmac).replace('moves', 'move', 1)}.",
         f"The repair for imbalance {_moves(found.mmom)}.",
     ]
     if suspicious is not None:

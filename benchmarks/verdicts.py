@@ -1,0 +1,93 @@
+"""How often an audit is right: audits victims of this project whose fault is known, and prints a row for each and a confusion table.
+
+    python benchmarks/verdicts.py --runs-dir runs
+
+Victims that are not in the store are trained first: a minute or two each on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from marginclip.experiment.command import plain
+from marginclip.experiment.process import prepare_process
+from marginclip.experiment.setup import VictimSetup, build_setup
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import load_model
+from marginclip.experiment.trainers import build_trainer
+from marginclip.service import audit
+from marginclip.silence import SILENT, silence_lightning
+
+CONF = Path(__file__).parents[1] / "conf"
+# Options of the victim, and what an audit should say of it.
+VICTIMS = [
+    *((f"attack=none seed={seed}", "nothing") for seed in range(10)),
+    *((f"attack=badnet seed={seed}", "poisoned") for seed in range(3)),
+    ("attack=chessboard seed=0", "poisoned"),
+    ("attack=sinusoid seed=0", "poisoned"),
+    ("attack=blend_full seed=0", "poisoned"),
+    ("attack=low_frequency attack.amplitude=0.12 seed=0", "poisoned"),
+    ("attack=one_pixel seed=0", "poisoned"),
+    ("attack=blend seed=0", "poisoned"),
+    ("attack=clean_label seed=0", "poisoned"),
+    ("attack=input_aware seed=0", "poisoned"),
+    ("attack=wanet training.epochs=50 seed=0", "poisoned"),
+    ("attack=wanet training.epochs=50 seed=1", "poisoned"),
+    ("attack=none imbalance=exponential imbalance.ratio=20 seed=0", "imbalanced"),
+    ("attack=none imbalance=step imbalance.ratio=20 seed=0", "imbalanced"),
+]
+
+
+def obtained(options: str, runs_dir: str) -> tuple[VictimSetup, Any]:
+    """The victim with these options, found or trained, and the specification of its run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("defend", [*options.split(), f"runs_dir={runs_dir}", "logger=none", "trainer.enable_progress_bar=false"])
+    spec = run_spec(plain(config))
+    prepare_process(spec.trainer.threads)
+    setup = build_setup(spec, clean_per_class=50)
+    load_model(spec, setup)
+    return setup, spec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--only", default="", help="audit only victims whose options contain this")
+    parser.add_argument("--output", help="a JSON file for the whole of every audit")
+    given = parser.parse_args()
+    silence_lightning()
+    counts: Counter[tuple[str, str]] = Counter()
+    audits = {}
+    print("| victim | verdict | class, true target | p by reach | p of MM-BD, published | s |\n|---|---|---|---|---|---|")
+    for options, wanted in VICTIMS:
+        if given.only not in options:
+            continue
+        setup, spec = obtained(options, given.runs_dir)
+        found = audit(
+            setup.model, *setup.data.clean_set(), seed=spec.seed,
+            make_trainer=lambda epochs, spec=spec: build_trainer(spec.trainer, max_epochs=epochs, **SILENT),  # type: ignore[misc]
+        )  # fmt: skip
+        verdict, reached, margins = found.verdict, found.reached, found.margins
+        counts[wanted, verdict.kind] += 1
+        audits[options] = found.to_dict()
+        target = "" if setup.target_class is None else f", {setup.target_class}"
+        print(
+            f"| {options} | {verdict.kind} | {reached.suspect}{target} | {reached.p_value:.2g} | class {margins.suspect}: "
+            f"{margins.p_value:.2g}, {margins.uncalibrated_p_value:.2g} | {sum(found.seconds.values()):.0f} |", flush=True,
+        )  # fmt: skip
+        if given.output:
+            Path(given.output).write_text(json.dumps(audits))
+    kinds = ("nothing", "poisoned", "imbalanced")
+    print(f"\n| the victim is | {' | '.join(f'said: {kind}' for kind in kinds)} |\n|---|{'---|' * len(kinds)}")
+    for wanted in kinds:
+        print(f"| {wanted} | {' | '.join(str(counts[wanted, kind]) for kind in kinds)} |")
+
+
+if __name__ == "__main__":
+    main()
