@@ -47,7 +47,9 @@ VICTIMS = [
 def obtained(options: str, runs_dir: str) -> tuple[VictimSetup, Any]:
     """The victim with these options, found or trained, and the specification of its run."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("defend", [*options.split(), f"runs_dir={runs_dir}", "logger=none", "trainer.enable_progress_bar=false"])
+        config = compose(
+            "defend", [*options.split(), f"runs_dir={runs_dir}", "logger=none", "trainer.enable_progress_bar=false"]
+        )
     spec = run_spec(plain(config))
     prepare_process(spec.trainer.threads)
     setup = build_setup(spec, clean_per_class=50)

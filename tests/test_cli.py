@@ -42,7 +42,10 @@ def test_version_help_and_a_command_that_does_not_exist(tmp_path):
     assert "marginclip defend" in call(cwd=tmp_path).stdout
     done = call("defned", "attack=badnet", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: unknown command 'defned'; did you mean 'defend'? (there are defend, train, report)\n"
+    assert (
+        done.stderr
+        == "error: unknown command 'defned'; did you mean 'defend'? (there are defend, train, audit, repair, scan, export, report)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,9 +106,9 @@ def test_ones_own_option_stands_in_the_place_of_ours(tmp_path):
 @pytest.mark.parametrize(
     ("line", "answers"),
     [
-        ("marginclip ", "defend train report"),
+        ("marginclip ", "defend train audit repair scan export report"),
         ("marginclip de", "defend"),
-        ("marginclip defend attack=b", "attack=badnet attack=blend"),
+        ("marginclip defend attack=b", "attack=badnet attack=blend attack=blend_full"),
         ("marginclip train attack=wa", "attack=wanet"),
         ("marginclip report ru", ""),
     ],

@@ -183,3 +183,13 @@ def test_another_number_of_classes_is_said(tmp_path):
     torch.save(ResNet(4, blocks=(1, 1), width=2).state_dict(), tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"has 4 classes and the data set 3: dataset\.root needs one sub-folder for each class"):
         load_checkpoint(str(tmp_path / "model.pt"), network())
+
+
+def test_a_checkpoint_without_counters_of_batches_loads(tmp_path):
+    """As of torch before 0.4.1; torch itself ignores them, too."""
+    torch.manual_seed(0)
+    wanted, model = (ResNet(3, blocks=(1, 1), width=4) for _ in range(2))
+    state = {name: value for name, value in wanted.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_file({f"module.{name}": value for name, value in state.items()}, tmp_path / "old.safetensors")
+    load_checkpoint(str(tmp_path / "old.safetensors"), model)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -153,7 +156,10 @@ class LearningDefense(L.LightningModule, Defense):
         self.prepare(model, images, labels)
         with without_lightning_messages():
             trainer = make_trainer(self.num_epochs)
-            trainer.fit(self, self.batches(), ckpt_path=resume, weights_only=True if resume else None)
+            try:
+                trainer.fit(self, self.batches(), ckpt_path=resume, weights_only=True if resume else None)
+            except SIGTERMException:  # Lightning's exit has the status 0, which a scheduler takes for success
+                sys.exit(128 + signal.SIGTERM)
         parameter = next(model.parameters(), None)
         self.to(images.device if parameter is None else parameter.device)  # Lightning leaves it on the CPU
         network = self.repaired()

@@ -84,6 +84,8 @@ def _load_matching(model: nn.Module, state: dict[str, Tensor], told: str) -> Non
     candidates += [_renamed(candidate) for candidate in candidates]
     candidates += [{f"network.{key}": value for key, value in candidate.items()} for candidate in candidates]
     best = max(candidates, key=lambda candidate: len(set(candidate) & set(wanted)))
+    # Counters of batches, which older checkpoints do not have, change nothing in evaluation.
+    best = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")} | best
     missing, extra = sorted(set(wanted) - set(best)), sorted(set(best) - set(wanted))
     odd = [key for key in wanted if key in best and wanted[key].shape != best[key].shape]
     if missing or extra or odd:

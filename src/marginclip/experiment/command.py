@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
 _failures: list[dict[str, Any]] = []
+TERMINATED = 128 + signal.SIGTERM
 SUSPICIOUS = 3  # the exit status of an audit that found something
 _found: list[bool] = []  # of each audit, whether it found something
 
@@ -143,6 +145,11 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
         outcome["error"] = (
             f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; what was written before is intact"
         )
+    except SystemExit as end:  # Lightning's, after SIGTERM; its status is 0, which a scheduler takes for success
+        if end.code not in (None, TERMINATED):
+            raise
+        print("error: terminated; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(TERMINATED)
     except Exception as error:  # a fault of ours, or of a library: told in full, and the sweep goes on
         log.exception("this run failed")
         outcome["error"] = f"{type(error).__name__}: {error}"

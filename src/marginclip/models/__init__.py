@@ -1,6 +1,7 @@
 """Classifiers: images (N, C, H, W) in [0, 1] in, logits (N, num_classes) out; normalisation is their first layer."""
 
+from marginclip.models.imported import NormalizedNetwork, imported_model, timm_model
 from marginclip.models.resnet import ResNet
 from marginclip.models.torchvision import TorchvisionModel
 
-__all__ = ["ResNet", "TorchvisionModel"]
+__all__ = ["NormalizedNetwork", "ResNet", "TorchvisionModel", "imported_model", "timm_model"]

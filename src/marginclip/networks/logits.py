@@ -16,7 +16,7 @@ def check_images(images: Tensor) -> None:
     """Raise :class:`UserError` unless ``images`` is a tensor (N, C, H, W) of numbers in [0, 1] in float32 or float64."""
     require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
     require(images.dim() == 4, f"images must be (N, C, H, W), got {tuple(images.shape)}")
-    _check_dtype("images must be", images.dtype)
+    _check_dtype("images must be", images.dtype, advice="; divide bytes by 255" if images.dtype == torch.uint8 else "")
     require(len(images) > 0, "at least one image is needed, got none")
     lowest, highest = float(images.min()), float(images.max())
     require(
@@ -103,3 +103,7 @@ def warn_if_poor(model: nn.Module, images: Tensor, labels: Tensor) -> None:
             "the model decides only %.0f %% of the clean images as labelled: check the order of the classes, the range of the images "
             "([0, 1]; a normalisation belongs inside the model) and the labels", 100 * correct,
         )  # fmt: skip
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
+        log.warning(
+            "the model seems to end in a softmax: give one that returns logits, on whose differences margins are measured"
+        )

@@ -1,0 +1,33 @@
+"""What is said of models and images that are not as they should be."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from marginclip.errors import UserError
+from marginclip.networks.logits import check_images, warn_if_poor
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def test_a_model_that_ends_in_softmax_is_warned_of(linear, caplog):
+    images = torch.rand(12, 1, 4, 4)
+    labels = linear(images).argmax(1)
+    with caplog.at_level(logging.WARNING):
+        warn_if_poor(linear, images, labels)
+        assert not caplog.records
+        warn_if_poor(nn.Sequential(linear, nn.Softmax(1)), images, labels)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the model seems to end in a softmax: give one that returns logits, on whose differences margins are measured"
+    ]
+
+
+def test_bytes_are_to_be_divided():
+    with pytest.raises(UserError, match="images must be float32 or float64; divide bytes by 255, got uint8"):
+        check_images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
