@@ -195,7 +195,10 @@ def test_the_adaptive_attacker_is_made_of_another_attack_and_the_defenders_own_m
 
 @pytest.mark.parametrize("model", options("model"))
 def test_models_are_made(model):
-    given = {"import": ["model.target=torchvision.models:squeezenet1_1", "+model.arguments.num_classes=4"], "timm": ["model.network=resnet10t"]}.get(model, [])
+    given = {
+        "import": ["model.target=torchvision.models:squeezenet1_1", "+model.arguments.num_classes=4"],
+        "timm": ["model.network=resnet10t"],
+    }.get(model, [])
     pytest.importorskip("timm") if model == "timm" else None
     made = make(composed("defend", f"model={model}", *given).model, num_classes=4, in_channels=3, key="model").eval()
     assert made(torch.rand(2, 3, 32, 32)).shape == (2, 4)

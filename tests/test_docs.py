@@ -73,7 +73,9 @@ def test_links_and_figures_exist(path):
     assert missing == []
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "your-model.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", ROOT / "docs" / "your-model.md", ROOT / "docs" / "audit.md"], ids=lambda path: path.name
+)
 def test_python_in_the_documents_runs(path, tmp_path, monkeypatch):
     """Block by block, in one namespace that holds what a reader has: a network, clean images with their labels, new images."""
     torch.manual_seed(0)
