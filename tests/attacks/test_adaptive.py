@@ -64,8 +64,8 @@ def test_bounds_are_learned_by_what_training_access_gives():
         def load_base_victim(self, base):
             self.base = base
 
-        def bound_learner(self, defender, clean_per_class):
-            self.given = defender, clean_per_class
+        def bound_learner(self, defender, clean_per_class, images):
+            self.given = defender, clean_per_class, images
             return lambda model: {"of": model}
 
     attack, access = make(clean_per_class=9), TrainingAccess()
@@ -73,7 +73,7 @@ def test_bounds_are_learned_by_what_training_access_gives():
         attack.learn_bounds(None)
     attack.prepare(access)
     assert access.base is attack.base
-    assert access.given == (attack.defender, 9)
+    assert access.given == (attack.defender, 9, "defender")
     assert attack.learn_bounds("model") == {"of": "model"}
 
 
@@ -85,6 +85,7 @@ def test_bounds_are_learned_by_what_training_access_gives():
         ({"epochs_per_round": 0}, "attack.epochs_per_round must be at least 1, got 0"),
         ({"learning_rate": 0}, "attack.learning_rate must be positive, got 0"),
         ({"max_batches": 0}, "attack.max_batches must be at least 1 or null, got 0"),
+        ({"clean_images": "test"}, "attack.clean_images must be one of defender, training, got 'test'"),
         ({"clean_per_class": 0}, "attack.clean_per_class must be at least 1, got 0"),
         (
             {"base": InputAware, "timing": "after_augmentation"},

@@ -12,6 +12,8 @@ from marginclip.attacks.base import Attack, Augmentation, TrainingAccess
 from marginclip.attacks.x2x import X2X
 from marginclip.errors import UserError, require
 
+CLEAN_IMAGES = ("defender", "training")
+
 
 class Adaptive(Attack):
     """Fine-tunes the victim of another attack (``base``) so that triggered images stay below the defender's bounds (Eq. 5).
@@ -20,7 +22,8 @@ class Adaptive(Attack):
     ``clean_per_class`` images a class, weights fixed, and (ii) ``epochs_per_round`` epochs on the weights, bounds fixed: cross entropy
     of the bounded network on all training images *and* a triggered copy of every image that the attack can flip, plus ``beta`` times
     the mean excess of the triggered copies' activations over the bounds. ``max_batches`` limits an epoch, for small machines.
-    Trigger, rate and timing are those of ``base``.
+    Trigger, rate and timing are those of ``base``. ``clean_images`` are the ``defender``'s own, as published, or others that the
+    attacker has, taken from the ``training`` images.
     """
 
     trained_by = "marginclip.training.AdaptiveTraining"
@@ -39,6 +42,7 @@ class Adaptive(Attack):
         learning_rate: float = 0.01,
         max_batches: int | None = None,
         clean_per_class: int = 50,
+        clean_images: str = "defender",
         seed: int = 0,
     ) -> None:
         chosen = base(x2x, image_shape, seed=seed)
@@ -50,12 +54,16 @@ class Adaptive(Attack):
         require(max_batches is None or max_batches >= 1, f"attack.max_batches must be at least 1 or null, got {max_batches}")
         require(clean_per_class >= 1, f"attack.clean_per_class must be at least 1, got {clean_per_class}")
         require(
+            clean_images in CLEAN_IMAGES, f"attack.clean_images must be one of {', '.join(CLEAN_IMAGES)}, got '{clean_images}'"
+        )
+        require(
             chosen.trained_by == Attack.trained_by,
             f"attack.base must be an attack on the training data alone, got {type(chosen).__name__}",
         )
         self.base, self.defender = chosen, defender
         self.beta, self.rounds, self.epochs_per_round = beta, rounds, epochs_per_round
         self.learning_rate, self.max_batches, self.clean_per_class = learning_rate, max_batches, clean_per_class
+        self.clean_images = clean_images
         self._learner: Callable[[nn.Module], dict[str, Tensor]] | None = None
 
     def trigger(self, images: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ class Adaptive(Attack):
     def prepare(self, access: TrainingAccess) -> None:
         """Start from the base attack's victim, and learn how the defender learns."""
         access.load_base_victim(self.base)
-        self._learner = access.bound_learner(self.defender, self.clean_per_class)
+        self._learner = access.bound_learner(self.defender, self.clean_per_class, self.clean_images)
 
     def learn_bounds(self, model: nn.Module) -> dict[str, Tensor]:
         """The bounds that the defender would give to ``model``, as of :meth:`~marginclip.maxmargin.BoundedNetwork.bounds_state`."""

@@ -41,8 +41,8 @@ class TrainingAccess(Protocol):
     def load_base_victim(self, base: Attack) -> None:
         """Let training start from the victim of the attack that is configured as ``attack.base``, and give ``base`` its trigger."""
 
-    def bound_learner(self, defender: Any, clean_per_class: int) -> Callable[[nn.Module], dict[str, Tensor]]:
-        """What learns bounds for a model as ``defender()`` does, on the defender's own clean set."""
+    def bound_learner(self, defender: Any, clean_per_class: int, images: str) -> Callable[[nn.Module], dict[str, Tensor]]:
+        """What learns bounds for a model as ``defender()`` does, on the clean set of the ``defender`` or on ``training`` images."""
 
 
 class Attack(nn.Module):

@@ -90,16 +90,19 @@ class AttackerAccess:
         assert setup.attack is not None
         base.load_state_dict(setup.attack.state_dict())
 
-    def bound_learner(self, defender: Callable[..., Defense], clean_per_class: int) -> Callable[[nn.Module], dict[str, Tensor]]:
-        """What learns bounds as the defender does, on the defender's own clean set of that size."""
-        held_out, spec = self.setup.splits.held_out, self.spec
-        count, _ = automatic_sizes(held_out.labels, clean_per_class)
-        index, _ = split_clean(held_out.labels, held_out.classes, per_class=count, seed=spec.seed, order=spec.clean_order)
-        images, labels = load_all(Subset(held_out.images, index)), held_out.labels[index]
+    def bound_learner(
+        self, defender: Callable[..., Defense], clean_per_class: int, images: str
+    ) -> Callable[[nn.Module], dict[str, Tensor]]:
+        """What learns bounds as the defender does, on the defender's own clean set of that size, or on as many ``training`` images."""
+        splits, spec = self.setup.splits, self.spec
+        source = splits.held_out if images == "defender" else splits.train
+        count, _ = automatic_sizes(source.labels, clean_per_class)
+        index, _ = split_clean(source.labels, source.classes, per_class=count, seed=spec.seed, order=spec.clean_order)
+        chosen, labels = load_all(Subset(source.images, index)), source.labels[index]
 
         def learn(model: nn.Module) -> dict[str, Tensor]:
             result = defender(seed=spec.seed).fit(
-                model, images, labels, make_trainer=lambda epochs: build_trainer(spec.trainer, max_epochs=epochs, **SILENT)
+                model, chosen, labels, make_trainer=lambda epochs: build_trainer(spec.trainer, max_epochs=epochs, **SILENT)
             )
             assert isinstance(result.network, BoundedNetwork)
             return result.network.bounds_state()
