@@ -178,3 +178,87 @@ def test_code_that_an_artefact_names_runs_only_when_allowed(repaired, tmp_path, 
 def test_flags_are_written_as_options():
     given = ["victim.path=m", "--json", "--images-suspect", "use", "--images-suspect=other"]
     assert _as_options(given) == ["victim.path=m", "json=true", "images_suspect=use", "images_suspect=other"]
+
+
+THEIRS = """
+from torch import nn
+
+
+class Plain(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True),
+        )
+        self.classifier = nn.Linear(2 * width, num_classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def plain(width=12, num_classes=10):
+    return Plain(width, num_classes)
+"""
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, configure_at):
+    """What another trainer leaves: code of their own, a wrapped checkpoint of a parallel network, and a normalisation outside of it."""
+    import importlib.util
+
+    folder = tmp_path_factory.mktemp("theirs")
+    (folder / "nets.py").write_text(THEIRS)
+    spec = importlib.util.spec_from_file_location("their_nets", folder / "nets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    setup = build_setup(configure_at(folder / "runs", "attack=none"))
+    images, labels = setup.splits.train.images[torch.arange(len(setup.splits.train))].float() / 255, setup.splits.train.labels
+    torch.manual_seed(0)
+    network = module.plain()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(40):
+        for rows in torch.randperm(len(images)).split(100):
+            loss = torch.nn.functional.cross_entropy(network((images[rows] - 0.3) / 0.4), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    state = {f"module.{name}": value for name, value in network.state_dict().items() if "num_batches" not in name}
+    torch.save({"epoch": 12, "state_dict": state}, folder / "checkpoint.pth")
+    for label, name in enumerate(setup.classes):
+        rows = (setup.splits.held_out.labels == label).nonzero().flatten()
+        write_images(folder / "clean" / name, setup.splits.held_out.images[rows[:20]].float() / 255)
+        write_images(folder / "use", setup.splits.held_out.images[rows[20:25]].float() / 255, prefix=f"{label}-")
+    return folder, network.eval()
+
+
+def test_a_model_of_another_trainer_goes_all_the_way(theirs, tmp_path, configure_at, capsys):
+    """Their code, their checkpoint, their normalisation: repaired, scanned, exported, and run where nothing of ours is."""
+    runtime = pytest.importorskip("onnxruntime")
+    import numpy as np
+
+    from marginclip.experiment.handed_over import repair_model
+
+    folder, network = theirs
+    words = [
+        "dataset=image_folder", "dataset.grey=true", "victim=checkpoint", f"victim.path={folder / 'checkpoint.pth'}",
+        f"dataset.root={folder / 'clean'}", "model=import", f"model.target={folder / 'nets.py'}:plain", "+model.arguments.width=12",
+        "model.mean=[0.3]", "model.std=[0.4]", "defense=mmdf", "defense.steps=10", "defense.extra_steps=0", "trainer.threads=1",
+    ]  # fmt: skip
+    spec = configure_at(tmp_path / "runs", *words, "clean_per_class=null")
+    told = json.loads(repair_model(spec, output=str(tmp_path / "kept"), tolerance=100.0, json=True))
+    assert told["accuracy"] > 85
+    use = str(folder / "use")
+    assert artefact_commands.main("scan", [str(tmp_path / "kept"), use]) == 1
+    assert "--trust-code runs it" in capsys.readouterr().err
+    assert artefact_commands.main("scan", [str(tmp_path / "kept"), use, "--json", "--trust-code"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 50
+    images = torch.stack([torch.from_numpy(np.array(Image.open(row["path"]))).unsqueeze(0).float() / 255 for row in rows])
+    assert [row["decision"] for row in rows] == [str(label) for label in network((images - 0.3) / 0.4).argmax(1).tolist()]
+    file = tmp_path / "mmdf.onnx"
+    assert artefact_commands.main("export", [str(tmp_path / "kept"), f"output={file}", "--trust-code"]) == 0
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    decisions, flagged, _ = session.run(None, {"images": images.numpy()})
+    assert [row["corrected"] for row in rows] == [str(label) for label in decisions.tolist()]
+    assert [row["flagged"] for row in rows] == flagged.tolist()
