@@ -1,9 +1,11 @@
 """Weights & Biases: offline unless a key is configured, and never a prompt."""
 
+import itertools
+
 import pytest
 
 from marginclip.errors import UserError
-from marginclip.experiment.loggers import build_logger, wandb_mode
+from marginclip.experiment.loggers import _tables, build_logger, run_tags, victim_name, wandb_mode
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +70,29 @@ def test_csv_and_none(configure, tmp_path):
     logger.log_metrics({"acc": 0.5}, step=1)
     logger.save()
     assert "0.5" in (tmp_path / "csv" / "metrics.csv").read_text()
+
+
+def test_runs_are_tagged_by_their_options_and_joined_by_their_victim(configure):
+    spec = configure("attack=chessboard", "x2x=all2all", "defense=mmac")
+    assert run_tags(spec) == ["dataset=digits", "model=small_resnet", "attack=chessboard", "x2x=all2all", "defense=mmac"]
+    assert "attack=none" in run_tags(configure("attack=none"))
+    other = configure("attack=chessboard", "x2x=all2all", "defense=static_clip")
+    assert victim_name(spec) == victim_name(other) != victim_name(configure("attack=badnet"))
+    given = configure("victim=checkpoint", "victim.path=theirs.pt", "dataset=digits")
+    assert victim_name(given) == "theirs.pt"
+
+
+def test_the_roc_curve_and_the_classes_become_tables(finished):
+    _, record = finished
+    tables = {name: (columns, rows) for name, columns, rows in _tables(record)}
+    assert set(tables) == {"per_class", "roc/mmdf"}
+    columns, rows = tables["per_class"]
+    assert columns[0] == "class"
+    assert [row[0] for row in rows] == record.classes
+    columns, rows = tables["roc/mmdf"]
+    assert columns == ["threshold", "fpr", "tpr"]
+    for earlier, later in itertools.pairwise(rows):
+        assert earlier[0] > later[0]
+        assert earlier[1] <= later[1]
+        assert earlier[2] <= later[2]
+    assert rows[-1][1:] == [1, 1]

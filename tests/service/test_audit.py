@@ -164,3 +164,13 @@ def test_a_common_class_is_within_reach_too():
 def test_what_weakens_a_verdict_is_said(settings, part):
     verdict = judge(findings(**settings), statistics_with(6.0), statistics_with(6.0), CLASSES)
     assert any(part in line for line in verdict.against)
+
+
+def test_reliability_is_of_the_models_probabilities(found, poisoned, clean):
+    images, labels = clean
+    confidence, decisions = poisoned(images).softmax(1).max(1)
+    bins = found.tensors["reliability"]
+    assert int(bins[:, 0].sum()) == len(images)
+    filled = bins[:, 0] > 0
+    assert float((bins[filled, 0] * bins[filled, 1]).sum()) == pytest.approx(float(confidence.sum()), rel=1e-4)
+    assert float((bins[filled, 0] * bins[filled, 2]).sum()) == pytest.approx(float((decisions == labels).sum()))

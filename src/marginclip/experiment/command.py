@@ -138,6 +138,8 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
 
         content = plain(config)
         settings = {key: content.pop(key) for key in own}
+        if HydraConfig.get().mode == RunMode.MULTIRUN and content["logger"].get("group", "") is None:
+            content["logger"]["group"] = "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])  # the sweep's own name
         outcome["record"] = task(run_spec(content), **settings)
     except UserError as error:
         outcome["error"] = str(error)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from marginclip.errors import require
+from marginclip.experiment.recipe import find_victim
 from marginclip.experiment.spec import RunSpec
 from marginclip.record import RunRecord
 
@@ -56,10 +61,26 @@ def build_logger(spec: RunSpec, folder: Path, *, job: str, name: str) -> Any:
         project=chosen.project,
         group=chosen.group,
         job_type=job,
+        tags=run_tags(spec),
         offline=mode == "offline",
-        config=dict(spec.config),
+        config={**spec.config, "victim_name": victim_name(spec)},
         settings=wandb.Settings(console="off"),
     )
+
+
+def run_tags(spec: RunSpec) -> list[str]:
+    """What runs are filtered by: data set, model, attack, X2X setting and defense."""
+    named = {
+        "dataset": spec.dataset.choice.name, "model": spec.model.name, "attack": "none" if spec.attack is None else spec.attack.name,
+        "x2x": None if spec.attack is None or spec.x2x is None else spec.x2x.name,
+        "defense": None if spec.defense is None else spec.defense.choice.name,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in named.items() if value is not None]
+
+
+def victim_name(spec: RunSpec) -> str:
+    """The name that a victim and all runs of it share, so that they can be joined."""
+    return str(spec.checkpoint) if spec.from_checkpoint else find_victim(spec).folder.name
 
 
 def keep_earlier_rows(folder: Path) -> None:
@@ -98,4 +119,24 @@ def publish(logger: Any, record: RunRecord, *, draw: bool) -> None:
     rows = [[row, *(values.get(name) for name in columns[1:])] for row, values in record.metrics.items()]
     logger.experiment.log({"results": wandb.Table(columns=columns, data=rows)})
     logger.experiment.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
+    for name, columns, rows in _tables(record):
+        logger.experiment.log({name: wandb.Table(columns=columns, data=rows)})
+    logger.experiment.tags = (*logger.experiment.tags, f"status={record.status}")
     logger.experiment.summary.update(flat | {"status": record.status})
+
+
+def _tables(record: RunRecord) -> Iterator[tuple[str, list[Any], list[list[Any]]]]:
+    """Tables for the dashboard: the accuracy of every class by row, and the ROC curve of every detector whose scores were kept."""
+    if record.per_class:
+        columns = ["class", *record.per_class]
+        yield "per_class", columns, [list(line) for line in zip(record.classes, *record.per_class.values(), strict=False)]
+    file = record.folder / "arrays.safetensors"
+    arrays = load_file(file) if file.exists() else {}
+    for name, clean in arrays.items():
+        triggered = arrays.get(name.removesuffix("_clean") + "_triggered") if name.startswith("scores/") else None
+        if triggered is None or not name.endswith("_clean") or not len(clean) or not len(triggered):
+            continue
+        thresholds = torch.cat([clean, triggered]).unique().flip(0)
+        chosen = thresholds[torch.linspace(0, len(thresholds) - 1, min(100, len(thresholds))).long()]
+        points = [[float(t), float((clean >= t).float().mean()), float((triggered >= t).float().mean())] for t in chosen]
+        yield f"roc/{name.partition('/')[2].removesuffix('_clean')}", ["threshold", "fpr", "tpr"], points

@@ -127,7 +127,7 @@ def audit(
     suspicious, flagged_images = (None, None) if suspect_images is None else _look_at(detector, suspect_images, count)
     verdict = judge(found, margins, reached, names, suspicious)
     reliability = Reliability()
-    reliability.update(logits, labels)
+    reliability.update(logits.softmax(1), labels)
     tensors = {
         "reliability": reliability.compute(),
         "examples": images[(labels == reached.suspect).to(images.device)][:8].cpu(),
