@@ -193,3 +193,10 @@ def test_a_checkpoint_without_counters_of_batches_loads(tmp_path):
     save_file({f"module.{name}": value for name, value in state.items()}, tmp_path / "old.safetensors")
     load_checkpoint(str(tmp_path / "old.safetensors"), model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_graph_is_no_checkpoint(tmp_path, suffix):
+    (tmp_path / f"graph{suffix}").write_bytes(b"graph")
+    with pytest.raises(UserError, match="is a graph without the network's code: give the weights that it was made from"):
+        load_checkpoint(str(tmp_path / f"graph{suffix}"), ResNet(3, blocks=(1, 1), width=4))

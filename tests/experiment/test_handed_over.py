@@ -232,6 +232,33 @@ def theirs(tmp_path_factory, configure_at):
     return folder, network.eval()
 
 
+def test_few_clean_images_are_warned_of(theirs, tmp_path, configure_at, caplog):
+    import logging
+
+    from marginclip.experiment.handed_over import repair_model
+
+    folder, _ = theirs
+    for label in range(10):
+        write_images(tmp_path / "few" / str(label), [torch.from_numpy(pixels) for pixels in few_of(folder, label)])
+    words = [
+        "dataset=image_folder", "dataset.grey=true", "victim=checkpoint", f"victim.path={folder / 'checkpoint.pth'}",
+        f"dataset.root={tmp_path / 'few'}", "model=import", f"model.target={folder / 'nets.py'}:plain", "model.mean=[0.3]",
+        "model.std=[0.4]", "defense=mmdf", "defense.steps=5", "defense.extra_steps=0", "trainer.threads=1",
+    ]  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        spec = configure_at(tmp_path / "runs", *words, "clean_per_class=null")
+        repair_model(spec, output=str(tmp_path / "kept"), tolerance=100.0, json=True)
+    assert any("the smallest class has 4 clean images" in record.getMessage() for record in caplog.records)
+
+
+def few_of(folder, label):
+    """Four of their clean images of a class, (1, H, W) in [0, 1]."""
+    import numpy as np
+
+    files = sorted((folder / "clean" / str(label)).iterdir())[:4]
+    return [np.array(Image.open(file), dtype=np.float32)[None] / 255 for file in files]
+
+
 def test_a_model_of_another_trainer_goes_all_the_way(theirs, tmp_path, configure_at, capsys):
     """Their code, their checkpoint, their normalisation: repaired, scanned, exported, and run where nothing of ours is."""
     runtime = pytest.importorskip("onnxruntime")

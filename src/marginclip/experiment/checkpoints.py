@@ -44,6 +44,10 @@ def file_digest(path: str | None) -> str | None:
 
 
 def _read(file: Path, told: str) -> Any:
+    require(
+        file.suffix not in (".onnx", ".pt2"),
+        f"{told} is a graph without the network's code: give the weights that it was made from",
+    )
     if file.suffix == ".safetensors":
         try:
             return load_file(file)

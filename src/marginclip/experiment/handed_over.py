@@ -22,6 +22,7 @@ from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
 from marginclip.service import Artefact, Audit, audit
 from marginclip.service.scan import image_files
+from marginclip.service.verdict import FEW_IMAGES
 from marginclip.silence import SILENT
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,12 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
         methods.defense.check_model(setup.model, torch.zeros(1, *setup.splits.image_shape))
     load_model(spec, setup)
     images, labels = setup.data.clean_set()
+    fewest = int(labels.bincount(minlength=len(setup.classes)).min())
+    if fewest < FEW_IMAGES:
+        log.warning(
+            "the smallest class has %d clean images: with so few the repair costs more accuracy and the detector knows less of what is "
+            "usual; about 50 of every class are what all was measured with", fewest,
+        )  # fmt: skip
     return methods, setup, images.to(device_of(spec.trainer)), labels
 
 
