@@ -147,7 +147,7 @@ def reach(
     *,
     starts: int = REACH_STARTS,
     steps: int = REACH_STEPS,
-    alpha: float = 0.05,
+    alpha: float = 0.01,
     seed: int = 0,
 ) -> MaximumMargins:
     """How far clean images of other classes get towards each class by a few small steps, and whether one class is too close.

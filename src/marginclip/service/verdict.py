@@ -144,6 +144,10 @@ def _doubts(found: Findings, margins: MaximumMargins, reached: MaximumMargins, c
     lines = []
     if reached.detected and found.suspect.rises(ALPHA):
         lines.append(f'"{classes[reached.suspect]}" is decided for too often, which imbalance explains as well.')
+    if not reached.detected and reached.p_value <= ALPHA:
+        lines.append(
+            f'"{classes[reached.suspect]}" is within reach more than others (p = {reached.p_value:.2g}), not enough to accuse it.'
+        )
     if reached.detected and not margins.detected:
         lines.append(f"MM-BD finds nothing (p = {margins.p_value:.2g}).")
     if margins.detected and margins.suspect != reached.suspect:
