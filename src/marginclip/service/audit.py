@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from marginclip.clipping import activation_extremes
 from marginclip.defenses import MMAC, MMOM, Defense, cross_fitted_logits
 from marginclip.defenses.base import TrainerFactory
+from marginclip.defenses.choosing.auto import Clock
 from marginclip.defenses.choosing.evidence import compare
 from marginclip.errors import require
 from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarginTest
@@ -94,7 +94,7 @@ def audit(
     require(len(names) == count, f"the model gives logits of {count} classes, not of {len(names)}")
     if suspect_images is not None:
         check_images(suspect_images)
-    clock, network = _Clock(progress), own_copy(model)
+    clock, network = Clock(progress), own_copy(model)
     trainer = make_trainer(1)
     nested = nested_trainers(trainer)
     half = HALF.get(str(trainer.precision))
@@ -186,16 +186,3 @@ def _look_at(detector: MarginDropDetector, images: Tensor, count: int) -> tuple[
         detection.statistic.cpu().masked_fill(~flagged, float("-inf")).argsort(descending=True)[: min(24, int(flagged.sum()))]
     )
     return Suspicious(len(images), int(flagged.sum()), decisions.tolist()), images[most.to(images.device)].cpu()
-
-
-class _Clock:
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-
-    def timed(self, part: str, work: Callable[[], Any]) -> Any:
-        self.progress(part)
-        started = time.perf_counter()
-        result = work()
-        self.seconds[part] = time.perf_counter() - started
-        return result

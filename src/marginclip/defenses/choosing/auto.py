@@ -150,13 +150,15 @@ class CleanModel:
 
 
 class Clock:
-    """Notes the seconds of each part by name."""
+    """Notes the seconds of each part by name; ``progress`` is told the name of a part as it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[str], None] = lambda part: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.progress = progress
 
     def timed(self, part: str, work: Callable[[], Made]) -> Made:
         """The result of ``work()``."""
+        self.progress(part)
         start = time.perf_counter()
         result = work()
         self.seconds[part] = time.perf_counter() - start
