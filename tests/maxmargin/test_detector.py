@@ -262,7 +262,7 @@ def test_logits_that_are_not_finite_are_flagged(clean_logits, new_logits, null_d
     ("change", "message"),
     [
         (lambda images: images * 255, r"images must lie in \[0, 1\]"),
-        (lambda images: (images * 255).byte(), "images must be float32 or float64, got uint8"),
+        (lambda images: (images * 255).byte(), "images must be float32 or float64; divide bytes by 255, got uint8"),
         (lambda images: images[0], r"images must be \(N, C, H, W\)"),
         (lambda images: images.numpy(), "images must be a torch tensor, got ndarray"),
         (lambda images: images * float("nan"), r"images must lie in \[0, 1\], got values from nan"),
