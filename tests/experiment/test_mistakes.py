@@ -33,7 +33,7 @@ def complain(overrides, name="defend"):
     [
         (["attack=badnett"], ["unknown option attack=badnett", "did you mean 'badnet'?", "chessboard"]),
         (["dataset=mnist"], ["unknown option dataset=mnist", "mnist_subset"]),
-        (["attack=zzz"], ["unknown option attack=zzz", "badnet, blend, chessboard"]),
+        (["attack=zzz"], ["unknown option attack=zzz", "badnet, blend, blend_full, chessboard"]),
         (["defense/detector=papr"], ["defense/detector=papr", "did you mean 'paper'?"]),
         (["attack.rat=0.1"], ["unknown key 'attack.rat'", "did you mean 'rate'?", "valid under 'attack'"]),
         (["trainning.epochs=1"], ["unknown key 'trainning.epochs'"]),
@@ -63,7 +63,7 @@ def complain(overrides, name="defend"):
         (["victim.path=model.safetensors"], ["unknown key 'victim.path'; victim=checkpoint has it"]),
         (
             ["defense=mmac", "defense.detector.folds=2"],
-            ["unknown key 'defense.detector.folds'; defense=mmdf, static_clip have it"],
+            ["unknown key 'defense.detector.folds'; defense=mmac_finetune, mmdf, static_clip have it"],
         ),
         (["+attack.rate=0.2"], ["'attack.rate' is there already"]),
         (["defense.detector=paper"], ["'defense.detector' is a group of settings", "defense/detector=..."]),
@@ -71,7 +71,7 @@ def complain(overrides, name="defend"):
         (["attack=adaptive", "attack.base=blend"], ["'attack.base' is a group of settings", "attack@attack.base=..."]),
         (["defense=null"], ["'defense=null' leaves the run without defense; use defense=none"]),
         (["defense=mmdf,null"], ["'defense=null' leaves the run without defense; use defense=none"]),
-        (["model=null"], ["leaves the run without model; there are resnet18, "]),
+        (["model=null"], ["leaves the run without model; there are import, resnet18, "]),
         (["~detect"], ["'~detect' leaves the run without detect; use detect=none"]),
     ],
 )
