@@ -11,7 +11,7 @@ from marginclip.clipping import BoundedNetwork
 from marginclip.clipping.activations import find_sites, make_out_of_place
 from marginclip.errors import UserError
 from marginclip.models import ResNet, TorchvisionModel
-from marginclip.networks.tracing import ONE_SIDED_MODULES, TWO_SIDED_MODULES, trace
+from marginclip.networks.tracing import ONE_SIDED_MODULES, TWO_SIDED_MODULES, called, trace
 
 IMAGE = torch.rand(1, 3, 16, 16)
 
@@ -28,13 +28,13 @@ class Function(nn.Module):
 
 
 def sites_of(model, **settings):
-    return find_sites(trace(model), IMAGE, **settings)
+    return find_sites(trace(model, IMAGE), IMAGE, **settings)
 
 
 @pytest.mark.parametrize("kind", [*ONE_SIDED_MODULES, *TWO_SIDED_MODULES])
-def test_only_functions_that_reach_below_zero_are_two_sided(kind):
+def test_only_functions_that_reach_below_zero_are_two_sided(kind, traced_by):
     activation = {nn.Threshold: partial(nn.Threshold, -1.0, -2.0), nn.GLU: partial(nn.GLU, 1)}.get(kind, kind)()
-    (site,) = sites_of(nn.Sequential(nn.Conv2d(3, 10 if kind is nn.GLU else 5, 1), activation))
+    (site,) = sites_of(traced_by(nn.Sequential(nn.Conv2d(3, 10 if kind is nn.GLU else 5, 1), activation)))
     reaches_below = activation.eval()(torch.linspace(-4, 4, 100).view(2, 50)).min().item() < 0
     assert (site.two_sided, site.num_channels, site.axis, site.num_axes) == (reaches_below, 5, 1, 4)
 
@@ -47,11 +47,11 @@ def test_only_functions_that_reach_below_zero_are_two_sided(kind):
         lambda x: x.clamp_min_(0), lambda x: F.relu(x, inplace=True), lambda x: F.relu(x, True),
     ],
 )  # fmt: skip
-def test_every_spelling_of_relu_is_one_site(function):
-    traced = trace(Function(function))
+def test_every_spelling_of_relu_is_one_site(function, traced_by):
+    traced = trace(traced_by(Function(function)), IMAGE)
     (site,) = find_sites(traced, IMAGE)
     assert not site.two_sided
-    expected = traced(IMAGE - 0.5)
+    expected = traced(IMAGE - 0.5).clone()
     make_out_of_place(traced, site.node)
     traced.recompile()
     kept = IMAGE - 0.5
@@ -81,8 +81,8 @@ class Middle(Function):
         lambda net, h: F.hardtanh_(h), lambda net, h: F.hardtanh(h, -2.0, 6.0, True),
     ],
 )  # fmt: skip
-def test_activations_written_out_are_two_sided_sites(function):
-    model = Middle(function).eval()
+def test_activations_written_out_are_two_sided_sites(function, traced_by):
+    model = traced_by(Middle(function).eval())
     (site,) = sites_of(model)
     assert site.two_sided
     bounded = BoundedNetwork(model, IMAGE)
@@ -99,28 +99,29 @@ def test_activations_written_out_are_two_sided_sites(function):
         lambda net, h: net.threshold(h), lambda net, h: F.softplus(h), lambda net, h: h * (h > 0), lambda net, h: h.gt(0.0) * h,
     ],
 )  # fmt: skip
-def test_what_gives_nothing_below_zero_has_no_lower_bound(function):
-    (site,) = sites_of(Middle(function))
+def test_what_gives_nothing_below_zero_has_no_lower_bound(function, traced_by):
+    (site,) = sites_of(traced_by(Middle(function)))
     assert not site.two_sided
 
 
-def test_every_product_of_a_chain_of_them_is_a_site():
+def test_every_product_of_a_chain_of_them_is_a_site(traced_by):
+    def names_of(function):
+        return [str(called(site.node)) for site in sites_of(traced_by(Middle(function)))]
+
     def twice(net, h):
         h = h * torch.sigmoid(h)
         return h * torch.sigmoid(h)
 
-    assert len(sites_of(Middle(twice))) == 2
-    names = [site.node.name for site in sites_of(Middle(lambda net, h: h * torch.tanh(F.softplus(h))))]
-    assert names == ["softplus", "tanh", "mul"]  # mish
-    names = [site.node.name for site in sites_of(Middle(lambda net, h: h * F.relu6(h + 3) / 6))]
-    assert names == ["relu6", "mul"]  # hard swish
+    assert len(names_of(twice)) == 2
+    assert len(names_of(lambda net, h: h * torch.tanh(F.softplus(h)))) == 3  # mish: softplus, tanh and the product
+    assert len(names_of(lambda net, h: h * F.relu6(h + 3) / 6)) == 2  # hard swish: relu6 and the product
 
 
-def test_a_clamp_of_feature_maps_is_one_but_one_of_the_images_is_none():
-    (site,) = sites_of(Middle(lambda net, h: h.clamp(0, 6)))
+def test_a_clamp_of_feature_maps_is_one_but_one_of_the_images_is_none(traced_by):
+    (site,) = sites_of(traced_by(Middle(lambda net, h: h.clamp(0, 6))))
     assert not site.two_sided
     for function in (lambda x: x.clamp(0, 1), lambda x: (2 * x - 1).clamp(0, 1)):
-        assert sites_of(Function(function)) == []
+        assert sites_of(traced_by(Function(function))) == []
 
 
 @pytest.mark.parametrize(
@@ -133,8 +134,8 @@ def test_a_clamp_of_feature_maps_is_one_but_one_of_the_images_is_none():
         lambda net, h: h * h.mean().sigmoid(),
     ],
 )
-def test_other_products_are_none(function):
-    assert sites_of(Middle(function)) == []
+def test_other_products_are_none(function, traced_by):
+    assert sites_of(traced_by(Middle(function))) == []
 
 
 @pytest.mark.parametrize("function", [lambda x: x.clamp(max=0), lambda x: x.clamp(min=0.5), torch.abs])
@@ -154,8 +155,8 @@ def test_other_functions_are_no_activations(function):
         ([nn.GELU()], 1),
     ],
 )
-def test_channels_are_last_behind_dense_layers_and_first_behind_convolutions(layers, axis):
-    (site,) = sites_of(nn.Sequential(*layers))
+def test_channels_are_last_behind_dense_layers_and_first_behind_convolutions(layers, axis, traced_by):
+    (site,) = sites_of(traced_by(nn.Sequential(*layers)))
     assert site.axis == axis
 
 
@@ -164,9 +165,10 @@ def test_channel_axis_overrides_all_but_dense_activations():
     assert [site.axis for site in sites_of(model, channel_axis=-1)] == [3, 1]
 
 
-def test_calls_are_listed_in_the_order_of_execution():
-    names = [site.name for site in sites_of(ResNet(4, blocks=(1, 1), width=4))]
-    assert names == ["000_act1", "001_layer1_0_act1", "002_layer1_0_act2", "003_layer2_0_act1", "004_layer2_0_act2"]
+def test_calls_are_listed_in_the_order_of_execution(traced_by):
+    wanted = ["act1", "layer1_0_act1", "layer1_0_act2", "layer2_0_act1", "layer2_0_act2"]
+    names = [site.name for site in sites_of(traced_by(ResNet(4, blocks=(1, 1), width=4)))]
+    assert [name.replace("network_", "") for name in names] == [f"00{number}_{name}" for number, name in enumerate(wanted)]
 
 
 def test_networks_of_torchvision_are_traced():

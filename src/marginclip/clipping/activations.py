@@ -1,4 +1,4 @@
-"""Finding every activation call of a torch model with torch.fx, and the channel axis of what it gives."""
+"""Finding every activation call of a traced model, and the channel axis of what it gives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from marginclip.clipping.arithmetic_forms import elements_of, gates_itself, is_positive_part
+from marginclip.clipping.axes import channel_axes
 from marginclip.errors import UserError
+from marginclip.networks.exporting import aten_name, module_path, out_of_place
 from marginclip.networks.tracing import (
     ONE_SIDED_FUNCTIONS,
     ONE_SIDED_METHODS,
     ONE_SIDED_MODULES,
     TWO_SIDED_FUNCTIONS,
     TWO_SIDED_METHODS,
+    TWO_SIDED_MODULES,
+    called,
     is_activation,
 )  # fmt: skip
 
+ACTIVATION_CLASSES = {kind.__name__ for kind in ONE_SIDED_MODULES + TWO_SIDED_MODULES}
 IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_, F.hardtanh_, torch.threshold_, operator.imul)
 # Modules between a layer and its activation that leave the meaning of the axes alone.
 TRANSPARENT = (nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
@@ -53,13 +58,16 @@ def find_sites(traced: fx.GraphModule, example: Tensor, *, channel_axis: int | N
     with torch.inference_mode(False), torch.no_grad():
         shapes.run(example.detach().clone())
     sites: list[Site] = []
+    followed = channel_axes(traced.graph, shapes.shapes)
     for node, two_sided in _activation_calls(traced):
         shape = shapes.shapes.get(node)
         if shape is None or len(shape) < 2:
             raise UserError(
                 f"the activation '{node.name}' gives no batch of feature maps (shape {shape}); it cannot be bounded"
             )
-        axis = _channel_axis(traced, node, len(shape)) if channel_axis is None or len(shape) == 2 else channel_axis
+        axis = followed.get(node, _channel_axis(traced, node, len(shape)))
+        if channel_axis is not None and len(shape) > 2:
+            axis = channel_axis
         if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
             raise UserError(f"channel_axis must be an axis in 1..{len(shape) - 1} or its negative, got {axis}")
         name = f"{len(sites):03d}_{_readable(node)}"
@@ -97,7 +105,9 @@ def choose_sites(sites: Sequence[Site], wanted: str | Sequence[str]) -> list[Sit
 
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-LAYER_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, operator.matmul)
+LAYER_FUNCTIONS = (
+    F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, operator.matmul, "linear", "conv1d", "conv2d", "conv3d", "matmul",
+)  # fmt: skip
 
 
 def _feeds_a_layer(node: fx.Node) -> bool:
@@ -110,7 +120,7 @@ def _feeds_a_layer(node: fx.Node) -> bool:
         if user in reached:
             continue
         reached.add(user)
-        if user.op == "call_function" and user.target in LAYER_FUNCTIONS:
+        if user.op == "call_function" and called(user) in LAYER_FUNCTIONS:
             return True
         if user.op == "call_module":
             module = network.get_submodule(str(user.target))
@@ -135,6 +145,8 @@ def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
         traced.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
     elif node.op == "call_method":
         node.target = str(node.target).rstrip("_")
+    elif aten_name(node) is not None:
+        node.target = out_of_place(node.target)  # type: ignore[arg-type]
     elif node.target in IN_PLACE_FUNCTIONS:
         plain: dict[Any, Callable[..., Any]] = {
             F.relu_: F.relu, torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.hardtanh_: F.hardtanh,
@@ -160,10 +172,10 @@ def _activation_calls(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, bool]]:
             if is_activation(module):
                 yield node, not isinstance(module, ONE_SIDED_MODULES) and not _has_floor(module, node)
         elif node.op in ("call_function", "call_method"):
-            if node.target in (*ONE_SIDED_FUNCTIONS, *ONE_SIDED_METHODS) or _is_clamp_at_zero(traced, node):
+            if called(node) in (*ONE_SIDED_FUNCTIONS, *ONE_SIDED_METHODS) or _is_clamp_at_zero(traced, node):
                 yield node, False
-            elif node.target in (*TWO_SIDED_FUNCTIONS, *TWO_SIDED_METHODS):
-                yield node, not _has_floor(node.target, node)
+            elif called(node) in (*TWO_SIDED_FUNCTIONS, *TWO_SIDED_METHODS):
+                yield node, not _has_floor(called(node), node)
             elif gates_itself(traced, node, products):
                 products.add(node)
                 yield node, not is_positive_part(node)
@@ -175,10 +187,10 @@ def _has_floor(activation: Any, node: fx.Node) -> bool:
         return bool(activation.min_val >= 0)
     if isinstance(activation, nn.Threshold):
         return bool(activation.threshold >= 0 and activation.value >= 0)
-    if activation in (F.hardtanh, F.hardtanh_):
+    if activation in (F.hardtanh, F.hardtanh_, "hardtanh", "hardtanh_"):
         lowest = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
         return isinstance(lowest, (int, float)) and lowest >= 0
-    if activation in (F.threshold, torch.threshold_):
+    if activation in (F.threshold, torch.threshold_, "threshold", "threshold_"):
         given = [*node.args[1:3], *(node.kwargs[key] for key in ("threshold", "value") if key in node.kwargs)]
         return all(isinstance(value, (int, float)) and value >= 0 for value in given)
     return False
@@ -186,7 +198,7 @@ def _has_floor(activation: Any, node: fx.Node) -> bool:
 
 def _is_clamp_at_zero(traced: fx.GraphModule, node: fx.Node) -> bool:
     """``x.clamp(min=0)`` and its spellings are ReLUs too; with a ``max`` as well, unless it is the images that are clamped."""
-    if node.target not in (torch.clamp, torch.clamp_min, "clamp", "clamp_", "clamp_min", "clamp_min_"):
+    if called(node) not in (torch.clamp, torch.clamp_min, "clamp", "clamp_", "clamp_min", "clamp_min_"):
         return False
     values = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
     if values.get("min") != 0:
@@ -199,8 +211,8 @@ def _is_clamp_at_zero(traced: fx.GraphModule, node: fx.Node) -> bool:
 def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
+    if isinstance(called(node), str):
+        return str(called(node)).endswith("_")
     return (
         node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True or any(value is True for value in node.args[1:])
     )
@@ -221,7 +233,14 @@ def _channel_axis(traced: fx.GraphModule, node: fx.Node, num_axes: int) -> int:
 
 
 def _readable(node: fx.Node) -> str:
-    return (str(node.target) if node.op == "call_module" else node.name).replace(".", "_")
+    path, kind = module_path(node)
+    if node.op == "call_module":
+        name = str(node.target)
+    elif aten_name(node) is None or not path:
+        name = node.name
+    else:
+        name = path if kind in ACTIVATION_CLASSES else f"{path}_{str(aten_name(node)).rstrip('_')}"
+    return name.replace(".", "_")
 
 
 class _ShapeRecorder(fx.Interpreter):

@@ -51,7 +51,7 @@ class BoundedNetwork(nn.Module):
         super().__init__()
         require(offsets or not scaled, "a scale of the logits is learned with offsets only")
         with torch.inference_mode(False), torch.no_grad():  # made in a validation loop, it can be learned all the same
-            traced = trace(model)
+            traced = trace(model, example if example.dim() > 3 else example.unsqueeze(0))
             self.network, self.bounds, num_classes = _with_bounds(traced, example, channel_axis, sites)
             device = next(self.bounds.parameters()).device
             self.offsets = LogitOffsets(num_classes, scaled=scaled).to(device) if offsets else None

@@ -52,7 +52,7 @@ def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -
         found = [model(batch.to(device)) for batch in images.split(batch_size)]
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         size = " x ".join(str(side) for side in images.shape[1:])
         raise UserError(f"the model does not take images of {size} ({first_line(error)})") from error
     finally:

@@ -1,14 +1,16 @@
-"""Tracing a network with torch.fx, and which of its modules and functions are activations."""
+"""Tracing a network, with torch.fx or else with torch.export, and which of its modules and functions are activations."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from marginclip.errors import UserError, first_line
+from marginclip.networks.exporting import aten_name, export_graph, is_exported, plain_graph
 
 # Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
 ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6, nn.Softplus)
@@ -21,47 +23,75 @@ TWO_SIDED_FUNCTIONS = (
     F.leaky_relu, F.leaky_relu_, F.gelu, F.silu, F.elu, F.elu_, F.celu, F.selu, F.prelu, F.rrelu, F.hardswish, F.mish,
     torch.prelu, torch.selu, torch.celu, F.tanh, torch.tanh, F.hardtanh, F.hardtanh_, F.threshold, torch.threshold_, F.glu,
 )  # fmt: skip
-ONE_SIDED_METHODS, TWO_SIDED_METHODS = ("relu", "relu_"), ("tanh",)
+# Methods of tensors, and aten operators of exported graphs.
+ONE_SIDED_METHODS = ("relu", "relu_", "relu6", "relu6_", "softplus")
+TWO_SIDED_METHODS = (
+    "tanh", "tanh_", "leaky_relu", "leaky_relu_", "gelu", "gelu_", "silu", "silu_", "elu", "elu_", "celu", "celu_", "selu", "selu_",
+    "prelu", "rrelu", "rrelu_", "hardswish", "hardswish_", "mish", "mish_", "hardtanh", "hardtanh_", "threshold", "threshold_", "glu",
+)  # fmt: skip
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """A traced copy of ``model`` in evaluation mode that shares nothing with it.
 
-    Raises :class:`UserError` for a model that torch.fx cannot trace, saying where and what to change, and for activations
-    hidden inside a fused torch module.
+    torch.fx traces it, or where that fails and ``example`` (N, C, H, W) is given, torch.export, for images of that size. Raises
+    :class:`UserError` for a model that neither can trace, saying where and what to change.
     """
     check_traceable(model)
     own = copy.deepcopy(model).eval()
+    if is_exported(own):
+        return plain_graph(own)  # type: ignore[arg-type]
     try:
         traced = fx.symbolic_trace(own)
+        _refuse_hidden_activations(traced)
+        return traced
     except Exception as error:
         reason = first_line(error)
+        if example is None:
+            raise UserError(f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}); {ADVICE}") from error
+    try:
+        untouched = copy.deepcopy(model).eval()  # a forward that torch.fx gave up on may have left something in the other copy
+        parameter = next(untouched.parameters(), example)
+        return export_graph(untouched, example.to(parameter.device, parameter.dtype))
+    except Exception as error:
         raise UserError(
-            f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}); "
-            "write its forward without branches or loops that depend on tensor values, sizes among them, make its modules in "
-            "__init__, or wrap a function that cannot be traced with torch.fx.wrap"
+            f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}) nor by torch.export ({first_line(error)}); {ADVICE}"
         ) from error
+
+
+ADVICE = (
+    "write its forward without branches or loops that depend on tensor values, its activations as torch.nn layers, make its modules in "
+    "__init__, or wrap a function that cannot be traced with torch.fx.wrap"
+)
+
+
+def _refuse_hidden_activations(traced: fx.GraphModule) -> None:
+    """Raise :class:`UserError` for activations inside a fused torch module."""
+    functions = ONE_SIDED_FUNCTIONS + TWO_SIDED_FUNCTIONS
     for node in traced.graph.nodes:
-        if node.op == "call_module":
-            leaf = traced.get_submodule(node.target)
-            hidden = [name for name, part in leaf.named_modules() if name and is_activation(part)]
-            functions = ONE_SIDED_FUNCTIONS + TWO_SIDED_FUNCTIONS
-            hidden += [
-                name
-                for part in leaf.modules()
-                for name, value in vars(part).items()
-                if any(value is function for function in functions)
-            ]
-            if hidden:
-                raise UserError(
-                    f"the layer '{node.target}' ({type(leaf).__name__}) hides its activation '{hidden[0]}' from tracing; "
-                    "write it out with torch.nn layers so that its activations can be bounded"
-                )
-    return traced
+        if node.op != "call_module":
+            continue
+        leaf = traced.get_submodule(node.target)
+        hidden = [name for name, part in leaf.named_modules() if name and is_activation(part)]
+        hidden += [
+            name
+            for part in leaf.modules()
+            for name, value in vars(part).items()
+            if any(value is function for function in functions)
+        ]
+        if hidden:
+            raise UserError(f"the layer '{node.target}' ({type(leaf).__name__}) hides its activation '{hidden[0]}'")
+
+
+def called(node: fx.Node) -> Any:
+    """What a node calls: a function, or the name of a method, a module or an aten operator."""
+    return aten_name(node) or node.target
 
 
 def check_traceable(model: nn.Module) -> None:
     """Raise :class:`UserError` for what torch has turned into something else already, saying what to give instead."""
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UserError("the model is an exported program: give its module, model.module()")
     if not isinstance(model, nn.Module):
         raise UserError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -72,8 +102,6 @@ def check_traceable(model: nn.Module) -> None:
         raise UserError("the model is quantised: give the network in full precision, whose activations can be bounded")
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("a TorchScript model cannot be traced again: give the network that it was made from")
-    if isinstance(model, fx.GraphModule) and "inline_constraints" in model.meta:
-        raise UserError("an exported program cannot be traced again: give the network that it was made from")
 
 
 def is_activation(module: nn.Module) -> bool:
