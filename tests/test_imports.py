@@ -22,7 +22,7 @@ ARROWS = {
     "clipping": {"networks", "errors"},
     "maxmargin": {"networks", "errors"},
     "metrics": {"errors"},
-    "models": {"errors"},
+    "models": {"networks", "errors"},
     "losses": {"devices", "errors"},
     "attacks": {"identity", "maxmargin", "networks", "errors"},
     "data": {"attacks", "devices", "files", "identity", "errors"},

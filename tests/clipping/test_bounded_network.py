@@ -401,7 +401,7 @@ class Encoder(nn.Module):
         (torch.jit.script(nn.Sequential(nn.ReLU())), "TorchScript model cannot be traced again"),
         (
             torch.export.export(nn.Sequential(nn.ReLU()), (torch.rand(1, 3, 8, 8),)),
-            r"is an exported program: give its module, model.module\(\)",
+            r"is an exported program: give marginclip.models.from_program\(program\)",
         ),
         (nn.Sequential(Packed(), nn.ReLU()), "model is quantised: give the network in full precision"),
         (torch.relu, "must be a torch.nn.Module, got builtin_function_or_method"),

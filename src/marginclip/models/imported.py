@@ -20,7 +20,10 @@ class NormalizedNetwork(nn.Module):
     """A network behind a normalisation: images in [0, 1] to logits (N, K).
 
     ``output`` names the attribute or key of what the network returns that holds the logits; None where it returns them.
+    ``loaded_from`` is the file or folder that the network's weights were read from, None for other ones.
     """
+
+    loaded_from: str | None = None
 
     def __init__(self, normalize: nn.Module, network: nn.Module, output: str | None = None) -> None:
         super().__init__()

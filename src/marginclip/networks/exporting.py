@@ -29,7 +29,7 @@ def export_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
         return plain_graph(program.module(), tuple(batch.shape[1:]))
 
 
-def is_exported(module: nn.Module) -> bool:
+def is_exported(module: Any) -> bool:
     """Whether a module is what ``ExportedProgram.module()`` gives."""
     return isinstance(module, fx.GraphModule) and "inline_constraints" in module.meta
 

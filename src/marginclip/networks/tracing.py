@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from marginclip.errors import UserError, first_line
-from marginclip.networks.exporting import aten_name, export_graph, is_exported, plain_graph
+from marginclip.networks.exporting import aten_name, export_graph, is_exported
 
 # Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
 ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6, nn.Softplus)
@@ -39,8 +39,6 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """
     check_traceable(model)
     own = copy.deepcopy(model).eval()
-    if is_exported(own):
-        return plain_graph(own)  # type: ignore[arg-type]
     try:
         traced = fx.symbolic_trace(own)
         _refuse_hidden_activations(traced)
@@ -90,8 +88,8 @@ def called(node: fx.Node) -> Any:
 
 def check_traceable(model: nn.Module) -> None:
     """Raise :class:`UserError` for what torch has turned into something else already, saying what to give instead."""
-    if isinstance(model, torch.export.ExportedProgram):
-        raise UserError("the model is an exported program: give its module, model.module()")
+    if isinstance(model, torch.export.ExportedProgram) or is_exported(model):
+        raise UserError("the model is an exported program: give marginclip.models.from_program(program)")
     if not isinstance(model, nn.Module):
         raise UserError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
