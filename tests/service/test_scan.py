@@ -113,7 +113,7 @@ def test_images_keep_their_values(artefact, folder):
     """What is scanned are the stored bytes over 255: the model sees what training saw."""
     path, images = folder
     seen = []
-    handle = artefact.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    handle = artefact.served.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     try:
         list(scan(artefact, sorted(image_files([path]))))
     finally:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
+from marginclip.clipping.serving import NetworkPair, PairedNetwork, paired
 from marginclip.defenses import MMAC, Defense, cross_fitted_logits
 from marginclip.defenses.base import TrainerFactory
 from marginclip.errors import UserError, require
 from marginclip.files import write_json, write_tensors
 from marginclip.maxmargin import Detection, MarginDropDetector
-from marginclip.networks.logits import clean_logits
+from marginclip.networks.logits import check_images, clean_logits
 from marginclip.silence import silent_trainer
 
 DESCRIPTION, TENSORS = "artefact.json", "artefact.safetensors"
@@ -107,10 +109,23 @@ class Artefact:
         channels, height, width = images.shape[1:]
         return cls(model, network, fitted, names, (channels, height, width), facts, **origin)
 
+    @cached_property
+    def served(self) -> PairedNetwork | NetworkPair:
+        """Images to the logits of the model and of its repair, of the fewest passes; made at the first use."""
+        return paired(self.model, self.network)
+
     @torch.no_grad()
+    def logits(self, images: Tensor, *, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+        """The logits (N, K) of the model and of its repair for images (N, C, H, W) in [0, 1], however many."""
+        check_images(images)
+        device = next((parameter.device for parameter in self.network.parameters()), images.device)
+        parts = [self.served(batch.to(device)) for batch in images.split(batch_size)]
+        model, repaired = (torch.cat([part[place].float() for part in parts]) for place in (0, 1))
+        return model, repaired
+
     def __call__(self, images: Tensor) -> Detection:
         """Decisions, flags and p-values of images (N, C, H, W) in [0, 1]."""
-        return self.detector(images)  # type: ignore[no-any-return]
+        return self.detector.decide(*self.logits(images))
 
     def save(self, folder: str | Path) -> Path:
         """Write the two files of the artefact into ``folder``; the description comes last, so its presence means whole."""

@@ -106,8 +106,10 @@ def _read(path: str, shape: tuple[int, int, int], *, resize: bool) -> Tensor | s
 
 def _rows(artefact: Artefact, paths: list[str], read: list[Tensor | str], device: torch.device) -> Iterator[ScannedImage]:
     images = [image for image in read if isinstance(image, Tensor)]
-    detection = None if not images else artefact(torch.stack(images).to(device).float() / 255)
-    original = None if not images else artefact.model(torch.stack(images).to(device).float() / 255).argmax(1).tolist()
+    detection, original = None, None
+    if images:
+        logits, bounded = artefact.logits(torch.stack(images).to(device).float() / 255)
+        detection, original = artefact.detector.decide(logits, bounded), logits.argmax(1).tolist()
     number = 0
     for path, image in zip(paths, read, strict=True):
         if isinstance(image, str) or detection is None or original is None:
