@@ -34,12 +34,12 @@ def clean_sets(setup: VictimSetup, seed: int) -> dict[str, tuple[Tensor, Tensor]
     uneven, even = first_of_each(labels, sizes), first_of_each(labels, torch.full_like(sizes, int(sizes.sum()) // len(sizes)))
     decided = batched_logits(setup.model, images).argmax(1)
     return {
-        f"{MOST} a class": (images, labels),
-        f"uneven, {MOST} to {FEWEST} a class ({len(uneven)})": (images[uneven], labels[uneven]),
-        f"even, {len(even) // len(sizes)} a class ({len(even)})": (images[even], labels[even]),
-        "2 % wrong labels": (images, with_wrong_labels(labels, 0.02, len(setup.classes), generator)),
-        "10 % wrong labels": (images, with_wrong_labels(labels, 0.1, len(setup.classes), generator)),
-        "labels are the model's decisions": (images, decided.to(labels)),
+        "uneven": (images[uneven], labels[uneven]),  # 50 to 5 a class
+        "wrong2": (images, with_wrong_labels(labels, 0.02, len(setup.classes), generator)),
+        "unlabelled": (images, decided.to(labels)),  # the model's own decisions
+        "wrong10": (images, with_wrong_labels(labels, 0.1, len(setup.classes), generator)),
+        "even": (images[even], labels[even]),  # as many as uneven
+        "all": (images, labels),
     }
 
 
@@ -92,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--only", default="", help="victims whose options contain this")
+    parser.add_argument("--sets", default="all,uneven,even,wrong2,wrong10,unlabelled", help="the clean sets, of these")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     silence_lightning()
@@ -102,11 +103,16 @@ def main() -> None:
             continue
         setup, _ = obtained(f"{options} seed={given.seed}", given.runs_dir)
         judge = Judge(setup)
-        for name, (images, labels) in clean_sets(setup, given.seed).items():
+        sets = clean_sets(setup, given.seed)
+        for name in given.sets.split(","):
+            images, labels = sets[name]
             started = time.perf_counter()
             artefact = marginclip.Artefact.fit(setup.model, images, labels, seed=given.seed, make_trainer=silent_trainer)
             seconds = time.perf_counter() - started
-            print(f"| {options} | {name} | {' | '.join(judge.rows(artefact.detector))} | {seconds:.0f} |", flush=True)
+            print(
+                f"| {options} | {name}, {len(images)} images | {' | '.join(judge.rows(artefact.detector))} | {seconds:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

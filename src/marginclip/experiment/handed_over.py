@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marginclip.data.images import read_images
+from marginclip.defenses.clipping.tolerance import check_tolerance
 from marginclip.errors import UserError, require
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
@@ -21,6 +22,7 @@ from marginclip.experiment.stages import load_model, make_methods
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
 from marginclip.service import Artefact, Audit, audit
+from marginclip.service.artefact import check_bounds
 from marginclip.service.scan import image_files
 from marginclip.service.verdict import FEW_IMAGES
 from marginclip.silence import SILENT
@@ -46,29 +48,23 @@ def audit_model(spec: RunSpec, *, output: str, images_suspect: str | None, json:
     return found.verdict.suspicious, _as_json(content) if json else _in_words(found, page)
 
 
-def repair_model(spec: RunSpec, *, output: str, tolerance: float, json: bool) -> str:
+def repair_model(spec: RunSpec, *, output: str, tolerance: float | None, json: bool) -> str:
     """Repair the model and write the artefact into ``output``; returns what to print."""
-    require(
-        isinstance(tolerance, (int, float)) and tolerance >= 0,
-        f"tolerance must be points of accuracy from 0 up, got {tolerance!r}",
-    )
-    methods, setup, images, labels = _given(spec)
+    check_tolerance(tolerance)
+    methods = make_methods(spec)
     if methods.defense is None or spec.defense is None:
         raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
+    check_bounds(methods.defense, bounded=methods.defense.bounds_activations is not False)
+    methods, setup, images, labels = _given(spec)
     detector = spec.defense.detector
     artefact = Artefact.fit(
         setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed, make_trainer=_trainers(spec),
         folds=2 if detector is None or detector.folds == 0 else detector.folds, detector=None if detector is None else detector.settings,
         model_settings=dict(spec.model.settings), model_path=str(Path(str(spec.checkpoint)).resolve()),
+        tolerance=tolerance,
     )  # fmt: skip
     artefact.save(output)
     before, after = (100 * artefact.facts[key] for key in ("accuracy", "repaired_accuracy"))
-    if before - after > tolerance:
-        log.warning(
-            "the repair costs %.1f points of accuracy on images that it has not seen, more than tolerance=%g; with more clean images "
-            "it costs less, and defense.lambda_.min_agreement=0.995 keeps more of the accuracy and less of the repair",
-            before - after, tolerance,
-        )  # fmt: skip
     facts = {"artefact": str(output), "accuracy": before, "repaired_accuracy": after, "threshold": artefact.detector.threshold}
     if json:
         return _as_json(facts | {"threshold": None if facts["threshold"] == float("inf") else facts["threshold"]})

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.clipping.serving import NetworkPair, PairedNetwork, paired
-from marginclip.defenses import MMAC, Defense, cross_fitted_logits
+from marginclip.defenses import MMAC, Defense
 from marginclip.defenses.base import TrainerFactory
+from marginclip.defenses.clipping.tolerance import check_tolerance, hold, keeps_bounds, tell
+from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError, require
 from marginclip.files import write_json, write_tensors
 from marginclip.maxmargin import Detection, MarginDropDetector
@@ -84,27 +86,34 @@ class Artefact:
         seed: int = 0,
         make_trainer: TrainerFactory = silent_trainer,
         detector: Mapping[str, Any] | None = None,
+        tolerance: float | None = None,
         **origin: Any,
     ) -> Artefact:
         """Repair ``model`` with ``defense`` (MMAC) from clean images (N, C, H, W) in [0, 1] and labels (N,), and fit the detector.
 
         The detector's null comes from ``folds`` further repairs, each of which leaves a part of the images out; ``detector`` are its
-        settings. Raises :class:`UserError` as :meth:`Defense.fit`, and for a method whose result has no bounds.
+        settings. Bounds are relaxed where the repair costs more than ``tolerance`` points of accuracy on images that it has not seen
+        (:func:`~marginclip.defenses.clipping.tolerance.hold`); None never does. Raises :class:`UserError` as :meth:`Defense.fit`, and
+        for a method whose result has no bounds.
         """
+        check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense
+        check_bounds(defense, bounded=defense.bounds_activations is not False)
         given = clean_logits(model, images).cpu()
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
         result = defense.fit(model, images, labels, make_trainer=make_trainer)
         network = result.network
-        if not isinstance(network, BoundedNetwork):
-            raise UserError(f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
-        bounded = cross_fitted_logits(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
-        fitted = MarginDropDetector.from_logits(model, network, given, bounded, **(detector or {}))
-        shares = [float((logits.argmax(1) == labels.cpu()).float().mean()) for logits in (given, bounded)]
+        check_bounds(defense, bounded=isinstance(network, BoundedNetwork))
+        assert isinstance(network, BoundedNetwork)
+        others = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
+        fixed = keeps_bounds(defense)
+        cost = hold(network, others, images, labels, given, tolerance=tolerance, keep_bounds=fixed)
+        tell(cost, tolerance, keep_bounds=fixed)
+        fitted = MarginDropDetector.from_logits(model, network, given, cost.logits, **(detector or {}))
         facts = {
-            "method": defense.label, "clean_images": len(images), "accuracy": shares[0], "repaired_accuracy": shares[1],
-            "findings": dict(result.findings),
+            "method": defense.label, "clean_images": len(images), "accuracy": cost.before, "repaired_accuracy": cost.after,
+            "findings": dict(result.findings) | {"relaxed_for_tolerance": cost.relaxed},
         }  # fmt: skip
         channels, height, width = images.shape[1:]
         return cls(model, network, fitted, names, (channels, height, width), facts, **origin)
@@ -189,6 +198,11 @@ class Artefact:
             torch.equal(value.cpu(), untouched[name].cpu()) for name, value in own.items()
         )
         return {} if same else own
+
+
+def check_bounds(defense: Defense, *, bounded: bool) -> None:
+    """Raise :class:`UserError` where a defense is not ``bounded``: an artefact keeps bounds."""
+    require(bounded, f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
 
 
 def read_artefact(folder: str | Path) -> Description:

@@ -24,8 +24,9 @@ TABLE = 512
 class DecisionNetwork(nn.Module):
     """MMDF as a network: images (N, C, H, W) in [0, 1] to corrected decisions (N,) int64, flags (N,) bool and p-values (N,).
 
-    What both networks compute up to the first bound that can cut something is computed once. Threshold and null are frozen: flags are those of the detector. The p-value is looked up in a table of ``TABLE`` statistics and
-    is that of the next smaller one there, so it is never too small; -1 is a rejected image.
+    What both networks compute up to the first bound that can cut something is computed once. Threshold and null are frozen: flags are
+    those of the detector. The p-value is looked up in a table of ``TABLE`` statistics and is that of the next smaller one there, so it is
+    never too small; -1 is a rejected image.
     """
 
     grid: Tensor

@@ -46,6 +46,7 @@ class BoundLearning(LearningDefense):
     """
 
     label = "learned bounds"
+    bounds_activations = True
     images: Tensor
     labels: Tensor
     targets: Tensor
