@@ -78,7 +78,7 @@ def test_what_cannot_be_held_leaves_the_learned_bounds(given):
     network, fitted, images, labels, logits = given
     for other in fitted.networks:
         with torch.no_grad():
-            list(other.network.parameters())[0].zero_()  # no bounds make up for this
+            next(iter(other.network.parameters())).zero_()  # no bounds make up for this
     before = [each.bounds_state() for each in (network, *fitted.networks)]
     cost = hold(network, fitted, images, labels, logits, tolerance=1.0)
     assert cost.points > 1

@@ -83,7 +83,7 @@ class MarginDropDetector(nn.Module):
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, model: nn.Module, repaired: nn.Module, images: Tensor, *, batch_size: int = 250, **settings: Any
+        cls, model: nn.Module, repaired: nn.Module, images: Tensor, *, batch_size: int | None = None, **settings: Any
     ) -> MarginDropDetector:
         """Fit the null to clean images (M, C, H, W) in [0, 1]; ``settings`` are the constructor's.
 

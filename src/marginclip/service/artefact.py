@@ -26,6 +26,7 @@ from marginclip.errors import UserError, require
 from marginclip.files import write_json, write_tensors
 from marginclip.maxmargin import Detection, MarginDropDetector
 from marginclip.networks.logits import check_images, clean_logits
+from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
 
 DESCRIPTION, TENSORS = "artefact.json", "artefact.safetensors"
@@ -124,11 +125,11 @@ class Artefact:
         return paired(self.model, self.network)
 
     @torch.no_grad()
-    def logits(self, images: Tensor, *, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+    def logits(self, images: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """The logits (N, K) of the model and of its repair for images (N, C, H, W) in [0, 1], however many."""
         check_images(images)
         device = next((parameter.device for parameter in self.network.parameters()), images.device)
-        parts = [self.served(batch.to(device)) for batch in images.split(batch_size)]
+        parts = [self.served(batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
         model, repaired = (torch.cat([part[place].float() for part in parts]) for place in (0, 1))
         return model, repaired
 
