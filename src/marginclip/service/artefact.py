@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,7 +30,19 @@ from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
 
 DESCRIPTION, TENSORS = "artefact.json", "artefact.safetensors"
+Side = Annotated[int, Field(ge=1, le=2**14)]
 SCHEMA_VERSION: Literal[1] = 1
+
+
+class DetectorSettings(BaseModel):
+    """The settings of the detector: see :class:`~marginclip.maxmargin.MarginDropDetector`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    theta: float
+    null_distribution: str
+    rule: str
+    correction: str
 
 
 class Description(BaseModel):
@@ -41,7 +53,7 @@ class Description(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     method: str = Field(description="what repaired the model")
     classes: list[str]
-    image_shape: tuple[int, int, int] = Field(description="channels, height, width of the images that the model takes")
+    image_shape: tuple[Side, Side, Side] = Field(description="channels, height, width of the images that the model takes")
     model: dict[str, Any] | None = Field(description="the settings that make the architecture, normalisation among them")
     model_path: str | None = Field(description="where the model's weights were read from")
     model_digest: str = Field(description="SHA-256 of the model's weights, by name, shape and value")
@@ -49,7 +61,7 @@ class Description(BaseModel):
     sites: list[str] = Field(description="the activation calls that are bounded")
     channel_axis: int | None
     changes_weights: bool = Field(description="whether the repair holds weights of its own")
-    detector: dict[str, Any] = Field(description="theta, null_distribution, rule, correction")
+    detector: DetectorSettings
     threshold: float | None = Field(description="margin drop, in logits, from which on an image is flagged; null: never")
     clean_images: int
     accuracy: float = Field(description="of the model, on the clean images")
@@ -152,7 +164,7 @@ class Artefact:
             model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
             model_digest=model_digest(self.model), tensors_digest=_file_digest(file), sites=[name for name, _ in network.each()],
             channel_axis=network.channel_axis, changes_weights=bool(changed),
-            detector={key: getattr(self.detector, key) for key in ("theta", "null_distribution", "rule", "correction")},
+            detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
             threshold=threshold if threshold < float("inf") else None, **self.facts,
         )  # fmt: skip
         write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
@@ -185,7 +197,7 @@ class Artefact:
         network.load_bounds(bounds)
         network.to(memory_format=torch.channels_last)  # as it is learned: the same bits
         detector = MarginDropDetector(
-            model, network, tensors["null/statistics"], tensors["null/margins"], **found.detector
+            model, network, tensors["null/statistics"], tensors["null/margins"], **found.detector.model_dump()
         )  # fmt: skip
         facts = {key: getattr(found, key) for key in ("method", "clean_images", "accuracy", "repaired_accuracy", "findings")}
         return cls(model, network, detector, tuple(found.classes), found.image_shape, facts, found.model, found.model_path)
@@ -233,7 +245,9 @@ def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
     require(file.is_file(), f"the artefact lacks its file '{file}'")
     require(_file_digest(file) == digest, f"'{file}' is damaged or does not belong to the {DESCRIPTION} beside it")
     try:
-        return load_file(file)
+        tensors = load_file(file)
+        require({"null/statistics", "null/margins"} <= tensors.keys(), f"'{file}' lacks the detector's null")
+        return tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"'{file}' is no complete safetensors file ({error})") from error
 
