@@ -41,7 +41,7 @@ VICTIMS = [
 ]
 
 
-def obtained(options: str, runs_dir: str) -> tuple[VictimSetup, Any]:
+def obtained(options: str, runs_dir: str, *, clean_per_class: int = 50) -> tuple[VictimSetup, Any]:
     """The victim with these options, found or trained, and the specification of its run."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(
@@ -49,7 +49,7 @@ def obtained(options: str, runs_dir: str) -> tuple[VictimSetup, Any]:
         )
     spec = run_spec(plain(config))
     prepare_process(spec.trainer.threads)
-    setup = build_setup(spec, clean_per_class=50)
+    setup = build_setup(spec, clean_per_class=clean_per_class)
     load_model(spec, setup)
     return setup, spec
 

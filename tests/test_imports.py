@@ -44,7 +44,7 @@ ARROWS = {
     "reporting": {"record", "errors", "files"},
     "cli": {"__version__", "errors", "experiment", "reporting"},
     "__main__": {"cli"},
-    "api": {"defenses", "networks", "precision", "silence", "errors"},
+    "api": {"clipping", "defenses", "networks", "precision", "silence", "errors"},
     "__init__": {"api", "clipping", "defenses", "maxmargin", "service", "errors"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

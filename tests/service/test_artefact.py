@@ -81,6 +81,24 @@ def test_what_is_not_whole_is_refused(artefact, poisoned, tmp_path, spoil, messa
         Artefact.load(folder, poisoned)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_shape": [3, 10**6, 10**6]},
+        {"detector": {"theta": 0.005, "null_distribution": "tail", "rule": "paper", "correction": "exclude", "code": "x"}},
+        {"detector": {"theta": 0.005}},
+        {"further": 1},
+        {"classes": 4},
+    ],
+)
+def test_a_tampered_description_is_refused(artefact, poisoned, tmp_path, change):
+    folder = artefact.save(tmp_path / "kept")
+    content = json.loads((folder / "artefact.json").read_text()) | change
+    (folder / "artefact.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is damaged or of another version"):
+        Artefact.load(folder, poisoned)
+
+
 def test_an_artefact_of_a_later_version_is_refused(artefact, poisoned, tmp_path):
     folder = artefact.save(tmp_path / "kept")
     content = json.loads((folder / "artefact.json").read_text()) | {"schema_version": 9}

@@ -1,5 +1,6 @@
 """Scanning files: the rows are the detector's own, whatever the batches; hostile files are named and the rest is done."""
 
+import os
 import struct
 import zlib
 from itertools import islice
@@ -10,7 +11,7 @@ from PIL import Image
 
 from marginclip.errors import UserError
 from marginclip.service import scan
-from marginclip.service.scan import image_files
+from marginclip.service.scan import LeftOut, image_files
 
 from .conftest import quarters, triggered
 
@@ -60,12 +61,10 @@ def test_bad_files_are_named_and_the_rest_is_done(artefact, folder):
     assert len(rows) == 36
     errors = {name: row.error for name, row in rows.items() if row.error is not None}
     assert set(errors) == {"bomb.png", "cut.png", "drawing.png", "empty.jpg", "wide.png", "absent.png"}
-    assert "exceeds limit" in errors["bomb.png"]
+    assert errors["bomb.png"].startswith("has too many pixels (")
     assert errors["wide.png"].startswith("9 x 8 pixels, the model takes 8 x 8")
     assert errors["absent.png"] == "no such file"
-    assert all(
-        errors[name].startswith("not a readable image (") for name in ("bomb.png", "cut.png", "drawing.png", "empty.jpg")
-    )
+    assert all(errors[name].startswith("not a readable image (") for name in ("cut.png", "drawing.png", "empty.jpg"))
     assert rows["cut.png"].decision is None
 
 
@@ -91,7 +90,7 @@ def test_files_are_read_as_they_are_asked_for(artefact, folder):
     assert len(asked) == 15
 
 
-def test_links_out_of_the_folder_and_hidden_files_are_left_out(folder, tmp_path_factory):
+def test_links_out_of_the_folder_are_named_and_hidden_files_left_out(artefact, folder, tmp_path_factory):
     path, _ = folder
     outside = tmp_path_factory.mktemp("outside")
     Image.new("L", (8, 8)).save(outside / "secret.png")
@@ -100,8 +99,51 @@ def test_links_out_of_the_folder_and_hidden_files_are_left_out(folder, tmp_path_
     (path / "folder").symlink_to(outside)
     Image.new("L", (8, 8)).save(path / ".hidden.png")
     (path / "notes.txt").write_text("no image")
-    names = {name.rpartition("/")[2] for name in image_files([path])}
-    assert names == {f"{number:02}.png" for number in range(30)} | {"inside.png"}
+    (path / "ring.png").symlink_to(path / "ring.png")
+    found = list(image_files([path]))
+    names = {name.rpartition("/")[2] for name in found if isinstance(name, str)}
+    assert names == {f"{number:02}.png" for number in range(30)} | {"inside.png", "ring.png"}
+    left_out = [file for file in found if isinstance(file, LeftOut)]
+    assert {file.path.rpartition("/")[2] for file in left_out} == {"link.png", "folder"}
+    (row,) = scan(artefact, left_out[:1])
+    assert row.error == "a link that leads out of the folder"
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_named_and_nothing_waits_for_it(artefact, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (row,) = scan(artefact, image_files([tmp_path]))
+    assert row.error == "is not a regular file"
+    (row,) = scan(artefact, ["/dev/zero"])
+    assert row.error == "is not a regular file"
+
+
+def test_a_large_folder_is_never_held_as_a_whole(monkeypatch):
+    """Ten million entries that exist nowhere but here: they are made as they are asked for."""
+    made = []
+
+    class Entry:
+        def __init__(self, number):
+            made.append(number)
+            self.name, self.path = f"{number}.png", f"/many/{number}.png"
+
+        def is_symlink(self):
+            return False
+
+        def is_dir(self, follow_symlinks=True):
+            return False
+
+    class Many:
+        def __enter__(self):
+            return (Entry(number) for number in range(10_000_000))
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr("marginclip.service.scan.os.scandir", lambda _: Many())
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda _: True)
+    assert list(islice(image_files(["/many"]), 3)) == ["/many/0.png", "/many/1.png", "/many/2.png"]
+    assert len(made) <= 4
 
 
 def test_settings_that_make_no_sense_are_refused(artefact):
@@ -113,7 +155,7 @@ def test_images_keep_their_values(artefact, folder):
     """What is scanned are the stored bytes over 255: the model sees what training saw."""
     path, images = folder
     seen = []
-    handle = artefact.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    handle = artefact.served.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     try:
         list(scan(artefact, sorted(image_files([path]))))
     finally:

@@ -16,6 +16,7 @@ from marginclip.clipping.activations import choose_sites, find_sites, make_out_o
 from marginclip.clipping.bounds import Bound, LogitOffsets
 from marginclip.errors import UserError, require
 from marginclip.networks.copies import fold_batch_norms
+from marginclip.networks.memory import images_at_once
 from marginclip.networks.tracing import trace
 
 
@@ -118,7 +119,9 @@ class BoundedNetwork(nn.Module):
                 bound.lower.fill_(-value)
 
     @torch.no_grad()
-    def set_from_images(self, images: Tensor, *, share: float = 1.0, quantile: float = 1.0, batch_size: int = 250) -> None:
+    def set_from_images(
+        self, images: Tensor, *, share: float = 1.0, quantile: float = 1.0, batch_size: int | None = None
+    ) -> None:
         """Every bound at ``share`` of what its map reaches on clean images (N, C, H, W).
 
         What a map reaches is the ``quantile`` over images of its largest value in an image (smallest, for lower bounds); 1 is
@@ -207,7 +210,9 @@ def _under_names(names: list[str], state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def activation_extremes(bounded: BoundedNetwork, images: Tensor, *, batch_size: int = 250) -> dict[str, tuple[Tensor, Tensor]]:
+def activation_extremes(
+    bounded: BoundedNetwork, images: Tensor, *, batch_size: int | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Smallest and largest value of every feature map in every image, by activation call: two tensors (N, channels) on the CPU.
 
     Measured on the network *without* bounds (paper 1, Fig. 2 and 3 show the maxima over images).
@@ -229,7 +234,7 @@ def activation_extremes(bounded: BoundedNetwork, images: Tensor, *, batch_size: 
     device = bounded.bound_parameters()[0].device
     try:
         with bounded.unbounded():
-            for batch in images.split(batch_size):
+            for batch in images.split(batch_size or images_at_once(images)):
                 bounded(batch.to(device))
     finally:
         for handle in handles:

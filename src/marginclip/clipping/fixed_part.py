@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from marginclip.clipping.bounded_network import BoundedNetwork
 from marginclip.clipping.bounds import Bound
+from marginclip.networks.memory import images_at_once
 
 MAX_BYTES = 512 * 2**20
 
@@ -22,12 +23,12 @@ class FixedPartCache:
     weights, the images and the precision (autocast) may not.
     """
 
-    def __init__(self, bounded: BoundedNetwork, images: Tensor, *, batch_size: int = 250) -> None:
+    def __init__(self, bounded: BoundedNetwork, images: Tensor, *, batch_size: int | None = None) -> None:
         assert isinstance(bounded.network, fx.GraphModule)
         self.bounded = bounded
         self.fixed, frontier = _split(bounded.network)
         with torch.no_grad():
-            parts = [_values(bounded.network, frontier, chunk) for chunk in images.split(batch_size)]
+            parts = [_values(bounded.network, frontier, chunk) for chunk in images.split(batch_size or images_at_once(images))]
         self.kept = {node: torch.cat([part[node] for part in parts]) for node in frontier}
 
     def __call__(self, rows: Tensor) -> Tensor:

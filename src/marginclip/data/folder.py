@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, read_images
+from marginclip.data.images import FileImages, ImageSet, ImageStore, Splits, pixels_of, read_images
 from marginclip.data.sources import ImageSource, held_out_mask
 from marginclip.errors import UserError, require
 from marginclip.files import write_tensors
@@ -168,8 +168,7 @@ def _files(folder: str) -> Iterator[ImageFile]:
 
 def _side_of(path: str) -> int:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
+        width, height = pixels_of(path)
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"'{path}' is not a readable image") from error
     require(

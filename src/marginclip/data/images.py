@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,30 @@ class Splits:
         return channels, height, width
 
 
+LARGEST = 64 * 2**20  # pixels of an image that is decoded
+
+
+def pixels_of(path: str | Path) -> tuple[int, int]:
+    """Width and height that an image file claims; no pixel is decoded. Raises :class:`UserError` for more than ``LARGEST`` pixels, and for
+    what is no regular file, such as a pipe, that would never end."""
+    status = os.stat(path)
+    require(stat.S_ISREG(status.st_mode), f"'{path}' is not a regular file")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"'{path}' has too many pixels ({error})") from error
+    require(width * height <= LARGEST, f"'{path}' has {width} x {height} pixels, which are too many")
+    return width, height
+
+
 def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
     """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``.
 
     The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is. 16-bit grey values are scaled to 8
-    bits. Raises :class:`UserError` for pixels of 32 bits, whose range is unknown.
+    bits. Raises :class:`UserError` for pixels of 32 bits, whose range is unknown, and as :func:`pixels_of`.
     """
+    pixels_of(path)
     kind = "L" if grey else "RGB"
     with Image.open(path) as opened:
         wide = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
@@ -104,13 +123,13 @@ def read_images(paths: list[str], size: int, *, strict: bool, grey: bool = False
 
 def _try_decode(path: str, size: int, strict: bool, grey: bool) -> Tensor | str:
     try:
-        image = decode(path, None if strict else size, grey=grey)
+        width, height = pixels_of(path)
+        if strict and (width, height) != (size, size):
+            return f"'{path}' is {width} x {height} pixels, not {size} x {size} (set dataset.size to scale images)"
+        return decode(path, None if strict else size, grey=grey)
     except UserError as error:
         return str(error)
     except UnidentifiedImageError:
         return f"'{path}' is not an image"
     except (OSError, SyntaxError, ValueError) as error:
         return f"'{path}' is corrupt ({error})"
-    if image.shape[1:] != (size, size):
-        return f"'{path}' is {image.shape[2]} x {image.shape[1]} pixels, not {size} x {size} (set dataset.size to scale images)"
-    return image

@@ -55,11 +55,13 @@ class Defense(ABC):
 
     ``label`` is what tables call it, ``clean_per_class`` how many clean images of a class the papers give it. ``oracles`` are the names
     of settings that take the word ``known``: whoever runs the defense tells it the value then (:meth:`tell`).
+    ``bounds_activations`` says whether it gives a bounded network, which an artefact needs; None: only the result shows it.
     """
 
     label: str
     clean_per_class: int = 50
     oracles: tuple[str, ...] = ()
+    bounds_activations: bool | None = None
     _told: dict[str, bool] | None = None
 
     def check_model(self, model: nn.Module, image: Tensor) -> None:  # noqa: B027 (most methods take every model)

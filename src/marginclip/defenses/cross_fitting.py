@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,55 @@ def stratified_share(labels: Tensor, share: float, seed: int) -> Tensor:
     return chosen
 
 
+@dataclass(frozen=True)
+class CrossFitted:
+    """Repairs by the number of the ``fold`` (N,) that each left out; see :func:`cross_fitted`."""
+
+    networks: list[nn.Module]
+    fold: Tensor
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of the clean images (N, C, H, W), each by the repair that never saw it; on the CPU."""
+        parts = [clean_logits(network, images[self.left_out(number)]).cpu() for number, network in enumerate(self.networks)]
+        logits = torch.zeros(len(images), parts[0].shape[1])
+        for number, part in enumerate(parts):
+            logits[self.left_out(number)] = part
+        return logits
+
+    def left_out(self, number: int) -> Tensor:
+        """Which images (N,) the repair of this number never saw."""
+        return self.fold == number
+
+
+def cross_fitted(
+    defense: Defense,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    folds: int = 2,
+    seed: int = 0,
+    make_trainer: TrainerFactory = silent_trainer,
+) -> CrossFitted:
+    """Repairs of ``model`` that each leave one of ``folds`` parts of the clean images (N, C, H, W) with labels (N,) out.
+
+    They stand for what the repaired network does on images that it has never seen, which is what a detector's null
+    distribution should be fitted to. Raises :class:`UserError` where a fold would be empty.
+    """
+    require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
+    fold = stratified_folds(labels.cpu(), folds, seed)
+    require(
+        len(fold.unique()) == folds,
+        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: raise clean_per_class, or set "
+        "defense.detector.folds=0 (in marginclip.repair: tolerance=None)",
+    )
+    networks = [
+        defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network
+        for number in range(folds)
+    ]
+    return CrossFitted(networks, fold)
+
+
 def cross_fitted_logits(
     defense: Defense,
     model: nn.Module,
@@ -42,24 +93,6 @@ def cross_fitted_logits(
     seed: int = 0,
     make_trainer: TrainerFactory = silent_trainer,
 ) -> Tensor:
-    """Logits (N, K) of repaired networks on clean images, each image by a repair that was learned without its fold.
-
-    They stand for what the repaired network does on images that it has never seen, which is what a detector's null
-    distribution should be fitted to.
-    """
-    require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
-    fold = stratified_folds(labels.cpu(), folds, seed)
-    require(
-        len(fold.unique()) == folds,
-        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: raise clean_per_class, or set "
-        "defense.detector.folds=0",
-    )
-    logits: Tensor | None = None
-    for held_out in range(folds):
-        inside = fold != held_out
-        repaired = defense.fit(model, images[inside], labels[inside], make_trainer=make_trainer)
-        part = clean_logits(repaired.network, images[~inside]).cpu()
-        logits = torch.zeros(len(images), part.shape[1]) if logits is None else logits
-        logits[~inside] = part
-    assert logits is not None
-    return logits
+    """The logits (N, K) of :func:`cross_fitted` repairs on the clean images, each by the one that never saw it."""
+    fitted = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
+    return fitted.logits(images)

@@ -21,6 +21,7 @@ from marginclip.experiment.objects import make
 from marginclip.service import Artefact, ScannedImage, export, read_artefact, scan
 from marginclip.service.artefact import Description
 from marginclip.service.scan import image_files
+from marginclip.service.verdict import UNTESTED
 
 OWN_MODELS = ("marginclip.models.ResNet", "marginclip.models.TorchvisionModel", "marginclip.models.timm_model")
 
@@ -90,7 +91,7 @@ def _scan(arguments: list[str]) -> int:
     rows = scan(artefact, image_files(_named(given.images)), batch_size=given.batch_size, resize=given.resize)
     with Path(given.output).open("w", newline="") if given.output else nullcontext(sys.stdout) as file:
         counts = _write_rows(_with_progress(rows), file, "jsonl" if given.json else given.format)
-    print(json.dumps(counts) if given.json else _summary(counts), file=sys.stderr)
+    print(json.dumps(counts | {"not_tested": UNTESTED}) if given.json else _summary(counts), file=sys.stderr)
     if counts["images"] == 0:
         print("error: no image could be used", file=sys.stderr)
         return 1
@@ -150,7 +151,7 @@ def _summary(counts: dict[str, Any]) -> str:
         lines.append(f"most flagged images ({most}) were decided as '{label}'")
     if counts["errors"]:
         lines.append(f"{counts['errors']} files could not be used; their rows say why")
-    lines.append("no flag is no proof: the detector sees triggers that bounds undo, and no others")
+    lines.append(f"no flag is no proof: the detector sees triggers that bounds undo, and no others. {UNTESTED}")
     return "\n".join(lines)
 
 

@@ -83,12 +83,12 @@ def defend_job(config: DictConfig) -> None:
 
 def audit_job(config: DictConfig) -> None:
     """What Hydra calls for ``marginclip audit``."""
-    run_job(config, _audit, own=("output", "images_suspect", "json"))
+    run_job(config, _audit, own=("output", "images_suspect", "json", "memory_gib"))
 
 
 def repair_job(config: DictConfig) -> None:
     """What Hydra calls for ``marginclip repair``."""
-    run_job(config, _repair, own=("output", "tolerance", "json"))
+    run_job(config, _repair, own=("output", "tolerance", "json", "memory_gib"))
 
 
 TASKS: dict[str, Callable[[DictConfig], None]] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +15,107 @@ import torch
 from torch import Tensor
 
 from marginclip.data.images import read_images
+from marginclip.defenses import MMAC, MMOM
+from marginclip.defenses.clipping.passes import Passes, passes_with_folds
+from marginclip.defenses.clipping.tolerance import check_tolerance
 from marginclip.errors import UserError, require
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.stages import load_model, make_methods
+from marginclip.experiment.time_left import TimeLeft
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
+from marginclip.maxmargin import MaximumMarginTest
+from marginclip.networks.memory import memory_budget, memory_limited_to
 from marginclip.service import Artefact, Audit, audit
+from marginclip.service.artefact import check_bounds
+from marginclip.service.audit import REACH_STARTS, REACH_STEPS
+from marginclip.service.estimate import in_words, measure
 from marginclip.service.scan import image_files
-from marginclip.service.verdict import FEW_IMAGES
+from marginclip.service.verdict import FEW_IMAGES, UNTESTED
 from marginclip.silence import SILENT
 
 log = logging.getLogger(__name__)
+PIXEL_BYTES = 1 + 4 + 4  # as it is read, as it is computed with, and a copy of that
 
 
-def audit_model(spec: RunSpec, *, output: str, images_suspect: str | None, json: bool) -> tuple[bool, str]:
-    """Audit the model and write ``audit.html`` and ``audit.json`` into ``output``; whether something was found, and what to print."""
-    methods, setup, images, labels = _given(spec)
-    suspects = None if images_suspect is None else _unlabelled(images_suspect, setup)
+def audit_model(
+    spec: RunSpec, *, output: str, images_suspect: str | None, json: bool, memory_gib: float | None = None
+) -> tuple[bool, str]:
+    """Audit the model and write ``audit.html`` and ``audit.json`` into ``output``; whether something was found, and what to print.
 
-    def tell(part: str) -> None:
-        print(f"{part} ...", file=sys.stderr, flush=True)
-
-    found = audit(
-        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=methods.defense,
-        seed=spec.seed, make_trainer=_trainers(spec), progress=tell,
-    )  # fmt: skip
+    ``memory_gib`` limits what a step keeps in memory; None: half of what is free.
+    """
+    with memory_limited_to(memory_gib):
+        found = _audited(spec, images_suspect)
     content = found.to_dict()
     write_json(Path(output) / "audit.json", content)
     page = found.write_html(Path(output) / "audit.html")
     return found.verdict.suspicious, _as_json(content) if json else _in_words(found, page)
 
 
-def repair_model(spec: RunSpec, *, output: str, tolerance: float, json: bool) -> str:
-    """Repair the model and write the artefact into ``output``; returns what to print."""
-    require(
-        isinstance(tolerance, (int, float)) and tolerance >= 0,
-        f"tolerance must be points of accuracy from 0 up, got {tolerance!r}",
-    )
+def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     methods, setup, images, labels = _given(spec)
-    if methods.defense is None or spec.defense is None:
-        raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
-    detector = spec.defense.detector
-    artefact = Artefact.fit(
-        setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed, make_trainer=_trainers(spec),
-        folds=2 if detector is None or detector.folds == 0 else detector.folds, detector=None if detector is None else detector.settings,
-        model_settings=dict(spec.model.settings), model_path=str(Path(str(spec.checkpoint)).resolve()),
+    suspects = (
+        None
+        if images_suspect is None
+        else _unlabelled(images_suspect, setup, strict=spec.dataset.choice.settings.get("size") is None)
+    )
+
+    def tell(part: str) -> None:
+        _say(f"{part} ...")
+
+    speed, classes, mmac = measure(setup.model, images), len(setup.classes), methods.defense or MMAC(seed=spec.seed)
+    test = methods.test or MaximumMarginTest(seed=spec.seed)
+    searched = Passes(backward=(test.starts * (test.steps + 1) + REACH_STARTS * (REACH_STEPS + 1)) * classes)
+    learned = [passes_with_folds(mmac, len(images), classes, 2), passes_with_folds(MMOM(), len(images), classes, 2)]
+    _say(
+        in_words(speed, sum((passes for passes in learned if passes is not None), searched)) + ", or less: MM-BD may end early"
+    )
+    return audit(
+        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=methods.defense,
+        seed=spec.seed, make_trainer=_trainers(spec), progress=tell,
     )  # fmt: skip
+
+
+def repair_model(spec: RunSpec, *, output: str, tolerance: float | None, json: bool, memory_gib: float | None = None) -> str:
+    """Repair the model and write the artefact into ``output``; returns what to print. ``memory_gib``: see :func:`audit_model`."""
+    with memory_limited_to(memory_gib):
+        artefact = _repaired(spec, tolerance)
     artefact.save(output)
     before, after = (100 * artefact.facts[key] for key in ("accuracy", "repaired_accuracy"))
-    if before - after > tolerance:
-        log.warning(
-            "the repair costs %.1f points of accuracy on images that it has not seen, more than tolerance=%g; with more clean images "
-            "it costs less, and defense.lambda_.min_agreement=0.995 keeps more of the accuracy and less of the repair",
-            before - after, tolerance,
-        )  # fmt: skip
     facts = {"artefact": str(output), "accuracy": before, "repaired_accuracy": after, "threshold": artefact.detector.threshold}
     if json:
-        return _as_json(facts | {"threshold": None if facts["threshold"] == float("inf") else facts["threshold"]})
+        return _as_json(
+            facts | {"threshold": None if facts["threshold"] == float("inf") else facts["threshold"]} | {"not_tested": UNTESTED}
+        )
     return (
-        f"accuracy on clean images {before:.1f} %, of repairs that had not seen them {after:.1f} %\n"
+        f"accuracy on clean images {before:.1f} %, of repairs that had not seen them {after:.1f} %\n{UNTESTED}\n"
         f"next: marginclip scan {output} IMAGES\n{output}"
     )
+
+
+def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
+    check_tolerance(tolerance)
+    methods = make_methods(spec)
+    if methods.defense is None or spec.defense is None:
+        raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
+    check_bounds(methods.defense, bounded=methods.defense.bounds_activations is not False)
+    methods, setup, images, labels = _given(spec)
+    detector = spec.defense.detector
+    folds = 2 if detector is None or detector.folds == 0 else detector.folds
+    further = []
+    passes = passes_with_folds(methods.defense, len(images), len(setup.classes), folds)
+    if passes is not None:
+        _say(in_words(measure(setup.model, images), passes))
+        further = [TimeLeft((1 + folds) * methods.defense.steps)]
+    return Artefact.fit(
+        setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed, make_trainer=_trainers(spec, further),
+        folds=folds, detector=None if detector is None else detector.settings,
+        model_settings=dict(spec.model.settings), model_path=str(Path(str(spec.checkpoint)).resolve()),
+        tolerance=tolerance,
+    )  # fmt: skip
 
 
 def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
@@ -97,20 +137,29 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
     return methods, setup, images.to(device_of(spec.trainer)), labels
 
 
-def _trainers(spec: RunSpec) -> Any:
+def _trainers(spec: RunSpec, callbacks: Sequence[L.Callback] = ()) -> Any:
     def make_trainer(epochs: int) -> L.Trainer:
-        return build_trainer(spec.trainer, max_epochs=epochs, **SILENT)
+        return build_trainer(spec.trainer, max_epochs=epochs, callbacks=list(callbacks), **SILENT)
 
     return make_trainer
 
 
-def _unlabelled(folder: str, setup: VictimSetup) -> Tensor:
-    """The images of a folder as (N, C, H, W) in [0, 1], in the order of their names."""
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _unlabelled(folder: str, setup: VictimSetup, *, strict: bool) -> Tensor:
+    """The images of a folder as (N, C, H, W) in [0, 1], by name; ``strict`` refuses other sizes instead of scaling them."""
     require(Path(folder).is_dir(), f"images_suspect='{folder}' is not a folder")
-    paths = sorted(image_files([folder]))
+    channels, height, width = setup.splits.image_shape
+    most = max(1, memory_budget() // (channels * height * width * PIXEL_BYTES))
+    paths = [file for file in islice(image_files([folder]), most + 1) if isinstance(file, str)]
     require(bool(paths), f"images_suspect='{folder}' holds no images")
-    channels, height, _ = setup.splits.image_shape
-    return read_images(paths, height, strict=False, grey=channels == 1).float() / 255
+    require(
+        len(paths) <= most,
+        f"images_suspect='{folder}' holds more than the {most} images that memory_gib allows for: use marginclip repair and scan",
+    )
+    return read_images(sorted(paths), height, strict=strict, grey=channels == 1).float() / 255
 
 
 def _in_words(found: Audit, page: Path) -> str:

@@ -83,7 +83,7 @@ class MarginDropDetector(nn.Module):
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, model: nn.Module, repaired: nn.Module, images: Tensor, *, batch_size: int = 250, **settings: Any
+        cls, model: nn.Module, repaired: nn.Module, images: Tensor, *, batch_size: int | None = None, **settings: Any
     ) -> MarginDropDetector:
         """Fit the null to clean images (M, C, H, W) in [0, 1]; ``settings`` are the constructor's.
 
@@ -144,16 +144,21 @@ class MarginDropDetector(nn.Module):
         if self.rule == "or_disagree":
             flagged = flagged | (chosen != original)
         standing = chosen if self.rule == "repaired" else original
-        return Detection(torch.where(flagged, self._corrected(original, bounded_logits), standing), flagged, values, statistic)
+        instead = corrected(original, bounded_logits, self.correction, self.insisting_margin)
+        return Detection(torch.where(flagged, instead, standing), flagged, values, statistic)
 
-    def _corrected(self, original: Tensor, bounded_logits: Tensor) -> Tensor:
-        if self.correction == "reject":
-            return torch.full_like(original, -1)
-        others = bounded_logits.scatter(1, original.unsqueeze(1), float("-inf")).argmax(1)
-        if self.correction == "exclude":
-            return others
-        insists = margin(bounded_logits, original) >= max(self.insisting_margin, 0.0)
-        return torch.where(insists, original, others)
+
+def corrected(original: Tensor, bounded_logits: Tensor, correction: str, insisting_margin: float) -> Tensor:
+    """The decisions (N,) that flagged images get in place of ``original`` (N,), by the repaired network's logits (N, K); -1: rejected.
+
+    See :class:`MarginDropDetector` for the ways of ``correction``; ``insisting_margin``, in logits, is that of ``insist``.
+    """
+    if correction == "reject":
+        return torch.full_like(original, -1)
+    others = bounded_logits.scatter(1, original.unsqueeze(1), float("-inf")).argmax(1)
+    if correction == "exclude":
+        return others
+    return torch.where(margin(bounded_logits, original) >= max(insisting_margin, 0.0), original, others)
 
 
 def check_detector_settings(*, theta: float, null_distribution: str, rule: str, correction: str) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, require
+from marginclip.networks.memory import kept_for_backward
+from marginclip.networks.memory import memory_budget as budget_of
 
 ASCENT_RULES = ("raw", "unit_norm", "unit_rms", "sign")
 
@@ -68,7 +70,8 @@ def ascend_margins(
 
     The network must be in evaluation mode, so that images do not influence each other. Gradients reach neither weights nor
     bounds, and it works under ``torch.no_grad`` and ``torch.inference_mode``. ``memory_budget`` in bytes limits what a chunk
-    keeps for its backward pass (default: 1 GiB on the CPU, a quarter of the free memory on a GPU); ``autocast`` is the dtype
+    keeps for its backward pass (default: 1 GiB on the CPU, a quarter of the free memory on a GPU, and no more than
+    :func:`~marginclip.networks.memory.memory_budget`); ``autocast`` is the dtype
     of mixed precision, or None to leave the caller's autocast as it is.
     """
     require(rule in ASCENT_RULES, f"ascent rule must be one of {', '.join(ASCENT_RULES)}, got '{rule}'")
@@ -161,18 +164,9 @@ class _Search:
 def _chunk_size(search: _Search, starts: Tensor, classes: Tensor, memory_budget: int | None) -> int:
     """How many images fit the budget, by what one image keeps for its backward pass."""
     if memory_budget is None:
-        memory_budget = torch.cuda.mem_get_info(starts.device)[0] // 4 if starts.device.type == "cuda" else 2**30
+        free = budget_of(starts.device)
+        memory_budget = free // 2 if starts.device.type == "cuda" else min(2**30, free)
     if memory_budget < 1:
         raise UserError(f"memory_budget must be positive, got {memory_budget} bytes")
-    saved: dict[int, int] = {}
-    constants = {tensor.untyped_storage().data_ptr() for tensor in (*search.model.parameters(), *search.model.buffers())}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constants:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        search.margins(starts[:1].clone().requires_grad_(), classes[:1])
-    return max(1, memory_budget // max(1, sum(saved.values())))
+    kept = kept_for_backward(search.model, starts[:1], lambda image: search.margins(image, classes[:1]))
+    return max(1, memory_budget // max(1, kept))

@@ -14,6 +14,7 @@ from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, ascend_margins, margin, random_starts
 from marginclip.networks.copies import frozen_copy
 from marginclip.networks.logits import batched_logits, check_full_precision
+from marginclip.networks.memory import images_at_once
 
 CALIBRATIONS = ("bootstrap", "none")
 SMALLEST_SHARE = 0.01
@@ -107,7 +108,7 @@ class MaximumMarginTest:
             autocast=autocast,
         )  # fmt: skip
         with torch.no_grad():
-            logits = torch.cat([network(batch).float() for batch in found.images.split(250)])
+            logits = torch.cat([network(batch).float() for batch in found.images.split(images_at_once(found.images))])
         largest, place = margin(logits, classes).view(num_classes, self.starts).max(1)
         best = torch.arange(num_classes, device=device) * self.starts + place
         return largest.cpu(), found.images[best].contiguous().cpu()

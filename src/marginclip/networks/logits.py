@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
+from marginclip.networks.memory import images_at_once
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ def _check_dtype(what: str, dtype: torch.dtype, *, advice: str = "") -> None:
 
 
 @torch.no_grad()
-def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
+def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
     """The logits (N, K) of images (N, C, H, W) in evaluation mode, batch by batch on the model's device, where they stay.
 
+    ``batch_size`` None is 250, and less for large images (:func:`~marginclip.networks.memory.images_at_once`).
     The modes of the model's modules are left as they were. Raises :class:`UserError` for a model that does not return logits, and
     for images that it does not take.
     """
@@ -49,7 +51,7 @@ def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        found = [model(batch.to(device)) for batch in images.split(batch_size)]
+        found = [model(batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
     except (UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -67,7 +69,7 @@ def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -
     return torch.cat([logits.float() for logits in found])
 
 
-def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int = 250) -> Tensor:
+def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
     """:func:`batched_logits` on clean images.
 
     Raises :class:`UserError` for a model in half precision, one that does not take the images, and logits that are not finite.

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,16 +17,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses import MMAC, Defense, cross_fitted_logits
+from marginclip.clipping.serving import NetworkPair, PairedNetwork, paired
+from marginclip.defenses import MMAC, Defense
 from marginclip.defenses.base import TrainerFactory
+from marginclip.defenses.clipping.tolerance import check_tolerance, hold, keeps_bounds, tell
+from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError, require
 from marginclip.files import write_json, write_tensors
 from marginclip.maxmargin import Detection, MarginDropDetector
-from marginclip.networks.logits import clean_logits
+from marginclip.networks.logits import check_images, clean_logits
+from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
 
 DESCRIPTION, TENSORS = "artefact.json", "artefact.safetensors"
+Side = Annotated[int, Field(ge=1, le=2**14)]
 SCHEMA_VERSION: Literal[1] = 1
+
+
+class DetectorSettings(BaseModel):
+    """The settings of the detector: see :class:`~marginclip.maxmargin.MarginDropDetector`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    theta: float
+    null_distribution: str
+    rule: str
+    correction: str
 
 
 class Description(BaseModel):
@@ -36,7 +53,7 @@ class Description(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     method: str = Field(description="what repaired the model")
     classes: list[str]
-    image_shape: tuple[int, int, int] = Field(description="channels, height, width of the images that the model takes")
+    image_shape: tuple[Side, Side, Side] = Field(description="channels, height, width of the images that the model takes")
     model: dict[str, Any] | None = Field(description="the settings that make the architecture, normalisation among them")
     model_path: str | None = Field(description="where the model's weights were read from")
     model_digest: str = Field(description="SHA-256 of the model's weights, by name, shape and value")
@@ -44,7 +61,7 @@ class Description(BaseModel):
     sites: list[str] = Field(description="the activation calls that are bounded")
     channel_axis: int | None
     changes_weights: bool = Field(description="whether the repair holds weights of its own")
-    detector: dict[str, Any] = Field(description="theta, null_distribution, rule, correction")
+    detector: DetectorSettings
     threshold: float | None = Field(description="margin drop, in logits, from which on an image is flagged; null: never")
     clean_images: int
     accuracy: float = Field(description="of the model, on the clean images")
@@ -82,35 +99,55 @@ class Artefact:
         seed: int = 0,
         make_trainer: TrainerFactory = silent_trainer,
         detector: Mapping[str, Any] | None = None,
+        tolerance: float | None = None,
         **origin: Any,
     ) -> Artefact:
         """Repair ``model`` with ``defense`` (MMAC) from clean images (N, C, H, W) in [0, 1] and labels (N,), and fit the detector.
 
         The detector's null comes from ``folds`` further repairs, each of which leaves a part of the images out; ``detector`` are its
-        settings. Raises :class:`UserError` as :meth:`Defense.fit`, and for a method whose result has no bounds.
+        settings. Bounds are relaxed where the repair costs more than ``tolerance`` points of accuracy on images that it has not seen
+        (:func:`~marginclip.defenses.clipping.tolerance.hold`); None never does. Raises :class:`UserError` as :meth:`Defense.fit`, and
+        for a method whose result has no bounds.
         """
+        check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense
+        check_bounds(defense, bounded=defense.bounds_activations is not False)
         given = clean_logits(model, images).cpu()
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
         result = defense.fit(model, images, labels, make_trainer=make_trainer)
         network = result.network
-        if not isinstance(network, BoundedNetwork):
-            raise UserError(f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
-        bounded = cross_fitted_logits(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
-        fitted = MarginDropDetector.from_logits(model, network, given, bounded, **(detector or {}))
-        shares = [float((logits.argmax(1) == labels.cpu()).float().mean()) for logits in (given, bounded)]
+        check_bounds(defense, bounded=isinstance(network, BoundedNetwork))
+        assert isinstance(network, BoundedNetwork)
+        others = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
+        fixed = keeps_bounds(defense)
+        cost = hold(network, others, images, labels, given, tolerance=tolerance, keep_bounds=fixed)
+        tell(cost, tolerance, keep_bounds=fixed)
+        fitted = MarginDropDetector.from_logits(model, network, given, cost.logits, **(detector or {}))
         facts = {
-            "method": defense.label, "clean_images": len(images), "accuracy": shares[0], "repaired_accuracy": shares[1],
-            "findings": dict(result.findings),
+            "method": defense.label, "clean_images": len(images), "accuracy": cost.before, "repaired_accuracy": cost.after,
+            "findings": dict(result.findings) | {"relaxed_for_tolerance": cost.relaxed},
         }  # fmt: skip
         channels, height, width = images.shape[1:]
         return cls(model, network, fitted, names, (channels, height, width), facts, **origin)
 
+    @cached_property
+    def served(self) -> PairedNetwork | NetworkPair:
+        """Images to the logits of the model and of its repair, of the fewest passes; made at the first use."""
+        return paired(self.model, self.network)
+
     @torch.no_grad()
+    def logits(self, images: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """The logits (N, K) of the model and of its repair for images (N, C, H, W) in [0, 1], however many."""
+        check_images(images)
+        device = next((parameter.device for parameter in self.network.parameters()), images.device)
+        parts = [self.served(batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
+        model, repaired = (torch.cat([part[place].float() for part in parts]) for place in (0, 1))
+        return model, repaired
+
     def __call__(self, images: Tensor) -> Detection:
         """Decisions, flags and p-values of images (N, C, H, W) in [0, 1]."""
-        return self.detector(images)  # type: ignore[no-any-return]
+        return self.detector.decide(*self.logits(images))
 
     def save(self, folder: str | Path) -> Path:
         """Write the two files of the artefact into ``folder``; the description comes last, so its presence means whole."""
@@ -127,7 +164,7 @@ class Artefact:
             model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
             model_digest=model_digest(self.model), tensors_digest=_file_digest(file), sites=[name for name, _ in network.each()],
             channel_axis=network.channel_axis, changes_weights=bool(changed),
-            detector={key: getattr(self.detector, key) for key in ("theta", "null_distribution", "rule", "correction")},
+            detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
             threshold=threshold if threshold < float("inf") else None, **self.facts,
         )  # fmt: skip
         write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
@@ -160,7 +197,7 @@ class Artefact:
         network.load_bounds(bounds)
         network.to(memory_format=torch.channels_last)  # as it is learned: the same bits
         detector = MarginDropDetector(
-            model, network, tensors["null/statistics"], tensors["null/margins"], **found.detector
+            model, network, tensors["null/statistics"], tensors["null/margins"], **found.detector.model_dump()
         )  # fmt: skip
         facts = {key: getattr(found, key) for key in ("method", "clean_images", "accuracy", "repaired_accuracy", "findings")}
         return cls(model, network, detector, tuple(found.classes), found.image_shape, facts, found.model, found.model_path)
@@ -174,6 +211,11 @@ class Artefact:
             torch.equal(value.cpu(), untouched[name].cpu()) for name, value in own.items()
         )
         return {} if same else own
+
+
+def check_bounds(defense: Defense, *, bounded: bool) -> None:
+    """Raise :class:`UserError` where a defense is not ``bounded``: an artefact keeps bounds."""
+    require(bounded, f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
 
 
 def read_artefact(folder: str | Path) -> Description:
@@ -203,7 +245,9 @@ def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
     require(file.is_file(), f"the artefact lacks its file '{file}'")
     require(_file_digest(file) == digest, f"'{file}' is damaged or does not belong to the {DESCRIPTION} beside it")
     try:
-        return load_file(file)
+        tensors = load_file(file)
+        require({"null/statistics", "null/margins"} <= tensors.keys(), f"'{file}' lacks the detector's null")
+        return tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"'{file}' is no complete safetensors file ({error})") from error
 

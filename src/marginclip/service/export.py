@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from marginclip.clipping.serving import ServedNetwork, paired
 from marginclip.errors import UserError, require
 from marginclip.maxmargin import MarginDropDetector
-from marginclip.maxmargin.detector import margin_drop
-from marginclip.maxmargin.margin import margin
+from marginclip.maxmargin.detector import corrected, margin_drop
 from marginclip.maxmargin.null import p_values
-from marginclip.networks.copies import own_copy
 from marginclip.service.artefact import Artefact
 
 FORMATS = ("onnx", "pt2")
@@ -25,18 +24,19 @@ TABLE = 512
 class DecisionNetwork(nn.Module):
     """MMDF as a network: images (N, C, H, W) in [0, 1] to corrected decisions (N,) int64, flags (N,) bool and p-values (N,).
 
-    Threshold and null are frozen: flags are those of the detector. The p-value is looked up in a table of ``TABLE`` statistics and
-    is that of the next smaller one there, so it is never too small; -1 is a rejected image.
+    What both networks compute up to the first bound that can cut something is computed once. Threshold and null are frozen: flags are
+    those of the detector. The p-value is looked up in a table of ``TABLE`` statistics and is that of the next smaller one there, so it is
+    never too small; -1 is a rejected image.
     """
 
     grid: Tensor
     table: Tensor
 
-    def __init__(self, detector: MarginDropDetector) -> None:
+    def __init__(self, detector: MarginDropDetector, *, fused: bool = True) -> None:
         super().__init__()
-        self.model, self.repaired = own_copy(detector.model), own_copy(detector.repaired)
+        self.pair = paired(detector.model, detector.repaired, fused=fused)
         self.rule, self.correction = detector.rule, detector.correction
-        self.threshold, self.insisting_margin = detector.threshold, max(detector.insisting_margin, 0.0)
+        self.threshold, self.insisting_margin = detector.threshold, detector.insisting_margin
         clean = detector.clean_statistics
         low, high = float(clean.min()), float(clean.max())
         reach = max(high, self.threshold if self.threshold < float("inf") else high) + 4 * max(high - low, 1e-6)
@@ -48,7 +48,7 @@ class DecisionNetwork(nn.Module):
         self.register_buffer("table", torch.cat([values.new_ones(1), values]))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, bounded = self.model(images).float(), self.repaired(images).float()
+        logits, bounded = (values.float() for values in self.pair(images))
         original, chosen = logits.argmax(1), bounded.argmax(1)
         statistic = margin_drop(logits, bounded)
         finite = (logits + bounded).isfinite().all(1)
@@ -58,15 +58,8 @@ class DecisionNetwork(nn.Module):
         if self.rule == "or_disagree":
             flagged = flagged | (chosen != original)
         standing = chosen if self.rule == "repaired" else original
-        return torch.where(flagged, self._corrected(original, bounded), standing), flagged, values
-
-    def _corrected(self, original: Tensor, bounded: Tensor) -> Tensor:
-        if self.correction == "reject":
-            return torch.full_like(original, -1)
-        others = bounded.scatter(1, original.unsqueeze(1), float("-inf")).argmax(1)
-        if self.correction == "exclude":
-            return others
-        return torch.where(margin(bounded, original) >= self.insisting_margin, original, others)
+        instead = corrected(original, bounded, self.correction, self.insisting_margin)
+        return torch.where(flagged, instead, standing), flagged, values
 
 
 def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: str = "mmdf") -> Path:
@@ -79,7 +72,10 @@ def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: 
     require(part in PARTS, f"part must be one of {', '.join(PARTS)}, got '{part}'")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    network: nn.Module = DecisionNetwork(artefact.detector) if part == "mmdf" else own_copy(artefact.network)
+    fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip
+    network: nn.Module = (
+        DecisionNetwork(artefact.detector, fused=fused) if part == "mmdf" else ServedNetwork(artefact.network, fused=fused)
+    )
     network = network.cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     example = torch.rand(2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
     shapes = ({0: torch.export.Dim("batch")},)

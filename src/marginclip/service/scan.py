@@ -8,17 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from marginclip.data.images import decode
+from marginclip.data.images import decode, pixels_of
 from marginclip.errors import UserError, require
 from marginclip.service.artefact import Artefact
 
-LARGEST = 64 * 2**20  # pixels of an image file that is to be resized
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+class LeftOut(NamedTuple):
+    """A file below a folder that is not read, and why."""
+
+    path: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class ScannedImage:
 
 
 def scan(
-    artefact: Artefact, paths: Iterable[str | Path], *, batch_size: int = 64, resize: bool = False
+    artefact: Artefact, paths: Iterable[str | Path | LeftOut], *, batch_size: int = 64, resize: bool = False
 ) -> Iterator[ScannedImage]:
     """A row for each file of ``paths``, in order, as they come: a batch at a time is in memory, however many there are.
 
@@ -50,15 +56,17 @@ def scan(
     device = next((parameter.device for parameter in artefact.model.parameters()), torch.device("cpu"))
     remaining = iter(paths)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        while batch := [str(path) for path in islice(remaining, batch_size)]:
+        while batch := list(islice(remaining, batch_size)):
             read = list(pool.map(lambda path: _read(path, (channels, height, width), resize=resize), batch))
-            yield from _rows(artefact, batch, read, device)
+            names = [path.path if isinstance(path, LeftOut) else str(path) for path in batch]
+            yield from _rows(artefact, names, read, device)
 
 
-def image_files(inputs: Iterable[str | Path]) -> Iterator[str]:
+def image_files(inputs: Iterable[str | Path]) -> Iterator[str | LeftOut]:
     """Files named in ``inputs``, and image files below folders named there, found as they are asked for.
 
-    Hidden files are left out, and links that lead out of their folder. Raises :class:`UserError` for what does not exist.
+    One entry of a folder is held at a time, however many there are. Hidden files are passed over; links that lead out of their folder are
+    named as left out. Raises :class:`UserError` for a folder that cannot be read.
     """
     for given in inputs:
         path = Path(given)
@@ -68,13 +76,15 @@ def image_files(inputs: Iterable[str | Path]) -> Iterator[str]:
             yield str(given)
 
 
-def _below(folder: Path, root: Path) -> Iterator[str]:
+def _below(folder: Path, root: Path) -> Iterator[str | LeftOut]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+                if entry.is_symlink() and not _leads_into(entry.path, root):
+                    if entry.is_dir() or entry.name.lower().endswith(SUFFIXES):
+                        yield LeftOut(entry.path, "a link that leads out of the folder")
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     yield from _below(Path(entry.path), root)
@@ -84,19 +94,25 @@ def _below(folder: Path, root: Path) -> Iterator[str]:
         raise UserError(f"the folder '{folder}' cannot be read: {error.strerror}") from error
 
 
-def _read(path: str, shape: tuple[int, int, int], *, resize: bool) -> Tensor | str:
+def _leads_into(link: str, root: Path) -> bool:
+    try:
+        return Path(link).resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a ring of links
+        return False
+
+
+def _read(path: str | Path | LeftOut, shape: tuple[int, int, int], *, resize: bool) -> Tensor | str:
     """The image (C, H, W) in uint8, or why it cannot be used."""
     channels, height, width = shape
+    if isinstance(path, LeftOut):
+        return path.reason
     try:
-        with Image.open(path) as image:  # the header alone: pixels are not decoded yet
-            across, down = image.size
+        across, down = pixels_of(path)
         if not resize and (across, down) != (width, height):
             return f"{across} x {down} pixels, the model takes {width} x {height}; --resize scales images"
-        if across * down > LARGEST:
-            return f"{across} x {down} pixels are too many"
         return decode(path, height if resize else None, grey=channels == 1)
     except UserError as error:
-        return str(error)
+        return str(error).removeprefix(f"'{path}' ")
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # whatever a decoder raises on a hostile file
@@ -106,8 +122,10 @@ def _read(path: str, shape: tuple[int, int, int], *, resize: bool) -> Tensor | s
 
 def _rows(artefact: Artefact, paths: list[str], read: list[Tensor | str], device: torch.device) -> Iterator[ScannedImage]:
     images = [image for image in read if isinstance(image, Tensor)]
-    detection = None if not images else artefact(torch.stack(images).to(device).float() / 255)
-    original = None if not images else artefact.model(torch.stack(images).to(device).float() / 255).argmax(1).tolist()
+    detection, original = None, None
+    if images:
+        logits, bounded = artefact.logits(torch.stack(images).to(device).float() / 255)
+        detection, original = artefact.detector.decide(logits, bounded), logits.argmax(1).tolist()
     number = 0
     for path, image in zip(paths, read, strict=True):
         if isinstance(image, str) or detection is None or original is None:

@@ -10,6 +10,10 @@ from marginclip.maxmargin import MaximumMargins
 
 ALPHA, MIN_GAIN = 0.05, 0.01
 FEW_IMAGES = 20  # of a class
+UNTESTED = (
+    "Not tested: triggers that bounds do not undo, triggers that lead to several classes, adversarial examples, privacy, fairness; "
+    "no flag and unchanged accuracy do not mean that the model is safe."
+)
 NOT_TESTED = (
     "Triggers that lead to several classes, one for each class of origin, leave no single class that stands out.",
     "A trigger that needs a large change of the image can stay out of reach of the few small steps that are taken here.",

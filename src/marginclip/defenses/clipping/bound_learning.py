@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from marginclip.clipping import BoundedNetwork, activation_extremes
@@ -21,6 +23,7 @@ from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import ascend_margins, margin
 from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObjective, Objective
 from marginclip.networks.logits import check_clean_set, clean_logits
+from marginclip.networks.memory import images_at_once, images_that_fit, memory_budget
 
 KEEP = ("feasible", "best", "last")
 
@@ -46,6 +49,7 @@ class BoundLearning(LearningDefense):
     """
 
     label = "learned bounds"
+    bounds_activations = True
     images: Tensor
     labels: Tensor
     targets: Tensor
@@ -53,6 +57,7 @@ class BoundLearning(LearningDefense):
     margin_inputs: Tensor
     last_loss: float
     prefix: FixedPartCache | None
+    at_once: int
 
     def __init__(
         self,
@@ -181,6 +186,8 @@ class BoundLearning(LearningDefense):
         if self.working[0] is not self.bounded:
             self.working[0].network.to(self.device)
         with self.trainer.precision_plugin.forward_context():
+            budget = memory_budget(self.device)
+            self.at_once = images_that_fit(self.working[0], self.images[:1], self.working[0], budget)
             pays = caching_pays(self.working[0], self.images[:1], len(self.images))
             self.prefix = FixedPartCache(self.working[0], self.images) if pays else None
         if not self.history:
@@ -235,18 +242,25 @@ class BoundLearning(LearningDefense):
         self.history: History = []
         self.last_loss, self.relaxed = float("nan"), 0.0
         self.stopped_at, self.checked_at = 0, -1
-        self.prefix = None
+        self.prefix, self.at_once = None, sys.maxsize
         self.lambda_.reset()
 
     def _margins(self, rows: Tensor | slice) -> Tensor:
         """The margins of these margin inputs under the present bounds, (N,); none for an objective that needs none."""
         if not self.objective.ascends:
             return torch.zeros(0, device=self.device)
-        return margin(self.working[0](self.margin_inputs[rows]).float(), self.wanted[rows])
+        return margin(self._through(self.margin_inputs[rows]).float(), self.wanted[rows])
 
     def _bounded_logits(self, rows: Tensor) -> Tensor:
         """The logits (B, K) of the clean images of these rows under the present bounds."""
-        return self.prefix(rows) if self.prefix is not None else self.working[0](self.images[rows])
+        return self.prefix(rows) if self.prefix is not None else self._through(self.images[rows])
+
+    def _through(self, images: Tensor) -> Tensor:
+        """The logits (B, K) of images (B, C, H, W). Beyond the memory budget, parts are computed again in the backward pass."""
+        network, most = self.working[0], max(1, self.at_once // 2)  # clean images and margin inputs share the budget
+        if len(images) <= most:
+            return network(images)
+        return torch.cat([checkpoint(network, part, use_reentrant=False) for part in images.split(most)])
 
     def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, lambda_: float) -> Objective:
         bounds = self.bounded.bound_parameters()
@@ -282,7 +296,7 @@ class BoundLearning(LearningDefense):
         self.checked_at = self.global_step
         with self.trainer.precision_plugin.forward_context():
             everything = torch.arange(len(self.images), device=self.device)
-            logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(250)])
+            logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(images_at_once(self.images))])
             margins = self._margins(slice(None))
         agreement = float((logits.argmax(1) == self.labels).float().mean())
         terms = self._terms(logits, slice(None), margins, self.lambda_.initial)

@@ -29,21 +29,35 @@ def start_offsets(offsets: LogitOffsets, logits: Tensor, labels: Tensor) -> None
     offsets.load({"offsets": shift, "scale": scale})
 
 
+class Relaxation:
+    """The way of learned bounds towards the clean maxima of ``images`` (N, C, H, W); bounds beyond those stay where they are."""
+
+    @torch.no_grad()
+    def __init__(self, bounded: BoundedNetwork, images: Tensor) -> None:
+        self.bounded, self.learned = bounded, bounded.bounds_state()
+        bounded.set_from_images(images)
+        clean = bounded.bounds_state()
+        self.widest = {
+            name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], self.learned[name])
+            for name in self.learned
+        }
+        bounded.load_bounds(self.learned)
+
+    @torch.no_grad()
+    def go(self, share: float) -> None:
+        """Set the bounds at this share of the way, in [0, 1]."""
+        self.bounded.load_bounds({name: torch.lerp(value, self.widest[name], share) for name, value in self.learned.items()})
+
+
 @torch.no_grad()
 def relax_until_accurate(bounded: BoundedNetwork, images: Tensor, labels: Tensor, min_agreement: float) -> float:
     """Move learned bounds towards the clean maxima, in tenths, until ``min_agreement`` of the ``images`` (N, C, H, W) are classified
     as their ``labels`` (N,); at the maxima those are, which the model itself gets right. Returns the share of the way in [0, 1].
     """
-    learned = bounded.bounds_state()
-    bounded.set_from_images(images)
-    clean = bounded.bounds_state()
-    widest = {
-        name: (torch.maximum if name.endswith("upper") else torch.minimum)(clean[name], learned[name]) for name in learned
-    }
-    relaxed = 0.0
+    relaxation, relaxed = Relaxation(bounded, images), 0.0
     for tenth in range(11):
         relaxed = tenth / 10
-        bounded.load_bounds({name: torch.lerp(learned[name], widest[name], relaxed) for name in learned})
+        relaxation.go(relaxed)
         agreement = float((clean_logits(bounded, images).argmax(1) == labels).float().mean())
         if agreement >= min_agreement:
             break

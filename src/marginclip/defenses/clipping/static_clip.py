@@ -15,6 +15,7 @@ class StaticClip(ComputedDefense):
     """Every bound at ``start``, by default half of what its feature map reaches on the clean set."""
 
     label = "static clip"
+    bounds_activations = True
 
     def __init__(self, *, start: BoundStart | None = None, channel_axis: int | None = None, seed: int = 0) -> None:
         del seed  # nothing is random

@@ -26,6 +26,7 @@ class LogitAdjustment(ComputedDefense):
     """
 
     label = "logit adjustment"
+    bounds_activations = False
     oracles = ("class_counts",)
 
     def __init__(

@@ -33,6 +33,8 @@ class LogitCalibration(ComputedDefense):
     Raises :class:`UserError` where the best shared scale is not positive: it would turn the order of the classes round.
     """
 
+    bounds_activations = False
+
     def __init__(self, *, scale: str = "none", shift: bool = True, l2: float = 1e-6, seed: int = 0) -> None:
         del seed  # nothing is random
         require(

@@ -20,6 +20,7 @@ class TauNormalisation(ComputedDefense):
     """
 
     label = "tau-normalisation"
+    bounds_activations = False
 
     def __init__(
         self, *, tau: float | str = "auto", keep_bias: bool = False, search: TauSearch | None = None, seed: int = 0

@@ -35,6 +35,7 @@ class FineTune(LearningDefense):
     """
 
     label = "fine-tuning"
+    bounds_activations = False
     clean_per_class = 500
     images: Tensor
     labels: Tensor

@@ -64,6 +64,7 @@ class IBAU(LearningDefense):
     """
 
     label = "I-BAU"
+    bounds_activations = False
     clean_per_class = 100
     images: Tensor
     labels: Tensor

@@ -34,6 +34,7 @@ class MMACFineTune(FineTune):
     """
 
     label = "MMAC + fine-tuning"
+    bounds_activations = True
     clean_per_class = 50
 
     def __init__(

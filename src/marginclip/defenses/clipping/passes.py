@@ -1,0 +1,51 @@
+"""How many images a repair sends through the network, counted from its settings before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from marginclip.defenses.base import Defense
+from marginclip.defenses.clipping.bound_learning import BoundLearning
+
+RELAXING, STARTING = 11, 4  # passes over the clean images that end and begin a repair
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Images that pass the network ``forward`` alone, and ``backward`` as well; the largest number that a step takes ``at_once``."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    at_once: int = 0
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(self.forward + other.forward, self.backward + other.backward, max(self.at_once, other.at_once))
+
+
+def passes_of(defense: Defense, count: int, classes: int) -> Passes | None:
+    """The passes of one repair from ``count`` clean images of so many ``classes``; None for a method whose course is not known before.
+
+    Of bound learning, without ``extra_steps``, and as if no loss came to rest before ``steps``.
+    """
+    if not isinstance(defense, BoundLearning):
+        return None
+    plan, steps = defense.ascent, defense.steps
+    inputs = len(plan.classes(classes)) if defense.objective.ascends else 0
+    clean = 0 if defense.sites == "last" else min(defense.batch_size, count)  # what lies before the last activation is kept
+    step = clean + min(inputs, plan.batch_size or inputs)
+    later = plan.steps + 1
+    ascents = inputs * (later * -(-steps // plan.refresh_every) + plan.first_steps - plan.steps)
+    checks = -(-steps // defense.check_every) * (inputs + (0 if defense.sites == "last" else count))
+    return Passes(checks + (RELAXING + STARTING) * count, steps * step + ascents, step)
+
+
+def passes_with_folds(defense: Defense, count: int, classes: int, folds: int) -> Passes | None:
+    """The same of a repair and of ``folds`` further ones that each leave a part of the images out."""
+    part = passes_of(defense, count - count // max(1, folds), classes)
+    whole = passes_of(defense, count, classes)
+    if part is None or whole is None:
+        return None
+    total = whole
+    for _ in range(folds):
+        total = total + part
+    return total + Passes(forward=RELAXING * count)

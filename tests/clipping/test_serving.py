@@ -1,0 +1,144 @@
+"""The serving form against the bounded network and the model: the same bits, fewer passes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from marginclip.clipping import BoundedNetwork
+from marginclip.clipping.serving import Clip, ClippedReLU, NetworkPair, PairedNetwork, ServedNetwork, paired
+from marginclip.models import ResNet
+
+
+class Odd(nn.Module):
+    """What can go wrong in one network: sums in place, an activation called twice, one with two sides, a function, a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(size, 6, 3, padding=1) for size in (3, 6, 6))
+        self.norm, self.act, self.two_sided = nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.LeakyReLU(0.2, inplace=True)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        early = self.act(self.norm(self.first(x)))
+        deep = F.relu(self.second(early))
+        deep += early
+        deep = self.two_sided(deep)
+        late = self.act(self.third(deep))
+        late += deep
+        late = late.mul_(0.5)
+        return self.last(late.mean((2, 3)).relu())
+
+
+def networks():
+    torch.manual_seed(0)
+    yield "resnet", ResNet(5, blocks=(1, 1), width=6)
+    yield "odd", Odd()
+    yield "gelu", nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(144, 8), nn.ReLU6(), nn.Linear(8, 5))
+
+
+@pytest.fixture(params=["resnet", "odd", "gelu"])
+def model(request):
+    return dict(networks())[request.param].eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def bounded(model, images, *, wide=0, **settings):
+    """The model with bounds at half of the maxima; the first ``wide`` are infinite."""
+    network = BoundedNetwork(model, images[:1], **settings)
+    network.set_from_images(images, share=0.5)
+    for _, bound in list(network.each())[:wide]:
+        with torch.no_grad():
+            for value, limit in zip(bound.values(), (float("inf"), float("-inf")), strict=False):
+                value.fill_(limit)
+    return network
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("wide", [0, 1, 2])
+@torch.no_grad()
+def test_both_logits_are_those_of_the_networks_to_the_bit(model, images, wide, fused):
+    network = bounded(model, images, wide=wide)
+    wanted, wanted_bounded = model(images), network(images)
+    assert torch.equal(wanted, wanted_bounded) == (wide >= len(network.bounds))
+    assert torch.equal(ServedNetwork(network, fused=fused)(images), wanted_bounded)
+    pair = paired(model, network, fused=fused)
+    assert isinstance(pair, PairedNetwork)
+    for _ in range(2):
+        logits, bounded_logits = pair(images)
+        assert torch.equal(logits, wanted)
+        assert torch.equal(bounded_logits, wanted_bounded)
+    assert torch.equal(network(images), wanted_bounded)
+    assert torch.equal(model(images), wanted)
+
+
+@torch.no_grad()
+def test_what_lies_before_the_first_cut_is_computed_once(images):
+    model = ResNet(5, blocks=(1, 1), width=6).eval()
+    shares = []
+    for wide in range(6):
+        pair = paired(model, bounded(model, images, wide=wide))
+        called = [pair.network.get_submodule(n.target) for n in pair.network.graph.nodes if n.op == "call_module"]
+        convolutions = [module for module in called if isinstance(module, nn.Conv2d)]
+        shares.append((len(convolutions), pair.shared))
+    counts, shared = zip(*shares, strict=True)
+    single = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert counts[0] == 2 * single - 1  # all but the stem
+    assert list(counts) == sorted(counts, reverse=True)
+    assert counts[-1] == single
+    assert list(shared) == sorted(shared)
+    assert shared[-1] == 1
+
+
+@torch.no_grad()
+def test_relu_and_bound_in_one_pass_are_the_bound_behind_the_relu():
+    network = BoundedNetwork(
+        nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), torch.rand(1, 1, 1, 2)
+    )
+    (_, bound), *_ = network.each()
+    bound.upper.copy_(torch.tensor([0.0, 0.5, float("inf"), -0.25]))
+    x = torch.tensor([-2.0, -0.0, 0.0, 0.3, 0.5, 0.7, float("inf"), float("-inf"), float("nan")])
+    x = x.view(-1, 1, 1, 1).expand(-1, 4, 1, 2)
+    wanted = bound(F.relu(x))
+    torch.testing.assert_close(ClippedReLU(bound)(x), wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(Clip(bound)(F.relu(x)), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def test_offsets_stay_behind_the_bounded_logits_alone(images):
+    model = ResNet(5, blocks=(1, 1), width=6).eval()
+    network = bounded(model, images, offsets=True, scaled=True)
+    network.offsets.load({"offsets": torch.arange(5.0), "scale": torch.tensor([2.0])})
+    logits, bounded_logits = paired(model, network)(images)
+    assert torch.equal(logits, model(images))
+    assert torch.equal(bounded_logits, network(images))
+
+
+@torch.no_grad()
+def test_other_weights_are_computed_in_full(images):
+    model = ResNet(5, blocks=(1, 1), width=6).eval()
+    other = copy.deepcopy(model)
+    other.get_submodule("conv1").weight.mul_(1.01)
+    for repaired in (bounded(other, images), other):
+        pair = paired(model, repaired)
+        assert isinstance(pair, NetworkPair)
+        logits, bounded_logits = pair(images)
+        assert torch.equal(logits, model(images))
+        assert torch.equal(bounded_logits, repaired(images))
+
+
+def test_nothing_is_shared_with_what_was_given(images):
+    model = ResNet(5, blocks=(1, 1), width=6).eval()
+    network = bounded(model, images)
+    pair = paired(model, network)
+    with torch.no_grad():
+        before = pair(images)[1]
+        network.set_constant(0.01)
+        network.network.get_submodule("conv1").weight.zero_()
+        assert torch.equal(pair(images)[1], before)
