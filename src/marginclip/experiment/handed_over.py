@@ -20,6 +20,7 @@ from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.stages import load_model, make_methods
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
+from marginclip.locks import locked
 from marginclip.service import Artefact, Audit, audit
 from marginclip.service.scan import image_files
 from marginclip.service.verdict import FEW_IMAGES
@@ -41,8 +42,9 @@ def audit_model(spec: RunSpec, *, output: str, images_suspect: str | None, json:
         seed=spec.seed, make_trainer=_trainers(spec), progress=tell,
     )  # fmt: skip
     content = found.to_dict()
-    write_json(Path(output) / "audit.json", content)
-    page = found.write_html(Path(output) / "audit.html")
+    with locked(Path(output)):
+        write_json(Path(output) / "audit.json", content)
+        page = found.write_html(Path(output) / "audit.html")
     return found.verdict.suspicious, _as_json(content) if json else _in_words(found, page)
 
 
@@ -61,7 +63,8 @@ def repair_model(spec: RunSpec, *, output: str, tolerance: float, json: bool) ->
         folds=2 if detector is None or detector.folds == 0 else detector.folds, detector=None if detector is None else detector.settings,
         model_settings=dict(spec.model.settings), model_path=str(Path(str(spec.checkpoint)).resolve()),
     )  # fmt: skip
-    artefact.save(output)
+    with locked(Path(output)):
+        artefact.save(output)
     before, after = (100 * artefact.facts[key] for key in ("accuracy", "repaired_accuracy"))
     if before - after > tolerance:
         log.warning(
