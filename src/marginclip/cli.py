@@ -9,6 +9,7 @@ from pathlib import Path
 
 from marginclip import __version__
 from marginclip.errors import nearest
+from marginclip.signals import told_endings
 
 CONF = Path(__file__).parent / "conf"
 USAGE = """marginclip repairs image classifiers that were poisoned or trained on imbalanced data, without their training set.
@@ -37,7 +38,14 @@ FLAGS = {"--json": "json=true", "--images-suspect": "images_suspect="}
 def main(arguments: list[str] | None = None) -> None:
     """Run ``marginclip`` with these arguments, by default those of the command line; exits with 1 after a mistake."""
     given = sys.argv[1:] if arguments is None else arguments
-    command, rest = (given[0], given[1:]) if given else ("--help", [])
+    command = given[0] if given else "--help"
+    goes_on = command in ("defend", "train")
+    with told_endings("the same command goes on from the last checkpoint" if goes_on else "no file was left half written"):
+        _run(command, given)
+
+
+def _run(command: str, given: list[str]) -> None:
+    rest = given[1:]
     if command in ("--help", "-h"):
         print(USAGE, end="")
     elif command == "--version":

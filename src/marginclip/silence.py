@@ -1,14 +1,18 @@
-"""Trainers that write nothing, and silencing Lightning's adverts and device lines; what the user should see is logged by us."""
+"""Trainers that write nothing, without Lightning's adverts, device lines and own endings; what the user should see is logged by us."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from marginclip.signals import TERMINATED
 
 # Settings of a Trainer that writes nothing.
 SILENT: dict[str, Any] = {
@@ -55,6 +59,19 @@ def without_lightning_messages() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def endings_of_signals() -> Iterator[None]:
+    """Around Lightning: SIGTERM exits with 143 where Lightning exits with 0, and Ctrl-C stays a KeyboardInterrupt where it exits with 1."""
+    try:
+        yield
+    except SIGTERMException:
+        sys.exit(TERMINATED)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def silence_lightning() -> None:

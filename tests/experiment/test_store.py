@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from filelock import FileLock
 
 from marginclip.attacks import AllToOne, BadNet
 from marginclip.experiment.store import VictimStore
@@ -53,6 +54,6 @@ def test_places_differ_by_recipe_and_begin_with_the_name(tmp_path):
 
 def test_one_process_at_a_time_trains(victim):
     with victim.lock(), pytest.raises(TimeoutError):
-        victim.lock().acquire(timeout=0.01)
+        FileLock(victim.folder / ".lock").acquire(timeout=0.01)
     with victim.lock():
         pass

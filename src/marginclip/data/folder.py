@@ -19,6 +19,7 @@ from marginclip.data.sources import ImageSource, held_out_mask
 from marginclip.errors import UserError, require
 from marginclip.files import write_tensors
 from marginclip.identity import Identifies
+from marginclip.locks import locked
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 
@@ -93,14 +94,21 @@ class ImageFolder(ImageSource):
         listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
         key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None} {self.grey}\n{listing}".encode()).hexdigest()[:16]
         file = self.cache / f"images-{key}.safetensors"
-        if file.exists():
-            try:
-                return load_file(file)["images"]
-            except SafetensorError:
-                file.unlink()
-        images = read_images(paths, size, strict=self.size is None, grey=self.grey)
-        write_tensors(file, {"images": images})
+        if (images := _kept(file)) is not None:
+            return images
+        with locked(self.cache):  # the runs of a sweep decode the same images once
+            if (images := _kept(file)) is None:
+                images = read_images(paths, size, strict=self.size is None, grey=self.grey)
+                write_tensors(file, {"images": images})
         return images
+
+
+def _kept(file: Path) -> Tensor | None:
+    """The images of the cache; None where the file is missing or damaged."""
+    try:
+        return load_file(file)["images"]
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 def image_folders(root: Path) -> list[Path]:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from marginclip.data.images import ImageSet, Splits
 from marginclip.errors import UserError, require
 from marginclip.identity import Identifies
+from marginclip.locks import locked
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -163,8 +163,7 @@ class Cifar10(ImageSource):
         except RuntimeError:
             if not self.download:
                 raise
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(self.root) / ".download.lock"):
+        with locked(Path(self.root)):
             return [self._part(train, download=True) for train in (True, False)]
 
     def _part(self, train: bool, *, download: bool) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from marginclip.silence import silent_trainer, without_lightning_messages
+from marginclip.signals import TERMINATED
+from marginclip.silence import endings_of_signals, silent_trainer, without_lightning_messages
 
 TrainerFactory = Callable[[int], L.Trainer]
 History = list[dict[str, float]]
@@ -156,12 +155,11 @@ class LearningDefense(L.LightningModule, Defense):
     ) -> RepairResult:
         """See :meth:`Defense.fit`. The repaired network is on the device of ``model``."""
         self.prepare(model, images, labels)
-        with without_lightning_messages():
+        with without_lightning_messages(), endings_of_signals():
             trainer = make_trainer(self.num_epochs)
-            try:
-                trainer.fit(self, self.batches(), ckpt_path=resume, weights_only=True if resume else None)
-            except SIGTERMException:  # Lightning's exit has the status 0, which a scheduler takes for success
-                sys.exit(128 + signal.SIGTERM)
+            trainer.fit(self, self.batches(), ckpt_path=resume, weights_only=True if resume else None)
+        if trainer.received_sigterm:  # in the last step, after which Lightning does not look
+            sys.exit(TERMINATED)
         parameter = next(model.parameters(), None)
         self.to(images.device if parameter is None else parameter.device)  # Lightning leaves it on the CPU
         network = self.repaired()

@@ -7,7 +7,6 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +17,7 @@ from torch import nn
 from marginclip.errors import UserError, require
 from marginclip.experiment.checkpoints import load_checkpoint
 from marginclip.experiment.objects import make
+from marginclip.files import write_whole
 from marginclip.service import Artefact, ScannedImage, export, read_artefact, scan
 from marginclip.service.artefact import Description
 from marginclip.service.scan import image_files
@@ -89,8 +89,7 @@ def _scan(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     artefact = open_artefact(given.artefact, model_path=given.model, trust_code=given.trust_code)
     rows = scan(artefact, image_files(_named(given.images)), batch_size=given.batch_size, resize=given.resize)
-    with Path(given.output).open("w", newline="") if given.output else nullcontext(sys.stdout) as file:
-        counts = _write_rows(_with_progress(rows), file, "jsonl" if given.json else given.format)
+    counts = _write_to(given.output, _with_progress(rows), "jsonl" if given.json else given.format)
     print(json.dumps(counts | {"not_tested": UNTESTED}) if given.json else _summary(counts), file=sys.stderr)
     if counts["images"] == 0:
         print("error: no image could be used", file=sys.stderr)
@@ -120,6 +119,20 @@ def _with_progress(rows: Iterable[ScannedImage]) -> Iterator[ScannedImage]:
         for row in rows:
             progress.advance(task)
             yield row
+
+
+def _write_to(output: str | None, rows: Iterable[ScannedImage], kind: str) -> dict[str, Any]:
+    """Write the rows to the file ``output``, which appears whole, or to the standard output as they come; what there was of each kind."""
+    if output is None:
+        return _write_rows(rows, sys.stdout, kind)
+    counts: dict[str, Any] = {}
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            counts.update(_write_rows(rows, file, kind))
+
+    write_whole(Path(output), write)
+    return counts
 
 
 def _write_rows(rows: Iterable[ScannedImage], file: TextIO, kind: str) -> dict[str, Any]:

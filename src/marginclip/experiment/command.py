@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
 _failures: list[dict[str, Any]] = []
-TERMINATED = 128 + signal.SIGTERM
 SUSPICIOUS = 3  # the exit status of an audit that found something
 _found: list[bool] = []  # of each audit, whether it found something
 
@@ -135,23 +133,20 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
     try:
         from marginclip.experiment.spec import run_spec
+        from marginclip.silence import endings_of_signals
 
         content = plain(config)
         settings = {key: content.pop(key) for key in own}
         if HydraConfig.get().mode == RunMode.MULTIRUN and content["logger"].get("group", "") is None:
             content["logger"]["group"] = "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])  # the sweep's own name
-        outcome["record"] = task(run_spec(content), **settings)
+        with endings_of_signals():
+            outcome["record"] = task(run_spec(content), **settings)
     except UserError as error:
         outcome["error"] = str(error)
     except OSError as error:
         outcome["error"] = (
             f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; what was written before is intact"
         )
-    except SystemExit as end:  # Lightning's, after SIGTERM; its status is 0, which a scheduler takes for success
-        if end.code not in (None, TERMINATED):
-            raise
-        print("error: terminated; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(TERMINATED)
     except Exception as error:  # a fault of ours, or of a library: told in full, and the sweep goes on
         log.exception("this run failed")
         outcome["error"] = f"{type(error).__name__}: {error}"
@@ -172,8 +167,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _note_outcome(outcome: dict[str, Any]) -> None:
+    from marginclip.files import write_json
+
     try:
-        (Path(HydraConfig.get().runtime.output_dir) / OUTCOME).write_text(json.dumps(outcome))
+        write_json(Path(HydraConfig.get().runtime.output_dir) / OUTCOME, outcome)
     except OSError as error:
         log.warning("the outcome of this job could not be noted: %s", error)
 

@@ -19,6 +19,7 @@ from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.store import Victim
 from marginclip.experiment.trainers import build_trainer, num_devices
 from marginclip.experiment.training_time import TrainingTime
+from marginclip.silence import endings_of_signals
 from marginclip.training import ClassifierTraining, CudaGraphs
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def fit_resumably(spec: RunSpec, victim: Victim, training: ClassifierTraining, d
     if resume is not None:
         log.info("going on from %s", resume)
     try:
-        trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
+        with endings_of_signals():
+            trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
     except MisconfigurationException as error:  # a setting of the Trainer that this training does not go with
         raise UserError(f"trainer: {first_line(error)}") from error
     except ProcessRaisedException as error:  # in one of several devices' processes

@@ -26,6 +26,7 @@ from marginclip.experiment.stages import load_model, make_methods
 from marginclip.experiment.time_left import TimeLeft
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
+from marginclip.locks import locked
 from marginclip.maxmargin import MaximumMarginTest
 from marginclip.networks.memory import memory_budget, memory_limited_to
 from marginclip.service import Artefact, Audit, audit
@@ -50,8 +51,9 @@ def audit_model(
     with memory_limited_to(memory_gib):
         found = _audited(spec, images_suspect)
     content = found.to_dict()
-    write_json(Path(output) / "audit.json", content)
-    page = found.write_html(Path(output) / "audit.html")
+    with locked(Path(output)):
+        write_json(Path(output) / "audit.json", content)
+        page = found.write_html(Path(output) / "audit.html")
     return found.verdict.suspicious, _as_json(content) if json else _in_words(found, page)
 
 
@@ -83,7 +85,8 @@ def repair_model(spec: RunSpec, *, output: str, tolerance: float | None, json: b
     """Repair the model and write the artefact into ``output``; returns what to print. ``memory_gib``: see :func:`audit_model`."""
     with memory_limited_to(memory_gib):
         artefact = _repaired(spec, tolerance)
-    artefact.save(output)
+    with locked(Path(output)):
+        artefact.save(output)
     before, after = (100 * artefact.facts[key] for key in ("accuracy", "repaired_accuracy"))
     facts = {"artefact": str(output), "accuracy": before, "repaired_accuracy": after, "threshold": artefact.detector.threshold}
     if json:

@@ -98,11 +98,8 @@ def finish_logger(logger: Any) -> None:
         wandb.finish()
 
 
-def publish(logger: Any, record: RunRecord, *, draw: bool) -> None:
-    """Draw the run's figures (``draw``) and send its metrics, table and figures to the logger."""
-    from marginclip.reporting import draw_figures
-
-    figures = draw_figures(record.folder) if draw else []
+def publish(logger: Any, record: RunRecord, figures: list[Path]) -> None:
+    """Send the run's metrics, tables and figures, the files of ``figures``, to the logger."""
     if not logger:
         return
     flat = {f"{row}/{name}": value for row, values in record.metrics.items() for name, value in values.items()}

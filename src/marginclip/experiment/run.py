@@ -11,6 +11,7 @@ from marginclip.clipping import BoundedNetwork
 from marginclip.experiment.figure_arrays import figure_arrays
 from marginclip.experiment.loggers import build_logger, finish_logger, publish
 from marginclip.experiment.process import prepare_process
+from marginclip.experiment.recipe import run_folder
 from marginclip.experiment.recording import failures_recorded, finish, finished_record, opened_record, phase
 from marginclip.experiment.setup import build_setup
 from marginclip.experiment.spec import RunSpec
@@ -26,7 +27,9 @@ from marginclip.experiment.stages import (
 )
 from marginclip.experiment.victim import obtain_victim
 from marginclip.files import write_tensors
-from marginclip.record import RunRecord
+from marginclip.locks import locked
+from marginclip.record import RunRecord, Status
+from marginclip.reporting import draw_figures
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +44,15 @@ def train(spec: RunSpec) -> str:
 def defend(spec: RunSpec) -> RunRecord:
     """Do the run that ``spec`` asks for, or find it done; returns its record."""
     prepare_process(spec.trainer.threads)
-    if (found := finished_record(spec)) is not None:
-        log.info("already done: %s", found.folder)
-        return found
-    record = opened_record(spec)
-    record.folder.mkdir(parents=True, exist_ok=True)
-    with failures_recorded(record):
-        _do(spec, record)
-    return record
+    if (found := finished_record(spec)) is None:
+        with locked(run_folder(spec)):  # the same cell of a sweep can be on another host
+            if (found := finished_record(spec)) is None:
+                record = opened_record(spec)
+                with failures_recorded(record):
+                    _do(spec, record)
+                return record
+    log.info("already done: %s", found.folder)
+    return found
 
 
 def _do(spec: RunSpec, record: RunRecord) -> None:
@@ -80,8 +84,11 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
         arrays |= figure_arrays(setup, None if result is None else result.network)
         if arrays:
             write_tensors(record.folder / "arrays.safetensors", arrays)
-        finish(record, "done" if attack_took(setup, record) else "attack_failed")
+        status: Status = "done" if attack_took(setup, record) else "attack_failed"
+        record.write()
+        figures = draw_figures(record.folder) if spec.figures else []
+        finish(record, status)  # comes last: a run that is done has all its files
         shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
-        publish(logger, record, draw=spec.figures)
+        publish(logger, record, figures)
     finally:
         finish_logger(logger)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 
 from marginclip.attacks import Attack
 from marginclip.files import read_json, write_json, write_tensors
 from marginclip.identity import digest
+from marginclip.locks import locked
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class Victim:
         """The checkpoint that an interrupted training goes on from."""
         return self.folder / "checkpoint" / "last.ckpt"
 
-    def lock(self) -> FileLock:
-        """Held while training, so that the parallel runs of a sweep train a shared victim once."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".lock")
+    def lock(self) -> AbstractContextManager[None]:
+        """Held while training, so that the parallel runs of a sweep train a shared victim once (:func:`~marginclip.locks.locked`)."""
+        return locked(self.folder)
 
     def save(self, model: nn.Module, attack: Attack | None, record: dict[str, Any]) -> None:
         """Write weights and attack state, then the record."""

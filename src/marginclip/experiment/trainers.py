@@ -11,6 +11,7 @@ import torch
 
 from marginclip.experiment.groups import TrainerSpec
 from marginclip.experiment.objects import make
+from marginclip.experiment.whole_checkpoints import WholeCheckpoints
 from marginclip.precision import precision_for
 from marginclip.silence import SILENT, without_lightning_messages
 
@@ -48,6 +49,7 @@ def build_trainer(spec: TrainerSpec, folder: Path | None = None, *, spread: str 
         if num_devices(spec) > 1:
             options["strategy"] = spread if spec.strategy == "auto" else spec.strategy
     options |= {} if folder is None else {"default_root_dir": str(folder)}
+    options["plugins"] = [WholeCheckpoints(), *(options.get("plugins") or [])]
     precision = precision_for(spec.precision, accelerator=spec.accelerator)
     with without_lightning_messages():
         trainer: L.Trainer = make(options, key="trainer", **({"precision": precision} | settings))

@@ -54,9 +54,10 @@ class AttackerAccess:
         spec = replace(self.spec, seed=settings.seed, training=replace(self.spec.training.from_scratch, epochs=settings.epochs))
         found = find_surrogate(spec, asdict(settings))
         model = build_model(spec, len(self.setup.classes), self.setup.splits.image_shape)
-        with found.lock():
-            if found.record is None:
-                self._train_surrogate(spec, settings, model, found)
+        if found.record is None:
+            with found.lock():
+                if found.record is None:
+                    self._train_surrogate(spec, settings, model, found)
         found.restore(model, None)
         model.to(device_of(spec.trainer))
         precision = precision_for(spec.trainer.precision, accelerator=spec.trainer.accelerator)

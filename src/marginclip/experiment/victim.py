@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 
 def obtain_victim(spec: RunSpec, setup: VictimSetup) -> tuple[Victim, bool]:
     """The trained victim, and whether it had to be trained now; ``setup.model`` and ``setup.attack`` hold it afterwards."""
-    victim = find_victim(spec)
-    with victim.lock():
-        trained_now = victim.record is None
-        if trained_now:
-            train_victim(spec, setup, victim)
+    victim, trained_now = find_victim(spec), False
+    if victim.record is None:
+        with victim.lock():
+            trained_now = victim.record is None  # by another process, while this one waited
+            if trained_now:
+                train_victim(spec, setup, victim)
     victim.restore(setup.model, setup.attack)
     return victim, trained_now
 

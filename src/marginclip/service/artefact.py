@@ -23,7 +23,7 @@ from marginclip.defenses.base import TrainerFactory
 from marginclip.defenses.clipping.tolerance import check_tolerance, hold, keeps_bounds, tell
 from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError, require
-from marginclip.files import write_json, write_tensors
+from marginclip.files import bytes_writer, json_writer, tensor_bytes, write_all_whole
 from marginclip.maxmargin import Detection, MarginDropDetector
 from marginclip.networks.logits import check_images, clean_logits
 from marginclip.networks.memory import images_at_once
@@ -150,24 +150,26 @@ class Artefact:
         return self.detector.decide(*self.logits(images))
 
     def save(self, folder: str | Path) -> Path:
-        """Write the two files of the artefact into ``folder``; the description comes last, so its presence means whole."""
+        """Write the two files of the artefact into ``folder``: an older artefact there stays until both are written whole."""
         folder, network = Path(folder), self.network
         changed = self._own_weights()
         tensors = {f"bounds/{name}": value for name, value in network.bounds_state().items()}
         tensors |= {f"weights/{name}": value for name, value in changed.items()}
         tensors |= {"null/statistics": self.detector.clean_statistics, "null/margins": self.detector.clean_margins}
-        (folder / DESCRIPTION).unlink(missing_ok=True)
-        file = write_tensors(folder / TENSORS, tensors)
+        content = tensor_bytes(tensors)
         threshold = self.detector.threshold
         description = Description(
             classes=list(self.classes), image_shape=self.image_shape,
             model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
-            model_digest=model_digest(self.model), tensors_digest=_file_digest(file), sites=[name for name, _ in network.each()],
-            channel_axis=network.channel_axis, changes_weights=bool(changed),
+            model_digest=model_digest(self.model), tensors_digest=hashlib.sha256(content).hexdigest(),
+            sites=[name for name, _ in network.each()], channel_axis=network.channel_axis, changes_weights=bool(changed),
             detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
             threshold=threshold if threshold < float("inf") else None, **self.facts,
         )  # fmt: skip
-        write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+        write_all_whole({
+            folder / TENSORS: bytes_writer(content),
+            folder / DESCRIPTION: json_writer(description.model_dump(mode="json")),
+        })  # fmt: skip
         return folder
 
     @classmethod

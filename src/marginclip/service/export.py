@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from marginclip.clipping.serving import ServedNetwork, paired
 from marginclip.errors import UserError, require
+from marginclip.files import write_whole
 from marginclip.maxmargin import MarginDropDetector
 from marginclip.maxmargin.detector import corrected, margin_drop
 from marginclip.maxmargin.null import p_values
@@ -71,7 +72,6 @@ def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: 
     require(format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got '{format}'")
     require(part in PARTS, f"part must be one of {', '.join(PARTS)}, got '{part}'")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip
     network: nn.Module = (
         DecisionNetwork(artefact.detector, fused=fused) if part == "mmdf" else ServedNetwork(artefact.network, fused=fused)
@@ -83,13 +83,17 @@ def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-            if format == "pt2":
-                torch.export.save(program, path)
-            else:
-                _write_onnx(program, path, part)
+            write_whole(
+                path, lambda partial: _write_pt2(program, partial) if format == "pt2" else _write_onnx(program, partial, part)
+            )
     except ImportError as error:
         raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'marginclip[onnx]'") from error
     return path
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.export.save(program, file)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, part: str) -> None:

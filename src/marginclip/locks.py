@@ -1,0 +1,74 @@
+"""A folder that one process at a time writes, on this host or on another that shares the file system."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from marginclip.errors import UserError
+from marginclip.files import remove_leftovers
+
+log = logging.getLogger(__name__)
+LOCK, HOLDER = ".lock", ".lock.holder"
+MISSING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without flock answer
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` where it is missing, and be its only writer inside; waits for another one, and says for which.
+
+    The lock is that of the operating system: it ends with the process that holds it, however that ends. What killed processes left
+    half written in the folder is removed first. Raises :class:`UserError` on a file system that has no such locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        _acquire(lock, folder, timeout=0)
+    except Timeout:
+        log.info("waiting for %s, which writes '%s'", _holder(folder), folder)
+        _acquire(lock, folder, timeout=-1)
+    try:
+        with suppress(OSError):  # for those who wait to read; a full disk takes nothing
+            (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}")
+        remove_leftovers(folder)
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, timeout: float) -> None:
+    try:
+        with warnings.catch_warnings():  # filelock's, before it takes a lock that would outlive a killed process
+            warnings.simplefilter("ignore")
+            lock.acquire(timeout=timeout)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and (isinstance(error, Timeout) or error.errno not in MISSING):
+            raise
+        raise _without_locks(folder) from error
+    if isinstance(lock, SoftFileLock):
+        lock.release()
+        raise _without_locks(folder)
+
+
+def _without_locks(folder: Path) -> UserError:
+    return UserError(
+        f"'{folder}' is on a file system without file locks (flock), so two processes could write the same files: use a folder on "
+        "another one, or mount it with them (NFS: without nolock; Lustre: with flock)"
+    )
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / HOLDER).read_text() or "another process"
+    except OSError:
+        return "another process"
