@@ -136,15 +136,21 @@ class MarginDropDetector(nn.Module):
 
     def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
         """The same from both networks' logits (N, K), which are left as they are; images whose logits are not finite are flagged."""
-        original = logits.argmax(1)
         statistic = margin_drop(logits, bounded_logits)
         values = p_values(statistic, self.clean_statistics.to(statistic.device), null_distribution=self.null_distribution)
         values = torch.where((logits + bounded_logits).isfinite().all(1), values, torch.zeros_like(values))
-        flagged, chosen = values < self.theta, bounded_logits.argmax(1)
-        if self.rule == "or_disagree":
-            flagged = flagged | (chosen != original)
+        kept, corrected, always = self.alternatives(logits, bounded_logits)
+        flagged = (values < self.theta) | always
+        return Detection(torch.where(flagged, corrected, kept), flagged, values, statistic)
+
+    def alternatives(self, logits: Tensor, bounded_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is decided of images (N,) whose p-value is not below ``theta``, and of those whose p-value is; and which are flagged
+        whatever their p-value (``or_disagree``)."""
+        original, chosen = logits.argmax(1), bounded_logits.argmax(1)
+        corrected = self._corrected(original, bounded_logits)
+        always = (chosen != original) if self.rule == "or_disagree" else torch.zeros_like(original, dtype=torch.bool)
         standing = chosen if self.rule == "repaired" else original
-        return Detection(torch.where(flagged, self._corrected(original, bounded_logits), standing), flagged, values, statistic)
+        return torch.where(always, corrected, standing), corrected, always
 
     def _corrected(self, original: Tensor, bounded_logits: Tensor) -> Tensor:
         if self.correction == "reject":
