@@ -67,7 +67,7 @@ def _made_with(runs: list[Run]) -> dict[str, Counter[str]]:
         device = run.record.device
         has = dict(run.record.versions)
         if device is not None:
-            threads = f", {device.threads} threads" if device.accelerator == "cpu" else ""
+            threads = f", {device.threads} thread{'s' if device.threads > 1 else ''}" if device.accelerator == "cpu" else ""
             has["device"] = f"{device.accelerator}: {device.name}{threads}"
         has["precision"] = run.record.precision or "not noted"
         for key, value in has.items():

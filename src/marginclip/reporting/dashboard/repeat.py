@@ -14,7 +14,20 @@ import yaml
 from marginclip.record import RunRecord
 
 CONF = Path(__file__).parents[2] / "conf"
-GROUPS = ("dataset", "attack", "x2x", "model", "training", "imbalance", "loss", "victim", "detect", "defense", "trainer", "logger")
+GROUPS = (
+    "dataset",
+    "attack",
+    "x2x",
+    "model",
+    "training",
+    "imbalance",
+    "loss",
+    "victim",
+    "detect",
+    "defense",
+    "trainer",
+    "logger",
+)
 PARTS = {"defense": ("schedule", "detector")}
 WORD = re.compile(r"[A-Za-z_/][\w./-]*")
 Leaves = dict[tuple[str, ...], Any]
@@ -24,7 +37,7 @@ NOT_WORDS = ("null", "true", "false", "nan", "inf")
 def repeat_command(record: RunRecord) -> str:
     """``marginclip defend`` with the option of every group, and every setting that the options' own files do not give.
 
-    An option of the user's own, which is not in the package, is named with all its settings; the command then needs the user's
+    The folder of the runs is left to whoever repeats it. An option of the user's own, which is not in the package, is named with all its settings; the command then needs the user's
     ``--config-dir``.
     """
     words: list[str] = []
@@ -41,7 +54,10 @@ def repeat_command(record: RunRecord) -> str:
             for path, value in leaves(content).items()
             if not _same((given | of_parts).get(path, ...), value)
         ]
-    top = [f"{key}={literal(value)}" for key, value in record.config.items() if key not in GROUPS and not isinstance(value, dict)]
+    plain = {
+        key: value for key, value in record.config.items() if key not in (*GROUPS, "runs_dir") and not isinstance(value, dict)
+    }
+    top = [f"{key}={literal(value)}" for key, value in plain.items()]
     return " ".join(["marginclip", "defend", *(shlex.quote(word) for word in [*words, *top, *settings])])
 
 
@@ -56,7 +72,11 @@ def literal(value: Any) -> str:
     """A value as Hydra's grammar of the command line has it."""
     if isinstance(value, str):
         plain = WORD.fullmatch(value) and value.lower() not in NOT_WORDS
-        return value if plain else "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), value) + "'"
+        return (
+            value
+            if plain
+            else "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), value) + "'"
+        )
     if isinstance(value, list):
         return "[" + ",".join(literal(entry) for entry in value) + "]"
     return "{}" if value == {} else json.dumps(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+import yaml
 
 from marginclip.reporting.dashboard.pictures import Sheet
 from marginclip.reporting.dashboard.published import published_for
 from marginclip.reporting.dashboard.repeat import repeat_command
-from marginclip.reporting.dashboard.runs import Run, flat
+from marginclip.reporting.dashboard.runs import Run
 from marginclip.reporting.dashboard.stages import stages
 from marginclip.reporting.learning import PANELS
 from marginclip.reporting.rows import ALL_METRICS, NATS, describe, label, metric, seconds
@@ -37,12 +38,17 @@ def run_content(run: Run, arrays: Arrays, detections: list[dict[str, Any]], pict
             for row in rows
         ],
         "command": repeat_command(record),
-        "config": [(key, shortened(value)) for key, value in flat(record.config)],
-        "findings": json.dumps(record.findings, indent=1) if record.findings else "",
+        "config": yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True, width=120),
+        "findings": yaml.safe_dump(record.findings, sort_keys=False, allow_unicode=True, width=120) if record.findings else "",
         "classes": _classes(run, rows),
         "detections": detections,
         "stages": stages(arrays),
         "learning": _learning(run),
+        "recorded": {
+            each["row"]: {key: round(value, 6) for key, value in record.metrics[each["row"]].items() if value is not None}
+            for each in detections
+            if each["row"] in record.metrics
+        },
         "sheet": pictures,
     }
 
@@ -52,11 +58,6 @@ def figure(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if name in ("AUC", NATS) else f"{100 * value:.1f}"
-
-
-def shortened(text: str, most: int = 2000) -> str:
-    """The text, cut where it is longer than ``most`` letters."""
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} letters)"
 
 
 def _classes(run: Run, rows: list[str]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,11 +28,13 @@ from marginclip.reporting.dashboard.victims import victims
 from marginclip.reporting.figures import read_arrays
 
 HERE = Path(__file__).parent
-SCRIPTS = ("vendor/datatables.js", "vendor/chart.js", "static/site.js", "static/export.js", "static/charts.js")
-SCRIPTS += ("static/table.js", "static/pivot.js", "static/runs.js", "static/compare.js", "static/run.js")
+LIBRARIES = ("vendor/datatables.js", "vendor/chart.js")
+OWN = tuple(f"static/{name}.js" for name in ("site", "export", "charts", "table", "pivot", "runs", "compare", "run"))
+ASSETS = (*(Path(name).name for name in LIBRARIES), "dashboard.js")
 STYLE = "static/dashboard.css"
 PAGES = {"index": "Overview", "pivot": "Pivot", "runs": "Runs", "compare": "Compare", "victims": "Victims"}
 WITH_TABLE = ("pivot", "runs", "compare")
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
 MARK = ".marginclip-dashboard"
 
 
@@ -72,7 +75,10 @@ def write_dashboard(runs_dir: Path, target: Path, *, single_file: bool = False, 
     if target.suffix.lower() in (".html", ".htm"):
         require(not target.is_dir(), f"--html must be a file or a folder, but '{target}' is a folder with the name of a file")
         return _write_single(target, runs_dir, runs, unreadable, pictures)
-    require(not target.exists() or target.is_dir(), f"--html must be a folder or a name that ends in .html, but '{target}' is a file")
+    require(
+        not target.exists() or target.is_dir(),
+        f"--html must be a folder or a name that ends in .html, but '{target}' is a file",
+    )
     _refuse_foreign(target)
     if single_file:
         return _write_single(target / "index.html", runs_dir, runs, unreadable, pictures)
@@ -81,7 +87,10 @@ def write_dashboard(runs_dir: Path, target: Path, *, single_file: bool = False, 
 
 def _refuse_foreign(target: Path) -> None:
     foreign = target.is_dir() and any(target.iterdir()) and not (target / MARK).exists()
-    require(not foreign, f"--html='{target}' holds files that are no dashboard; give an empty folder, or one that does not exist yet")
+    require(
+        not foreign,
+        f"--html='{target}' holds files that are no dashboard; give an empty folder, or one that does not exist yet",
+    )
 
 
 # -- a folder -----------------------------------------------------------------------------------------------------------------
@@ -104,23 +113,32 @@ def _write_folder(target: Path, runs_dir: Path, runs: list[Run], unreadable: lis
 
 
 def _fill(folder: Path, runs_dir: Path, runs: list[Run], unreadable: list[str], pictures: bool) -> None:
-    (folder / "assets").mkdir()
-    for name in (*SCRIPTS, STYLE, *sorted(f"vendor/{path.name}" for path in (HERE / "vendor").glob("*LICENSE*"))):
-        shutil.copyfile(HERE / name, folder / "assets" / Path(name).name)
-    environment, data = make_environment(Form(single=False)), {}
+    _write_assets(folder / "assets")
+    environment, data = make_environment(Form(single=False)), dict[str, Any]()
     for page, png in _pages(environment, Form(single=False), runs_dir, runs, unreadable, pictures, data):
         root = "../" if "/" in page.name else ""
+        names = ["table.js", *ASSETS] if page.name in WITH_TABLE else ASSETS
         text = environment.get_template("page.html").render(
             page=page,
             root=root,
-            table=data["table"] if page.name in WITH_TABLE else None,
-            scripts=[f"{root}assets/{Path(name).name}" for name in SCRIPTS],
+            scripts=[f"{root}assets/{name}" for name in names],
             style=f"{root}assets/{Path(STYLE).name}",
-            policy="default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'",
+            policy=POLICY,
         )
         _write_text(folder / f"{page.name}.html", text)
         if png is not None:
             (folder / "pictures" / f"{Path(page.name).name}.png").write_bytes(png)
+    content = json.dumps(data["table"], separators=(",", ":"), allow_nan=False)
+    _write_text(folder / "assets" / "table.js", f"window.marginclipTable = {json.dumps(content)};\n")
+
+
+def _write_assets(folder: Path) -> None:
+    """The libraries with their licences, our scripts as one, and the style."""
+    folder.mkdir()
+    for path in (HERE / "vendor").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(HERE / STYLE, folder / Path(STYLE).name)
+    _write_text(folder / "dashboard.js", "\n".join((HERE / name).read_text(encoding="utf-8") for name in OWN))
 
 
 # -- one file -----------------------------------------------------------------------------------------------------------------
@@ -130,10 +148,12 @@ def _write_single(target: Path, runs_dir: Path, runs: list[Run], unreadable: lis
     form, data = Form(single=True), dict[str, Any]()
     environment = make_environment(form)
     pages = [page for page, _ in _pages(environment, form, runs_dir, runs, unreadable, pictures, data)]
-    scripts = [(HERE / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    scripts = [(HERE / name).read_text(encoding="utf-8") for name in (*LIBRARIES, *OWN)]
     style = (HERE / STYLE).read_text(encoding="utf-8")
     hashes = " ".join(_hash(script) for script in scripts)
-    policy = f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+    )
     text = environment.get_template("single.html").render(
         pages=pages, table=data["table"], scripts=[Markup(script) for script in scripts], style=Markup(style), policy=policy
     )
@@ -164,7 +184,13 @@ def make_environment(form: Form) -> Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "sort_keys": False}
-    environment.globals |= {"link": form.link, "page_titles": PAGES, "statuses": STATUSES, "single": form.single, "figure": figure}
+    environment.globals |= {
+        "link": form.link,
+        "page_titles": PAGES,
+        "statuses": STATUSES,
+        "single": form.single,
+        "figure": figure,
+    }
     return environment
 
 
@@ -196,7 +222,10 @@ def _pages(
         yield render(f"run/{run.slug}", run.record.folder.name, "run.html", root="../", **content), png
     data["table"] = table(runs, curves)
     name = runs_dir.resolve().name
-    yield render("index", PAGES["index"], "overview.html", folder=name, runs=runs, found=overview(runs_dir, runs, unreadable)), None
+    yield (
+        render("index", PAGES["index"], "overview.html", folder=name, runs=runs, found=overview(runs_dir, runs, unreadable)),
+        None,
+    )
     yield render("victims", PAGES["victims"], "victims.html", victims=victims(runs)), None
     for page in WITH_TABLE:
         yield render(page, PAGES[page], f"{page}.html"), None

@@ -19,7 +19,9 @@ def stages(arrays: Arrays) -> list[dict[str, Any]]:
     the bound. ``lower`` is the median lower bound of an activation that can be negative.
     """
     names = sorted({name[len("activations/") :].rpartition("/")[0] for name in arrays if name.startswith("activations/")})
-    return [_stage(name, {key: arrays.get(f"activations/{name}/{key}") for key in (*SERIES.values(), "lower")}) for name in names]
+    return [
+        _stage(name, {key: arrays.get(f"activations/{name}/{key}") for key in (*SERIES.values(), "lower")}) for name in names
+    ]
 
 
 def _stage(name: str, values: dict[str, np.ndarray | None]) -> dict[str, Any]:

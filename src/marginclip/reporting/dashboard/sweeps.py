@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from marginclip.reporting.dashboard.runs import Run
 
 ASKED, OUTCOME = "sweep.json", "outcome.json"
@@ -58,7 +60,7 @@ def _read(folder: Path, place: str, by_name: dict[str, Run]) -> Sweep:
     sweep = Sweep(place, complete=bool(names))
     for number in range(len(names)) if names else begun:
         outcome = _content(folder / str(number) / OUTCOME)
-        text = names[number] if names else str((outcome or {}).get("overrides", f"job {number}"))
+        text = names[number] if names else _overrides(folder / str(number), outcome)
         sweep.cells.append(_cell(number, text, outcome, by_name))
     return sweep
 
@@ -72,6 +74,17 @@ def _cell(number: int, overrides: str, outcome: dict[str, Any] | None, by_name: 
     run = by_name.get(path.parent.name) if path.name == "run.json" else None
     status = run.record.status if run is not None else "removed" if path.name == "run.json" else "done"
     return Cell(number, overrides, status, run)
+
+
+def _overrides(job: Path, outcome: dict[str, Any] | None) -> str:
+    """What a job was told, by its outcome, else by the list that Hydra wrote when it began; an empty text where neither tells."""
+    if outcome is not None:
+        return str(outcome.get("overrides", ""))
+    try:
+        listed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    return " ".join(map(str, listed)) if isinstance(listed, list) else ""
 
 
 def _content(path: Path) -> dict[str, Any] | None:

@@ -93,5 +93,3 @@ def _position(published: list[Published], found: Published | None) -> int | None
 
 def _rounded(value: float | None, digits: int = DIGITS) -> float | None:
     return None if value is None else round(value, digits)
-
-

@@ -12,9 +12,9 @@ from marginclip.reporting.rows import label
 from marginclip.reporting.style import Arrays
 
 NUM_BINS = 48
-ROC_POINTS = 48
+ROC_POINTS = 40
 # Shares of images above a threshold at which one is put: close together where false alarms are rare.
-TAIL = np.concatenate([np.geomspace(0.0005, 0.1, 24), np.linspace(0.15, 0.95, 12)])
+TAIL = np.concatenate([np.geomspace(0.0005, 0.1, 18), np.linspace(0.2, 0.9, 8)])
 OUTCOMES = {"correct": "clean_correct", "success": "triggered_success", "restored": "triggered_restored"}
 FLAGGED = {"clean": "clean_correct", "triggered": "triggered_success"}
 
@@ -67,7 +67,7 @@ def candidates(scores: dict[str, np.ndarray], own: float | None) -> np.ndarray:
     everything = np.concatenate(list(scores.values())).astype(np.float64)
     low, high = everything.min(), everything.max()
     span = max(high - low, 1e-6)
-    parts = [np.linspace(low, high, 40), [low - 0.01 * span, high + 0.01 * span]]
+    parts = [np.linspace(low, high, 30), [low - 0.01 * span, high + 0.01 * span]]
     parts += [np.quantile(values, 1 - TAIL) for values in scores.values()]
     rounded = np.array([float(f"{value:.5g}") for value in np.concatenate(parts)])
     return np.unique(rounded if own is None else np.append(rounded, own))

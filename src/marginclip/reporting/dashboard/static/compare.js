@@ -12,7 +12,7 @@ marginclip.pages.compare = (main, parameters) => {
   const few = () => chosen.slice(0, MOST);
 
   function grid(head, rows, numeric) {
-    return element("table", {}, element("thead", {}, element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)))),
+    return element("table", {}, element("thead", {}, element("tr", {}, ...head.map((text, place) => element("th", { scope: "col", class: numeric && place ? "n" : null }, text)))),
       element("tbody", {}, ...rows.map(([first, ...cells]) => element("tr", {}, element("th", { scope: "row" }, first), ...cells.map((text) => element("td", { class: numeric ? "n" : null }, text))))));
   }
 

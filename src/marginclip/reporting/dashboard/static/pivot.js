@@ -52,11 +52,15 @@ marginclip.pages.pivot = (main, parameters) => {
     return { mean, deviation, count };
   }
 
+  const identity = table.varying.filter((key) => table.identity.includes(key));
+
   // Settings other than the seed in which the runs of a cell differ.
   function mixed(entries, rowKey, columnKey) {
     const seed = (key) => key.endsWith("seed") && !SEEDS_OF_DATA.some((name) => key.endsWith(name));
-    const told = table.varying.filter((key) => table.identity.includes(key) && key !== rowKey && key !== columnKey && !seed(key));
-    return told.filter((key) => new Set(entries.map(({ run }) => table.setting(key, run))).size > 1);
+    const given = entries.every(({ row }) => table.rows.given[row]); // the model as given knows nothing of a defense
+    const told = identity.filter((key) => key !== rowKey && key !== columnKey && !seed(key) && !(given && (key.startsWith("defense.") || key === "clean_per_class")));
+    const value = (key, run) => table.setting(key, run).replace("(absent)", "null"); // an option that a version did not have yet
+    return told.filter((key) => new Set(entries.map(({ run }) => value(key, run))).size > 1);
   }
 
   function paper(entries, metric) {
@@ -108,7 +112,7 @@ marginclip.pages.pivot = (main, parameters) => {
         const [shown, spread, differing, source] = cell(found.get(JSON.stringify([rowName, columnName])), rowKey, columnKey, metric, range);
         line.push(spread);
         if (source) sources.add(source);
-        if (differing.length) notes.push(`† ${marginclip.charts.short(rowName)}, ${marginclip.charts.short(columnName)}: the runs differ in ${differing.slice(0, 6).join(", ")}${differing.length > 6 ? ` and ${differing.length - 6} more` : ""}`);
+        if (differing.length) notes.push(`${marginclip.charts.short(rowName)}, ${marginclip.charts.short(columnName)}: the runs differ in ${differing.slice(0, 6).join(", ")}${differing.length > 6 ? ` and ${differing.length - 6} more` : ""}`);
         return shown;
       });
       exported.rows.push(line);
@@ -123,6 +127,8 @@ marginclip.pages.pivot = (main, parameters) => {
       : (onlyMain && !hasMethod ? "Each run's own method counts: neither rows nor columns tell methods apart. " : "The model as given counts once for each victim. ")
       + (table.lessIsBetter[metric] ? "Less is better." : metric === "seconds" ? "" : "More is better.")
       + (sources.size ? ` "paper": ${[...sources].join("; ")}; widths, training and clean sets can differ.` : "");
+    find("mixed").closest("details").hidden = notes.length === 0;
+    find("count").textContent = notes.length;
     find("mixed").replaceChildren(...notes.map((note) => element("li", {}, note)));
     remember("pivot", { rows: rowKey, columns: columnKey, metric, of: find("of").value, ...(find("failed").checked ? { failed: "yes" } : {}), where: where.map((pair) => JSON.stringify(pair)) });
   }

@@ -1,7 +1,7 @@
 // One run: the threshold that moves, the bounds of each stage, the learning curves.
 "use strict";
 marginclip.pages.run = (main) => {
-  const { charts } = marginclip;
+  const { charts, element } = marginclip;
   const data = JSON.parse(main.querySelector("script.data").textContent);
 
   // -- the detector at another threshold
@@ -88,7 +88,8 @@ marginclip.pages.run = (main) => {
   const stages = main.querySelector("canvas.stages");
   if (stages) {
     const table = stages.closest("section").querySelector("table");
-    const column = (key) => [...table.querySelectorAll(`[data-key=${key}]`)].map((cell) => (cell.textContent === "–" ? null : Number(cell.textContent)));
+    const place = { clean: 2, triggered: 3, bound: 4 };
+    const column = (key) => [...table.tBodies[0].rows].map(({ cells }) => (cells[place[key]].textContent === "–" ? null : Number(cells[place[key]].textContent)));
     const labels = [...table.querySelectorAll("tbody th")].map((cell) => charts.short(cell.textContent, 22));
     const looks = { clean: ["circle", 0], triggered: ["triangle", 1], bound: ["rect", 2] };
     const series = Object.entries(looks).map(([key, [pointStyle, number]]) => ({
@@ -104,14 +105,15 @@ marginclip.pages.run = (main) => {
 
   // -- learning
 
-  for (const canvas of main.querySelectorAll("canvas.curve")) {
-    const { values, unit } = data.learning[canvas.dataset.number];
+  for (const { title, values, unit } of data.learning) {
+    const canvas = element("canvas", { class: "curve", role: "img", "aria-label": `${title}: ${values.join(", ")}` });
+    main.querySelector(".multiples").append(element("figure", {}, element("figcaption", {}, `${title} `, element("small", {}, `(${unit})`)), element("div", { class: "chart small" }, canvas)));
     const known = values.filter((value) => value !== null);
     const logarithmic = unit === "λ" && Math.min(...known) > 0 && Math.max(...known) >= 10 * Math.min(...known);
     charts.draw(canvas, {
       type: "line",
       data: { labels: values.map((_, number) => number + 1), datasets: [{ data: values, borderColor: charts.colour(0), backgroundColor: charts.colour(0), pointRadius: 2.5, borderWidth: 1.5 }] },
-      options: { plugins: { legend: { display: false } }, scales: { x: charts.axis("check"), y: { ...charts.axis(""), title: { display: false }, type: logarithmic ? "logarithmic" : "linear" } } },
+      options: { plugins: { legend: { display: false } }, scales: { x: charts.axis("check", { ticks: { maxRotation: 0, autoSkipPadding: 12, color: charts.named("--soft") } }), y: { ...charts.axis(""), title: { display: false }, type: logarithmic ? "logarithmic" : "linear" } } },
     });
   }
 };

@@ -32,11 +32,13 @@ marginclip.pages.runs = (main, parameters) => {
     return table.setting(column, run);
   }
 
+  const isNumeric = (column) => column === "seed" || column === "ASR before" || figures.includes(column);
+  const headed = (column) => (column === "ASR before" || (figures.includes(column) && !["seconds", "AUC", "NLL"].includes(column)) ? `${column} %` : column);
+
   function shown(column, content) {
     const isNumber = typeof content === "number";
     const text = content === null ? "–" : isNumber ? content.toFixed(column === "AUC" || column === "NLL" ? 3 : 1) : marginclip.charts.short(content, 80);
-    const numeric = isNumber || column === "seed" || figures.includes(column) || column === "ASR before";
-    return element("td", { class: numeric ? "n" : null, "data-order": content === null ? "" : content }, column === "status" ? element("span", { class: `badge ${content}` }, text) : text);
+    return element("td", { class: isNumber || isNumeric(column) ? "n" : null, "data-order": content === null ? "" : content }, column === "status" ? element("span", { class: `badge ${content}` }, text) : text);
   }
 
   function pick(run, on) {
@@ -54,10 +56,10 @@ marginclip.pages.runs = (main, parameters) => {
     exported = { head: ["run", ...listed], rows: rows.map(([run, row]) => [table.runs.name[run], ...listed.map((column) => rounded(value(column, run, row)))]) };
     const made = element("table", {},
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, element("span", { class: "sr" }, "chosen")), element("th", { scope: "col" }, "run"),
-        ...listed.map((column) => element("th", { scope: "col", class: figures.includes(column) || column === "seed" || column === "ASR before" ? "n" : null }, column)))),
+        ...listed.map((column) => element("th", { scope: "col", class: isNumeric(column) ? "n" : null }, headed(column))))),
       element("tbody", {}, ...rows.map(([run, row]) => element("tr", {},
         element("td", { "data-order": picked.has(run) ? 0 : 1 }, box(run)),
-        element("td", { class: "wide" }, element("a", { href: address(`run/${table.runs.slug[run]}`) }, marginclip.charts.short(table.runs.name[run], 90))),
+        element("td", { class: "wide run" }, element("a", { href: address(`run/${table.runs.slug[run]}`) }, marginclip.charts.short(table.runs.name[run], 90))),
         ...listed.map((column) => shown(column, value(column, run, row)))))));
     find("table").replaceChildren(made);
     drawn = enhance(made, { columnDefs: [{ targets: 0, orderable: false, searchable: false }] });

@@ -40,7 +40,7 @@ window.marginclip = (() => {
   }
 
   function enhance(table, options = {}) {
-    for (const cell of table.querySelectorAll("tbody td.n:not([data-order])")) {
+    for (const cell of table.querySelectorAll("tbody td.n:not([data-order]), table.numbers tbody td")) {
       const number = parseFloat(cell.textContent);
       cell.dataset.order = Number.isNaN(number) ? "" : number;
     }
@@ -50,9 +50,9 @@ window.marginclip = (() => {
       autoWidth: false,
       paging: count > 50,
       pageLength: 50,
-      searching: count > 8,
-      info: count > 8,
-      layout: { topStart: null, topEnd: null, top: count > 8 ? "search" : null, bottomStart: "info", bottomEnd: count > 50 ? "paging" : null },
+      searching: count > 12,
+      info: count > 12,
+      layout: { topStart: null, topEnd: null, top: count > 12 ? "search" : null, bottomStart: "info", bottomEnd: count > 50 ? "paging" : null },
       language: { search: "Search", info: "_START_ to _END_ of _TOTAL_", infoFiltered: "(of _MAX_)", infoEmpty: "none", emptyTable: "none", zeroRecords: "none" },
       ...options,
     });

@@ -1,7 +1,8 @@
 // The table of all runs: settings by run, figures by evaluated row; and the choice of runs by their settings.
 "use strict";
 marginclip.table = () => {
-  const content = JSON.parse(document.getElementById("table").textContent);
+  const inline = document.getElementById("table");
+  const content = JSON.parse(inline ? inline.textContent : window.marginclipTable);
   const { runs, settings, rows } = content;
   const setting = (key, run) => {
     const found = settings[key];
@@ -39,7 +40,7 @@ marginclip.conditions = (place, table, where, changed) => {
       element("button", { type: "button", "aria-label": `Remove the condition on ${key}`, onclick: () => (where.splice(position, 1), again(true)) }, "×")),
   );
   const key = element("select", { "aria-label": "Setting" }, element("option", { value: "" }, "setting…"), ...table.varying.map((name) => element("option", { value: name }, name)));
-  const value = element("select", { "aria-label": "Value", disabled: true });
+  const value = element("select", { "aria-label": "Value", disabled: true }, element("option", { value: "" }, "value…"));
   key.addEventListener("change", () => {
     value.disabled = !key.value;
     value.replaceChildren(element("option", { value: "" }, "value…"), ...(key.value ? table.valuesOf(key.value) : []).map((each) => element("option", { value: each }, marginclip.charts.short(each, 60))));
