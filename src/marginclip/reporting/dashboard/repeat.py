@@ -37,8 +37,8 @@ NOT_WORDS = ("null", "true", "false", "nan", "inf")
 def repeat_command(record: RunRecord) -> str:
     """``marginclip defend`` with the option of every group, and every setting that the options' own files do not give.
 
-    The folder of the runs is left to whoever repeats it. An option of the user's own, which is not in the package, is named with all its settings; the command then needs the user's
-    ``--config-dir``.
+    The folder of the runs is left to whoever repeats it. An option of the user's own, which is not in the package, is named with all
+    its settings; the command then needs the user's ``--config-dir``.
     """
     words: list[str] = []
     settings: list[str] = []

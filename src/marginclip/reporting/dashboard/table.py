@@ -20,7 +20,8 @@ def table(runs: list[Run], curves: dict[str, list[list[float]]]) -> dict[str, An
     """The table; ``curves`` are the ROC curves by slug.
 
     ``settings`` has for each dotted key the distinct ``values``, as text, and for each run the ``index`` of its own; a key of one value
-    has no index; ``identity`` names those on which a result depends. ``rows`` has a list for each column over all (run, evaluated row) pairs. Shares are rounded to ``DIGITS`` decimals.
+    has no index. ``identity`` names the settings on which a result depends. ``rows`` has a list for each column over all pairs of a run
+    and an evaluated row. Shares are rounded to ``DIGITS`` decimals.
     """
     published: list[Published] = []
     return {

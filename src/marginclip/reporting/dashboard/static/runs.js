@@ -5,7 +5,9 @@ marginclip.pages.runs = (main, parameters) => {
   const table = marginclip.table();
   const find = (id) => main.querySelector(`#runs-${id}`);
   const OWN = "each run's own method";
-  const USUAL = ["status", "dataset.name", "model.name", "attack.name", "x2x.name", "defense.name", "seed"];
+  const FIRST = ["status", "attack.name", "defense.name", "seed"];
+  const LATER = ["dataset.name", "model.name", "x2x.name"];
+  const USUAL = [...FIRST, ...LATER];
   const where = marginclip.conditionsIn(parameters);
   const figures = [...table.metricNames, "seconds"];
   const chosenColumns = new Set(parameters.getAll("column").length ? parameters.getAll("column") : [...USUAL, ...["ACC", "ASR", "PACC", "TPR", "FPR"].filter((name) => figures.includes(name)), "ASR before", "seconds"]);
@@ -17,8 +19,8 @@ marginclip.pages.runs = (main, parameters) => {
   find("method").replaceChildren(...methods.map((name) => element("option", { value: name }, name)));
   if (methods.includes(parameters.get("method"))) find("method").value = parameters.get("method");
 
-  const settings = [...USUAL, ...Object.keys(table.settings).filter((key) => !USUAL.includes(key))];
-  const columns = [...settings.filter((key) => USUAL.includes(key)), ...figures, "ASR before", ...settings.filter((key) => !USUAL.includes(key))];
+  const further = Object.keys(table.settings).filter((key) => !USUAL.includes(key));
+  const columns = [...FIRST, ...figures, "ASR before", ...LATER, ...further];
 
   function rowOf(run, method) {
     if (method === OWN) return table.ownRow[run];
