@@ -139,6 +139,36 @@ def test_detectors_by_sklearn_and_by_hand(setup, scale):
     torch.testing.assert_close(scores["triggered"], wanted.statistic[40:])
 
 
+@pytest.mark.parametrize("correction", ["exclude", "insist", "reject"])
+@pytest.mark.parametrize("rule", ["paper", "repaired", "or_disagree"])
+def test_outcomes_tell_what_a_detector_with_another_threshold_does(setup, rule, correction):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(70, 4, generator=generator)
+    bounded = logits + 0.8 * torch.randn(70, 4, generator=generator)
+    networks = {"none": Table(logits), "mmac": Table(bounded)}
+
+    def run(theta):
+        detector = MarginDropDetector.from_logits(
+            *networks.values(), draw(0), draw(1), theta=theta, rule=rule, correction=correction
+        )
+        evaluation = Evaluation(networks, {"mmdf": ("mmac", detector)})
+        return detector.threshold, evaluate(evaluation, *setup)["mmdf"], evaluation
+
+    _, _, noted = run(0.2)
+    scores, outcomes = noted.scores("mmdf"), noted.outcomes("mmdf")
+    for theta in (0.05, 0.4, 0.9):
+        threshold, found, _ = run(theta)
+        for metric, outcome in (("acc", "clean_correct"), ("asr", "triggered_success"), ("pacc", "triggered_restored")):
+            above = scores[outcome.partition("_")[0]] >= threshold
+            holds = [
+                bool(code & (2 if high else 1)) for code, high in zip(outcomes[outcome].tolist(), above.tolist(), strict=True)
+            ]
+            assert sum(holds) / len(holds) == pytest.approx(found[metric])
+        for metric, kind, outcome in (("fpr", "clean", "clean_correct"), ("tpr", "triggered", "triggered_success")):
+            flagged = (scores[kind] >= threshold) | (outcomes[outcome] >= 4)
+            assert float(flagged.float().mean()) == pytest.approx(found[metric])
+
+
 def test_rejected_images_are_neither_right_nor_captured(setup):
     labels, _, targets = setup
     logits = torch.eye(4)[torch.cat([labels, targets])] * 9

@@ -61,6 +61,8 @@ class Evaluation(L.LightningModule):
         )
         self.auroc = nn.ModuleDict({name: BinaryAUROC() for name in self.detectors})
         self.statistics: dict[str, dict[str, list[Tensor]]] = {}
+        self.flags: dict[str, dict[str, list[Tensor]]] = {}
+        self.codes: dict[str, dict[str, list[Tensor]]] = {}
         self.training_counts = training_counts
         self.decided, self.calibrated = nn.ModuleDict(), nn.ModuleDict()
         if num_classes is not None:
@@ -86,6 +88,11 @@ class Evaluation(L.LightningModule):
             kinds = torch.full_like(detection.flagged, dataloader_idx, dtype=torch.long)
             self.auroc[name].update(_to_unit(detection.statistic), kinds)  # type: ignore[operator]
             self.statistics.setdefault(name, {}).setdefault(kind, []).append(detection.statistic.cpu())
+            self.flags.setdefault(name, {}).setdefault(kind, []).append(detection.flagged.cpu())
+            for outcome, codes in _outcome_codes(
+                detector.alternatives(logits["none"], logits[self.pairs[name]]), batch
+            ).items():
+                self.codes.setdefault(name, {}).setdefault(outcome, []).append(codes.cpu())
 
     def _score(self, name: str, decisions: Tensor, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         if dataloader_idx == CLEAN:
@@ -148,8 +155,34 @@ class Evaluation(L.LightningModule):
         """The detection statistics of all evaluated images, ``clean`` (N,) and, where there are such, ``triggered`` (M,)."""
         return {kind: torch.cat(chunks).float() for kind, chunks in self.statistics[detector].items()}
 
+    def flagged_images(self, detector: str) -> dict[str, Tensor]:
+        """Which evaluated images were flagged, as :meth:`scores`, bool."""
+        return {kind: torch.cat(chunks) for kind, chunks in self.flags[detector].items()}
+
+    def outcomes(self, detector: str) -> dict[str, Tensor]:
+        """What would come of each image at any threshold, uint8, in the order of :meth:`scores`.
+
+        ``clean_correct`` (N,), and under an attack ``triggered_success`` and ``triggered_restored`` (M,): 1 where it holds for an
+        image whose statistic is below the threshold, plus 2 where it holds for one at or above it, plus 4 for an image that is
+        flagged at any threshold.
+        """
+        return {outcome: torch.cat(chunks) for outcome, chunks in self.codes[detector].items()}
+
     def configure_optimizers(self) -> Any:
         return None
+
+
+OUTCOMES = {"labels": "clean_correct", "targets": "triggered_success", "sources": "triggered_restored"}
+
+
+def _outcome_codes(alternatives: tuple[Tensor, Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The codes of :meth:`Evaluation.outcomes` of a batch: whether a decision below or above the threshold is that of a column."""
+    below, above, always = alternatives
+    return {
+        outcome: (below == batch[column]).byte() + 2 * (above == batch[column]).byte() + 4 * always.byte()
+        for column, outcome in OUTCOMES.items()
+        if column in batch
+    }
 
 
 def _to_unit(statistic: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from marginclip.defenses import Defense, RepairResult, cross_fitted_logits
 from marginclip.evaluation import Evaluation
 from marginclip.experiment.checkpoints import load_checkpoint
+from marginclip.experiment.extremes import extreme_images
 from marginclip.experiment.fitting import checkpoint_saver
 from marginclip.experiment.setup import VictimSetup
 from marginclip.experiment.spec import RunSpec
@@ -155,6 +156,8 @@ def evaluate(
         name = spec.defense.named_detector_row
         _note_detector(spec, setup, name, detector, evaluation, record)
         scores = {f"scores/{name}_{kind}": values for kind, values in evaluation.scores(name).items()}
+        scores |= {f"outcomes/{row}/{key}": codes for row in detectors for key, codes in evaluation.outcomes(row).items()}
+        scores |= extreme_images(setup, name, evaluation.scores(name), evaluation.flagged_images(name))
     return (result.arrays if result is not None else {}) | scores | evaluation.class_arrays()
 
 

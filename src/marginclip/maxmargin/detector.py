@@ -136,16 +136,21 @@ class MarginDropDetector(nn.Module):
 
     def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
         """The same from both networks' logits (N, K), which are left as they are; images whose logits are not finite are flagged."""
-        original = logits.argmax(1)
         statistic = margin_drop(logits, bounded_logits)
         values = p_values(statistic, self.clean_statistics.to(statistic.device), null_distribution=self.null_distribution)
         values = torch.where((logits + bounded_logits).isfinite().all(1), values, torch.zeros_like(values))
-        flagged, chosen = values < self.theta, bounded_logits.argmax(1)
-        if self.rule == "or_disagree":
-            flagged = flagged | (chosen != original)
-        standing = chosen if self.rule == "repaired" else original
+        kept, instead, always = self.alternatives(logits, bounded_logits)
+        flagged = (values < self.theta) | always
+        return Detection(torch.where(flagged, instead, kept), flagged, values, statistic)
+
+    def alternatives(self, logits: Tensor, bounded_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is decided of images (N,) whose p-value is not below ``theta``, and of those whose p-value is; and which are flagged
+        whatever their p-value (``or_disagree``)."""
+        original, chosen = logits.argmax(1), bounded_logits.argmax(1)
         instead = corrected(original, bounded_logits, self.correction, self.insisting_margin)
-        return Detection(torch.where(flagged, instead, standing), flagged, values, statistic)
+        always = (chosen != original) if self.rule == "or_disagree" else torch.zeros_like(original, dtype=torch.bool)
+        standing = chosen if self.rule == "repaired" else original
+        return torch.where(always, instead, standing), instead, always
 
 
 def corrected(original: Tensor, bounded_logits: Tensor, correction: str, insisting_margin: float) -> Tensor:

@@ -36,12 +36,29 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m margincli
     parser.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder that holds the run folders, at any depth")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the summary, as Markdown, to this file")
     parser.add_argument("--figures", action="store_true", help="redraw the figures of every run folder")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="DIR_OR_FILE",
+        help="write a dashboard that opens offline: a folder of pages, or one file where the name ends in .html",
+    )
+    parser.add_argument("--single-file", action="store_true", help="with --html DIR: write one file, DIR/index.html")
+    parser.add_argument("--no-pictures", action="store_true", help="with --html: leave images out")
     for option, (_, help_text) in ACROSS.items():
         parser.add_argument(f"--{option}", dest=option, type=Path, metavar="FILE", help=help_text)
     options = parser.parse_args(arguments)
     wanted = {option: path for option in ACROSS if (path := vars(options)[option]) is not None}
     try:
-        return report(options.runs_dir, output=options.output, figures=options.figures, across=wanted)
+        require(options.html is not None or not options.single_file, "--single-file needs --html DIR")
+        require(options.html is not None or not options.no_pictures, "--no-pictures needs --html DIR_OR_FILE")
+        status = report(options.runs_dir, output=options.output, figures=options.figures, across=wanted)
+        if options.html is not None:
+            from marginclip.reporting.dashboard import write_dashboard
+
+            pictures = not options.no_pictures
+            opened = write_dashboard(options.runs_dir, options.html, single_file=options.single_file, pictures=pictures)
+            print(f"open {opened.resolve().as_uri()}", file=sys.stderr)
+        return status
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

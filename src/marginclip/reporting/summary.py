@@ -49,14 +49,14 @@ def summarise(records: Iterable[RunRecord]) -> str:
         sections.setdefault(section(record), {}).setdefault(row_group(record), []).append(record)
     parts = ["# Summary of runs", "Mean ± sample standard deviation over seeds; shares in percent."]
     for group in sorted(sections, key=_natural):
-        parts += _section_text(group, _divided(sections[group]))
+        parts += _section_text(group, divided(sections[group]))
     return "\n\n".join(parts) + "\n"
 
 
 # -- groups -------------------------------------------------------------------------------------------------------------------
 
 
-def _divided(cells: dict[Group, list[RunRecord]]) -> dict[Group, list[RunRecord]]:
+def divided(cells: dict[Group, list[RunRecord]]) -> dict[Group, list[RunRecord]]:
     """The cells in order, those in which a sweep varied lambda or the epochs divided by these."""
     return {
         (*names, f"{defense} ({varied})" if varied else defense): records
@@ -85,9 +85,9 @@ def _section_text(group: Group, cells: dict[Group, list[RunRecord]]) -> Iterator
     if left_out:
         entries = [f"- `{record.folder.name}`: {_reason(record)}" for record in left_out]
         yield f"Left out of the means ({len(left_out)}):\n\n" + "\n".join(entries)
-    mixed = [note for key, records in counted.items() if (note := _mixed(key, records))]
-    if mixed:
-        yield "Mixed settings:\n\n" + "\n".join(f"- {note}" for note in mixed)
+    notes = [note for key, records in counted.items() if (note := mixed(key, records))]
+    if notes:
+        yield "Mixed settings:\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
 def _table(cells: dict[Group, list[RunRecord]], headings: Iterable[str]) -> Iterator[str]:
@@ -144,7 +144,7 @@ def _reason(record: RunRecord) -> str:
     return f"{' '.join(row_group(record))}, seed {record.seed}: {reason}"
 
 
-def _mixed(key: Group, records: list[RunRecord]) -> str | None:
+def mixed(key: Group, records: list[RunRecord]) -> str | None:
     """A note when runs of one row differ in other settings than the seed, or repeat a seed; None when all is well."""
     settings = [dict(_flat(record.identity)) for record in records]
     missing = object()
