@@ -138,8 +138,8 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
 
         content = plain(config)
         settings = {key: content.pop(key) for key in own}
-        if HydraConfig.get().mode == RunMode.MULTIRUN and content["logger"].get("group", "") is None:
-            content["logger"]["group"] = "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])  # the sweep's own name
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            content["logger"] = with_group(content["logger"], sweep_name(Path(HydraConfig.get().sweep.dir)))
         outcome["record"] = task(run_spec(content), **settings)
     except UserError as error:
         outcome["error"] = str(error)
@@ -171,6 +171,19 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def sweep_name(sweep_dir: Path) -> str:
+    """What a sweep is called: the last two parts of its folder, a date and a time."""
+    return "/".join(sweep_dir.parts[-2:])
+
+
+def with_group(loggers: dict[str, Any], group: str) -> dict[str, Any]:
+    """The settings of the ``logger`` group in which those that can name a group, and name none, name this one."""
+    return {
+        name: {**settings, "group": group} if settings.get("group", "") is None else settings
+        for name, settings in loggers.items()
+    }
+
+
 def _note_outcome(outcome: dict[str, Any]) -> None:
     try:
         (Path(HydraConfig.get().runtime.output_dir) / OUTCOME).write_text(json.dumps(outcome))
@@ -178,11 +191,12 @@ def _note_outcome(outcome: dict[str, Any]) -> None:
         log.warning("the outcome of this job could not be noted: %s", error)
 
 
-def report_sweep(sweep_dir: Path) -> None:
-    """Name the failed runs of a finished multirun; they make the command exit with 1, whatever launcher ran them."""
+def report_sweep(sweep_dir: Path) -> list[dict[str, Any]]:
+    """Name the failed runs of a finished multirun; they make the command exit with 1, whatever launcher ran them. Returns all outcomes."""
     outcomes = [json.loads(path.read_text()) for path in sorted(sweep_dir.glob(f"*/{OUTCOME}"))]
     failed = [outcome for outcome in outcomes if outcome["error"] is not None]
     _failures[:] = failed
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", flush=True)
     for outcome in failed:
         print(f"failed: {outcome['overrides']}: {outcome['error']}", flush=True)
+    return outcomes

@@ -9,7 +9,7 @@ import torch
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.experiment.figure_arrays import figure_arrays
-from marginclip.experiment.loggers import build_logger, finish_logger, publish
+from marginclip.experiment.loggers import opened_loggers
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.recording import failures_recorded, finish, finished_record, opened_record, phase
 from marginclip.experiment.setup import build_setup
@@ -27,6 +27,7 @@ from marginclip.experiment.stages import (
 from marginclip.experiment.victim import obtain_victim
 from marginclip.files import write_tensors
 from marginclip.record import RunRecord
+from marginclip.reporting import draw_figures
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +64,10 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
     if methods.test is not None:
         with phase(record, "detection"):
             run_test(spec, setup, methods.test, record)
-    logger = build_logger(spec, record.folder, job="defend", name=record.folder.name)
-    try:
+    with opened_loggers(spec, record.folder, job="defend", name=record.folder.name) as loggers:
         if defense is not None:
             with phase(record, "repair"):
-                result = run_repair(spec, setup, defense, record, logger)
+                result = run_repair(spec, setup, defense, record, loggers.lightning)
             if isinstance(result.network, BoundedNetwork):
                 write_tensors(record.folder / "bounds.safetensors", result.network.bounds_state())
             if spec.defense is not None and spec.defense.detector is not None:
@@ -82,6 +82,4 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
             write_tensors(record.folder / "arrays.safetensors", arrays)
         finish(record, "done" if attack_took(setup, record) else "attack_failed")
         shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
-        publish(logger, record, draw=spec.figures)
-    finally:
-        finish_logger(logger)
+        loggers.publish(record, draw_figures(record.folder) if spec.figures else [])

@@ -1,4 +1,4 @@
-"""The Hydra callback that reports a multirun's failed cells when all are through."""
+"""The Hydra callback that reports a multirun's failed cells when all are through, and logs its summary."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from marginclip.experiment.command import report_sweep
+from marginclip.experiment.command import report_sweep, sweep_name, with_group
 
 
 class SweepReport(Callback):
     """Runs once in the launching process, after the last job."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        report_sweep(Path(config.hydra.sweep.dir))
+        sweep_dir = Path(config.hydra.sweep.dir)
+        outcomes = report_sweep(sweep_dir)
+        from marginclip.experiment.loggers.sweep import publish_sweep
+
+        loggers = OmegaConf.to_container(config.logger, resolve=True)
+        assert isinstance(loggers, dict)
+        publish_sweep(with_group(loggers, sweep_name(sweep_dir)), sweep_dir, outcomes)
