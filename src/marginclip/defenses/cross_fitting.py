@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,11 +43,12 @@ def cross_fitted_logits(
     folds: int = 2,
     seed: int = 0,
     make_trainer: TrainerFactory = silent_trainer,
+    track: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
     """Logits (N, K) of repaired networks on clean images, each image by a repair that was learned without its fold.
 
     They stand for what the repaired network does on images that it has never seen, which is what a detector's null
-    distribution should be fitted to.
+    distribution should be fitted to. ``track`` goes through the folds, and can show how far it is.
     """
     require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
     fold = stratified_folds(labels.cpu(), folds, seed)
@@ -55,7 +58,7 @@ def cross_fitted_logits(
         "defense.detector.folds=0",
     )
     logits: Tensor | None = None
-    for held_out in range(folds):
+    for held_out in track(range(folds)):
         inside = fold != held_out
         repaired = defense.fit(model, images[inside], labels[inside], make_trainer=make_trainer)
         part = clean_logits(repaired.network, images[~inside]).cpu()

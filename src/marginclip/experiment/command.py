@@ -6,7 +6,8 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,11 @@ def defend_job(config: DictConfig) -> None:
     run_job(config, _defend)
 
 
+def victim_job(config: DictConfig) -> None:
+    """What Hydra calls for each victim of the first stage of a sweep of ``marginclip defend``."""
+    run_job(config, _prepare_victim)
+
+
 def audit_job(config: DictConfig) -> None:
     """What Hydra calls for ``marginclip audit``."""
     run_job(config, _audit, own=("output", "images_suspect", "json"))
@@ -116,6 +122,12 @@ def _train(spec: RunSpec) -> str:
     return train(spec)
 
 
+def _prepare_victim(spec: RunSpec) -> str:
+    from marginclip.experiment.run import prepare_victim
+
+    return prepare_victim(spec)
+
+
 def _defend(spec: RunSpec) -> str:
     from marginclip.experiment.run import defend
     from marginclip.reporting import print_table
@@ -133,6 +145,34 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     """
     overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
+    with _shown(overrides, signs=not own):
+        _attempt(config, task, own, outcome)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _note_outcome(outcome)
+    if outcome["error"] is not None:
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        _failures.append(outcome)
+    else:
+        print(outcome["record"], flush=True)
+
+
+@contextmanager
+def _shown(overrides: str, *, signs: bool) -> Iterator[None]:
+    """Show inside what the job does, and leave ``signs`` of life for others."""
+    from marginclip.experiment import progress
+    from marginclip.experiment.signs_of_life import alive
+    from marginclip.experiment.sweep_display import display_of
+
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    alone = sweep is None or hydra.launcher._target_.endswith(".BasicLauncher")  # nobody else writes to this terminal
+    progress.use(display_of(sweep if alone else None, bars=alone and sys.stderr.isatty()))
+    with alive(Path(hydra.runtime.output_dir), overrides) if signs else nullcontext():
+        yield
+
+
+def _attempt(config: DictConfig, task: Callable[..., str], own: tuple[str, ...], outcome: dict[str, Any]) -> None:
+    """Do ``task``, and note in ``outcome`` what became of it."""
     try:
         from marginclip.experiment.spec import run_spec
 
@@ -155,13 +195,6 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     except Exception as error:  # a fault of ours, or of a library: told in full, and the sweep goes on
         log.exception("this run failed")
         outcome["error"] = f"{type(error).__name__}: {error}"
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _note_outcome(outcome)
-    if outcome["error"] is not None:
-        print(f"error: {outcome['error']}", file=sys.stderr)
-        _failures.append(outcome)
-    else:
-        print(outcome["record"], flush=True)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def fit_resumably(spec: RunSpec, victim: Victim, training: ClassifierTraining, d
         log.info("going on from %s", resume)
     with opened_loggers(spec, victim.folder, job="train", name=victim.folder.name) as loggers, mistakes_told():
         trainer = build_trainer(
-            spec.trainer, victim.folder, spread=training.several_devices or "auto", callbacks=callbacks, logger=loggers.lightning, **plan
+            spec.trainer, victim.folder, spread=training.several_devices or "auto", shown=f"training {victim.folder.name}",
+            callbacks=callbacks, logger=loggers.lightning, **plan,
         )  # fmt: skip
         trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
     return training_time.before

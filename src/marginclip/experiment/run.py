@@ -39,6 +39,15 @@ def train(spec: RunSpec) -> str:
     return str(victim.folder / "victim.json")
 
 
+def prepare_victim(spec: RunSpec) -> str:
+    """Train the victim that the run of ``spec`` needs, as that run would; returns the path of its record."""
+    prepare_process(spec.trainer.threads)
+    defense = make_methods(spec).defense
+    setup = build_setup(spec, clean_per_class=None if defense is None else defense.clean_per_class)
+    victim, _ = obtain_victim(spec, setup)
+    return str(victim.folder / "victim.json")
+
+
 def defend(spec: RunSpec) -> RunRecord:
     """Do the run that ``spec`` asks for, or find it done; returns its record."""
     prepare_process(spec.trainer.threads)
