@@ -17,6 +17,8 @@ USAGE = """marginclip repairs image classifiers that were poisoned or trained on
   marginclip defend ...   obtain a victim, repair it, and measure both: marginclip defend attack=badnet defense=mmdf
   marginclip train ...    only make a victim: marginclip train attack=badnet
   marginclip report DIR   summarise all runs below a folder
+  marginclip status DIR   what is done, running, failed and missing of the sweeps and runs below a folder, and why
+  marginclip dashboard --entity E --project P   save a ready W&B workspace and report
 
 With a model that somebody handed you, and a folder of clean images with one sub-folder a class:
   marginclip audit ...    what does it show? marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
@@ -30,7 +32,7 @@ Options of defend, train, audit and repair are written key=value; -m runs every 
 --config-dir DIR adds a folder with options of your own. marginclip defend --help lists all options.
 """
 WITH_HYDRA = ("defend", "train", "audit", "repair")
-COMMANDS = (*WITH_HYDRA, "scan", "export", "report")
+COMMANDS = (*WITH_HYDRA, "scan", "export", "report", "status", "dashboard")
 # Flags of audit and repair that are options underneath.
 FLAGS = {"--json": "json=true", "--images-suspect": "images_suspect="}
 
@@ -56,6 +58,14 @@ def _run(command: str, given: list[str]) -> None:
         sys.exit(report(rest))
     elif command in WITH_HYDRA:
         _run_with_hydra(command, _as_options(rest) if command in ("audit", "repair") else rest)
+    elif command == "status":
+        from marginclip.experiment.status import main as status
+
+        sys.exit(status(rest))
+    elif command == "dashboard":
+        from marginclip.experiment.dashboard import main as dashboard
+
+        sys.exit(dashboard(rest))
     elif command in ("scan", "export"):
         from marginclip.experiment import artefact_commands
 

@@ -111,8 +111,14 @@ def test_a_runs_dir_that_cannot_be_used_is_refused_before_hydra_makes_it(tmp_pat
     assert f"'{tmp_path}' cannot be written to" in complain([f"runs_dir={tmp_path / 'new'}"])
 
 
-def test_a_launcher_that_is_not_installed_says_what_to_install():
-    assert "pip install hydra-submitit-launcher" in complain(["hydra/launcher=submitit_slurm"])
+@pytest.mark.parametrize(
+    ("launcher", "extra"), [("slurm", "slurm"), ("submitit_slurm", "slurm"), ("ray_cluster", "ray"), ("processes", "sweeps")]
+)
+def test_a_launcher_that_is_not_installed_says_what_to_install(monkeypatch, launcher, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert complain([f"hydra/launcher={launcher}"]) == (
+        f"hydra/launcher={launcher} is not installed: pip install 'marginclip[{extra}]'"
+    )
 
 
 def test_what_an_experiment_sweeps_is_checked_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,13 @@ def cross_fitted(
     folds: int = 2,
     seed: int = 0,
     make_trainer: TrainerFactory = silent_trainer,
+    track: Callable[[range], Iterable[int]] = iter,
 ) -> CrossFitted:
     """Repairs of ``model`` that each leave one of ``folds`` parts of the clean images (N, C, H, W) with labels (N,) out.
 
     They stand for what the repaired network does on images that it has never seen, which is what a detector's null
-    distribution should be fitted to. Raises :class:`UserError` where a fold would be empty.
+    distribution should be fitted to. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a
+    fold would be empty.
     """
     require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
     fold = stratified_folds(labels.cpu(), folds, seed)
@@ -78,7 +81,7 @@ def cross_fitted(
     )
     networks = [
         defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network
-        for number in range(folds)
+        for number in track(range(folds))
     ]
     return CrossFitted(networks, fold)
 
@@ -92,7 +95,8 @@ def cross_fitted_logits(
     folds: int = 2,
     seed: int = 0,
     make_trainer: TrainerFactory = silent_trainer,
+    track: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
     """The logits (N, K) of :func:`cross_fitted` repairs on the clean images, each by the one that never saw it."""
-    fitted = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
+    fitted = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer, track=track)
     return fitted.logits(images)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,11 @@ def defend_job(config: DictConfig) -> None:
     run_job(config, _defend)
 
 
+def victim_job(config: DictConfig) -> None:
+    """What Hydra calls for each victim of the first stage of a sweep of ``marginclip defend``."""
+    run_job(config, _prepare_victim)
+
+
 def audit_job(config: DictConfig) -> None:
     """What Hydra calls for ``marginclip audit``."""
     run_job(config, _audit, own=("output", "images_suspect", "json", "memory_gib"))
@@ -114,6 +120,12 @@ def _train(spec: RunSpec) -> str:
     return train(spec)
 
 
+def _prepare_victim(spec: RunSpec) -> str:
+    from marginclip.experiment.run import prepare_victim
+
+    return prepare_victim(spec)
+
+
 def _defend(spec: RunSpec) -> str:
     from marginclip.experiment.run import defend
     from marginclip.reporting import print_table
@@ -131,14 +143,42 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     """
     overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
+    with _shown(overrides, signs=not own):
+        _attempt(config, task, own, outcome)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _note_outcome(outcome)
+    if outcome["error"] is not None:
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        _failures.append(outcome)
+    else:
+        print(outcome["record"], flush=True)
+
+
+@contextmanager
+def _shown(overrides: str, *, signs: bool) -> Iterator[None]:
+    """Show inside what the job does, and leave ``signs`` of life for others."""
+    from marginclip.experiment import progress
+    from marginclip.experiment.signs_of_life import alive
+    from marginclip.experiment.sweep_display import display_of
+
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    alone = sweep is None or hydra.launcher._target_.endswith(".BasicLauncher")  # nobody else writes to this terminal
+    progress.use(display_of(sweep if alone else None, bars=alone and sys.stderr.isatty()))
+    with alive(Path(hydra.runtime.output_dir), overrides) if signs else nullcontext():
+        yield
+
+
+def _attempt(config: DictConfig, task: Callable[..., str], own: tuple[str, ...], outcome: dict[str, Any]) -> None:
+    """Do ``task``, and note in ``outcome`` what became of it."""
     try:
         from marginclip.experiment.spec import run_spec
         from marginclip.silence import endings_of_signals
 
         content = plain(config)
         settings = {key: content.pop(key) for key in own}
-        if HydraConfig.get().mode == RunMode.MULTIRUN and content["logger"].get("group", "") is None:
-            content["logger"]["group"] = "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])  # the sweep's own name
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            content["logger"] = with_group(content["logger"], sweep_name(Path(HydraConfig.get().sweep.dir)))
         with endings_of_signals():
             outcome["record"] = task(run_spec(content), **settings)
     except UserError as error:
@@ -150,13 +190,6 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     except Exception as error:  # a fault of ours, or of a library: told in full, and the sweep goes on
         log.exception("this run failed")
         outcome["error"] = f"{type(error).__name__}: {error}"
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _note_outcome(outcome)
-    if outcome["error"] is not None:
-        print(f"error: {outcome['error']}", file=sys.stderr)
-        _failures.append(outcome)
-    else:
-        print(outcome["record"], flush=True)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -164,6 +197,19 @@ def plain(config: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def sweep_name(sweep_dir: Path) -> str:
+    """What a sweep is called: the last two parts of its folder, a date and a time."""
+    return "/".join(sweep_dir.parts[-2:])
+
+
+def with_group(loggers: dict[str, Any], group: str) -> dict[str, Any]:
+    """The settings of the ``logger`` group in which those that can name a group, and name none, name this one."""
+    return {
+        name: {**settings, "group": group} if settings.get("group", "") is None else settings
+        for name, settings in loggers.items()
+    }
 
 
 def _note_outcome(outcome: dict[str, Any]) -> None:
@@ -175,11 +221,12 @@ def _note_outcome(outcome: dict[str, Any]) -> None:
         log.warning("the outcome of this job could not be noted: %s", error)
 
 
-def report_sweep(sweep_dir: Path) -> None:
-    """Name the failed runs of a finished multirun; they make the command exit with 1, whatever launcher ran them."""
+def report_sweep(sweep_dir: Path) -> list[dict[str, Any]]:
+    """Name the failed runs of a finished multirun; they make the command exit with 1, whatever launcher ran them. Returns all outcomes."""
     outcomes = [json.loads(path.read_text()) for path in sorted(sweep_dir.glob(f"*/{OUTCOME}"))]
     failed = [outcome for outcome in outcomes if outcome["error"] is not None]
     _failures[:] = failed
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", flush=True)
     for outcome in failed:
         print(f"failed: {outcome['overrides']}: {outcome['error']}", flush=True)
+    return outcomes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from marginclip.data import ImageData
 from marginclip.errors import UserError, first_line, require
-from marginclip.experiment.loggers import build_logger, finish_logger
+from marginclip.experiment.loggers import opened_loggers
 from marginclip.experiment.process import OwnProcess
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.store import Victim
@@ -32,18 +34,27 @@ def fit_resumably(spec: RunSpec, victim: Victim, training: ClassifierTraining, d
     With several of ``trainer.devices`` each sees its share of every epoch's images, in batches of ``training.batch_size`` of its own.
     """
     check_devices(spec, type(training))
-    training_time, logger = TrainingTime(), build_logger(spec, victim.folder, job="train", name=victim.folder.name)
+    training_time = TrainingTime()
     callbacks = [checkpoint_saver(victim.checkpoint), training_time, OwnProcess(spec.trainer.threads)]
     callbacks += [CudaGraphs()] if spec.trainer.cuda_graphs else []
-    trainer = build_trainer(
-        spec.trainer, victim.folder, spread=training.several_devices or "auto", callbacks=callbacks, logger=logger, **plan
-    )
     resume = victim.checkpoint if victim.checkpoint.exists() else None
     if resume is not None:
         log.info("going on from %s", resume)
-    try:
+    with opened_loggers(spec, victim.folder, job="train", name=victim.folder.name) as loggers, mistakes_told():
+        trainer = build_trainer(
+            spec.trainer, victim.folder, spread=training.several_devices or "auto", shown=f"training {victim.folder.name}",
+            callbacks=callbacks, logger=loggers.lightning, **plan,
+        )  # fmt: skip
         with endings_of_signals():
             trainer.fit(training, data, ckpt_path=resume, weights_only=True if resume else None)
+    return training_time.before
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """What a Trainer raises inside, in this process or in those of several devices, as a :class:`UserError` where it is a user's mistake."""
+    try:
+        yield
     except MisconfigurationException as error:  # a setting of the Trainer that this training does not go with
         raise UserError(f"trainer: {first_line(error)}") from error
     except ProcessRaisedException as error:  # in one of several devices' processes
@@ -51,9 +62,6 @@ def fit_resumably(spec: RunSpec, victim: Victim, training: ClassifierTraining, d
         if told is None:
             raise
         raise UserError(told.group(2) if told.group(1) == "UserError" else f"trainer: {told.group(2)}") from error
-    finally:
-        finish_logger(logger)
-    return training_time.before
 
 
 def checkpoint_saver(path: Path) -> ModelCheckpoint:

@@ -213,16 +213,6 @@ class DefenseSpec:
         return self.detector_row or f"{self.repaired_row}_mmdf"
 
 
-@dataclass(frozen=True)
-class LoggerSpec:
-    """Where curves go: ``wandb``, ``csv`` or ``none``."""
-
-    kind: str
-    mode: str = "auto"
-    project: str = "marginclip"
-    group: str | None = None
-
-
 def filled(kind: Any, key: str, content: Settings) -> Any:
     """A dataclass from a group's settings; raises :class:`UserError` for keys that it does not have, or that are missing."""
     known = [each.name for each in fields(kind)]

@@ -20,10 +20,12 @@ def with_new_names(arguments: list[str]) -> list[str]:
 
 
 def _renamed(argument: str) -> str:
-    """One argument with today's names: ``defense.penalty.X`` is ``defense.lambda_.X``, and schedules say what they are."""
+    """One argument with today's names: ``defense.penalty.X`` is ``defense.lambda_.X``, schedules say what they are, and loggers have names."""
     key, equals, value = argument.partition("=")
     if re.match(r"^[+~]*(defense|attack)\.", key):
         key = re.sub(r"\.penalty\.", ".lambda_.", key)
+    if re.match(r"^[+~]*logger\.(mode|project|group)$", key):
+        key = key.replace("logger.", "logger.wandb.")
     if re.match(r"^[+~]*defense/schedule(@.*)?$", key):
         value = re.sub(r"\w+", lambda word: SCHEDULES.get(word.group(), word.group()), value)
     return key + equals + value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +23,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from marginclip.errors import UserError, nearest
+
+# Launchers of sweeps -> the Hydra plugin that brings them, and our extra that installs it.
+LAUNCHERS = {
+    "joblib": ("joblib", "sweeps"),
+    "processes": ("joblib", "sweeps"),
+    "slurm": ("submitit", "slurm"),
+    "submitit_local": ("submitit", "slurm"),
+    "submitit_slurm": ("submitit", "slurm"),
+    "ray": ("ray", "ray"),
+    "ray_cluster": ("ray", "ray"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,19 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path, ow
 
 
 def _check_variant(variant: list[str], config_name: str, folders: OptionFolders) -> None:
+    _refuse_missing_launcher(variant)
     _refuse_missing_groups(variant, folders)
     _refuse_unusable_folder(Path(str(_compose(variant, config_name, folders).runs_dir)))
     _refuse_replaced_groups(variant, config_name, folders)
+
+
+def _refuse_missing_launcher(overrides: list[str]) -> None:
+    for text in overrides:
+        key, _, option = text.partition("=")
+        if key == "hydra/launcher" and option in LAUNCHERS:
+            plugin, extra = LAUNCHERS[option]
+            if importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
+                raise UserError(f"hydra/launcher={option} is not installed: pip install 'marginclip[{extra}]'")
 
 
 def _refuse_unusable_folder(runs_dir: Path) -> None:
@@ -125,10 +147,6 @@ def _compose(overrides: list[str], config_name: str, folders: OptionFolders) -> 
     except MissingConfigException as error:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         options = list(error.options or [])
-        if group == "hydra/launcher" and option in ("joblib", "submitit_local", "submitit_slurm"):
-            raise UserError(
-                f"hydra/launcher={option} is not installed: pip install hydra-{option.partition('_')[0]}-launcher"
-            ) from error
         raise UserError(
             f"unknown option {group}={option}{nearest(option, options)} (there are {', '.join(sorted(options))})"
         ) from error

@@ -9,7 +9,7 @@ import torch
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.experiment.figure_arrays import figure_arrays
-from marginclip.experiment.loggers import build_logger, finish_logger, publish
+from marginclip.experiment.loggers import opened_loggers
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.recipe import run_folder
 from marginclip.experiment.recording import failures_recorded, finish, finished_record, opened_record, phase
@@ -41,6 +41,15 @@ def train(spec: RunSpec) -> str:
     return str(victim.folder / "victim.json")
 
 
+def prepare_victim(spec: RunSpec) -> str:
+    """Train the victim that the run of ``spec`` needs, as that run would; returns the path of its record."""
+    prepare_process(spec.trainer.threads)
+    defense = make_methods(spec).defense
+    setup = build_setup(spec, clean_per_class=None if defense is None else defense.clean_per_class)
+    victim, _ = obtain_victim(spec, setup)
+    return str(victim.folder / "victim.json")
+
+
 def defend(spec: RunSpec) -> RunRecord:
     """Do the run that ``spec`` asks for, or find it done; returns its record."""
     prepare_process(spec.trainer.threads)
@@ -67,11 +76,10 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
     if methods.test is not None:
         with phase(record, "detection"):
             run_test(spec, setup, methods.test, record)
-    logger = build_logger(spec, record.folder, job="defend", name=record.folder.name)
-    try:
+    with opened_loggers(spec, record.folder, job="defend", name=record.folder.name) as loggers:
         if defense is not None:
             with phase(record, "repair"):
-                result = run_repair(spec, setup, defense, record, logger)
+                result = run_repair(spec, setup, defense, record, loggers.lightning)
             if isinstance(result.network, BoundedNetwork):
                 write_tensors(record.folder / "bounds.safetensors", result.network.bounds_state())
             if spec.defense is not None and spec.defense.detector is not None:
@@ -89,6 +97,4 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
         figures = draw_figures(record.folder) if spec.figures else []
         finish(record, status)  # comes last: a run that is done has all its files
         shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
-        publish(logger, record, figures)
-    finally:
-        finish_logger(logger)
+        loggers.publish(record, figures)

@@ -12,7 +12,6 @@ from marginclip.experiment.groups import (
     Choice,
     DatasetSpec,
     DefenseSpec,
-    LoggerSpec,
     Nothing,
     RunOnly,
     Settings,
@@ -46,7 +45,7 @@ class RunSpec:
     reserve_per_class: Annotated[int | str | None, RunOnly]
     clean_order: Annotated[str, RunOnly]
     runs_dir: Annotated[Path, Nothing]
-    logger: Annotated[LoggerSpec, Nothing]
+    logger: Annotated[Settings, Nothing]
     figures: Annotated[bool, Nothing]
     config: Annotated[Settings, Nothing]
 
@@ -111,7 +110,7 @@ def run_spec(config: Settings) -> RunSpec:
         reserve_per_class=config["reserve_per_class"],
         clean_order=config["clean_order"],
         runs_dir=Path(runs_dir),
-        logger=filled(LoggerSpec, "logger", config["logger"]),
+        logger=config["logger"] or {},
         figures=config.get("figures", False),
         config=config,
     )

@@ -15,6 +15,7 @@ from marginclip.evaluation import Evaluation
 from marginclip.experiment.checkpoints import load_checkpoint
 from marginclip.experiment.extremes import extreme_images
 from marginclip.experiment.fitting import checkpoint_saver
+from marginclip.experiment.progress import tracked
 from marginclip.experiment.setup import VictimSetup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.trainers import build_trainer, device_of
@@ -63,7 +64,8 @@ def run_test(spec: RunSpec, setup: VictimSetup, test: MaximumMarginTest, record:
     """Test the model as given for a backdoor, and note what was found."""
     assert spec.detect is not None
     half = HALF_PRECISION.get(precision_for(spec.trainer.precision, accelerator=spec.trainer.accelerator))
-    found = test(setup.model, setup.splits.image_shape, len(setup.classes), autocast=half)
+    shown = {"track": tracked(spec.detect.name)} if isinstance(test, MaximumMarginTest) else {}
+    found = test(setup.model, setup.splits.image_shape, len(setup.classes), autocast=half, **shown)
     record.detection = DetectionTest(
         test=spec.detect.name, statistics=found.statistics.tolist(), p_value=found.p_value,
         uncalibrated_p_value=found.uncalibrated_p_value, alpha=test.alpha, detected=found.detected, suspect=found.suspect,
@@ -88,7 +90,9 @@ def run_repair(spec: RunSpec, setup: VictimSetup, defense: Defense, record: RunR
 
     def make_trainer(epochs: int) -> L.Trainer:
         callbacks = [checkpoint_saver(checkpoint), training_time]
-        return build_trainer(spec.trainer, record.folder, callbacks=callbacks, logger=logger, max_epochs=epochs)
+        return build_trainer(
+            spec.trainer, record.folder, shown=defense.label, callbacks=callbacks, logger=logger, max_epochs=epochs
+        )
 
     result = defense.fit(
         setup.model,
@@ -115,7 +119,8 @@ def fit_detector(spec: RunSpec, setup: VictimSetup, defense: Defense, repaired: 
         return MarginDropDetector.fit(setup.model, repaired, images, **detector.settings)
     bounded = cross_fitted_logits(
         defense, setup.model, images, labels, folds=detector.folds, seed=spec.seed,
-        make_trainer=lambda epochs: build_trainer(spec.trainer, max_epochs=epochs, **SILENT),
+        make_trainer=lambda epochs: build_trainer(spec.trainer, shown="repair without a fold", max_epochs=epochs, **SILENT),
+        track=tracked("detector", "folds"),
     )  # fmt: skip
     logits = clean_logits(setup.model, images).cpu()
     return MarginDropDetector.from_logits(setup.model, repaired, logits, bounded, **detector.settings)

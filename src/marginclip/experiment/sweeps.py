@@ -1,4 +1,4 @@
-"""The Hydra callback of a multirun: notes what is asked for before the first job, and reports failed cells after the last."""
+"""The Hydra callback of a multirun: notes what is asked for before the first job, reports failed cells and logs a summary after the last."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from marginclip.experiment.command import report_sweep
+from marginclip.experiment.command import report_sweep, sweep_name, with_group
 from marginclip.files import write_json
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,13 @@ class SweepReport(Callback):
             note_asked(Path(config.hydra.sweep.dir), asked_cells(config))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        report_sweep(Path(config.hydra.sweep.dir))
+        sweep_dir = Path(config.hydra.sweep.dir)
+        outcomes = report_sweep(sweep_dir)
+        from marginclip.experiment.loggers.sweep import publish_sweep
+
+        loggers = OmegaConf.to_container(config.logger, resolve=True)
+        assert isinstance(loggers, dict)
+        publish_sweep(with_group(loggers, sweep_name(sweep_dir)), sweep_dir, outcomes)
 
 
 def asked_cells(config: DictConfig) -> list[str]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from marginclip.experiment.groups import TrainerSpec
 from marginclip.experiment.objects import make
+from marginclip.experiment.training_progress import TrainingProgress
 from marginclip.experiment.whole_checkpoints import WholeCheckpoints
 from marginclip.precision import precision_for
 from marginclip.silence import SILENT, without_lightning_messages
@@ -30,13 +32,16 @@ def num_devices(spec: TrainerSpec) -> int:
     if spec.devices == 1:
         return 1
     options = {"_target_": spec.target, "accelerator": spec.accelerator, "devices": spec.devices}
+    options["plugins"] = [LightningEnvironment()]
     with without_lightning_messages():
         count: int = make(options, key="trainer", **SILENT).num_devices
     return count
 
 
-def build_trainer(spec: TrainerSpec, folder: Path | None = None, *, spread: str | None = None, **settings: Any) -> L.Trainer:
-    """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's.
+def build_trainer(
+    spec: TrainerSpec, folder: Path | None = None, *, spread: str | None = None, shown: str | None = None, **settings: Any
+) -> L.Trainer:
+    """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's; a fit is shown as ``shown``.
 
     With ``spread``, the Lightning strategy for several devices where the group names none, it takes all of ``trainer.devices``: a
     process for each, started for one fit and gone after it, and all of the group's settings. A victim is trained so; what else a run
@@ -49,7 +54,13 @@ def build_trainer(spec: TrainerSpec, folder: Path | None = None, *, spread: str 
         if num_devices(spec) > 1:
             options["strategy"] = spread if spec.strategy == "auto" else spec.strategy
     options |= {} if folder is None else {"default_root_dir": str(folder)}
-    options["plugins"] = [WholeCheckpoints(), *(options.get("plugins") or [])]
+    options["enable_progress_bar"] = False  # ours in its place
+    if shown is not None and spec.enable_progress_bar:
+        settings["callbacks"] = [*settings.get("callbacks", []), TrainingProgress(shown)]
+    own = [WholeCheckpoints()]
+    if "plugins" not in spec.further:  # processes are started by us alone: a scheduler's variables are about others
+        own.append(LightningEnvironment())
+    options["plugins"] = [*own, *(options.get("plugins") or [])]
     precision = precision_for(spec.precision, accelerator=spec.accelerator)
     with without_lightning_messages():
         trainer: L.Trainer = make(options, key="trainer", **({"precision": precision} | settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -58,6 +58,7 @@ def ascend_margins(
     patience: int = 10,
     memory_budget: int | None = None,
     autocast: torch.dtype | None = None,
+    track: Callable[[range], Iterable[int]] = iter,
 ) -> MarginAscent:
     """Projected gradient ascent on the margins of ``classes`` (N,) from ``starts`` (N, C, H, W), all in one batch.
 
@@ -72,7 +73,8 @@ def ascend_margins(
     bounds, and it works under ``torch.no_grad`` and ``torch.inference_mode``. ``memory_budget`` in bytes limits what a chunk
     keeps for its backward pass (default: 1 GiB on the CPU, a quarter of the free memory on a GPU, and no more than
     :func:`~marginclip.networks.memory.memory_budget`); ``autocast`` is the dtype
-    of mixed precision, or None to leave the caller's autocast as it is.
+    of mixed precision, or None to leave the caller's autocast as it is. ``track`` goes through the steps of a chunk, and can show how
+    far it is.
     """
     require(rule in ASCENT_RULES, f"ascent rule must be one of {', '.join(ASCENT_RULES)}, got '{rule}'")
     require(steps >= 0 and step_size > 0, f"ascent needs steps >= 0 and step_size > 0, got {steps} and {step_size:g}")
@@ -85,7 +87,7 @@ def ascend_margins(
     model.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            search = _Search(model, steps, step_size, rule, momentum, tolerance, patience, autocast)
+            search = _Search(model, steps, step_size, rule, momentum, tolerance, patience, autocast, track)
             # Clones made outside inference mode are ordinary tensors, whatever the caller's mode was.
             starts, classes = starts.detach().clone(), classes.detach().clone()
             chunk = _chunk_size(search, starts, classes, memory_budget)
@@ -115,6 +117,7 @@ class _Search:
     tolerance: float
     patience: int
     autocast: torch.dtype | None
+    track: Callable[[range], Iterable[int]] = iter
 
     def margins(self, images: Tensor, classes: Tensor) -> Tensor:
         with nullcontext() if self.autocast is None else torch.autocast(images.device.type, dtype=self.autocast):
@@ -125,7 +128,7 @@ class _Search:
         velocity = torch.zeros_like(images)
         history: list[float] = []
         best_images, best, initial = images, None, None
-        for step in range(self.steps + 1):
+        for step in self.track(range(self.steps + 1)):
             images = images.detach().requires_grad_(step < self.steps)
             values = self.margins(images, classes)
             current = values.detach()

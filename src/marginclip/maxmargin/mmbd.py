@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,10 +76,19 @@ class MaximumMarginTest:
         require(0 < self.alpha < 1, f"detect.alpha must be in (0, 1), got {self.alpha:g}")
 
     def __call__(
-        self, model: nn.Module, image_shape: Sequence[int], num_classes: int, *, autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        image_shape: Sequence[int],
+        num_classes: int,
+        *,
+        autocast: torch.dtype | None = None,
+        track: Callable[[range], Iterable[int]] = iter,
     ) -> MaximumMargins:
-        """Test ``model``, which is not changed; ``autocast`` is the precision of the ascent, the margins themselves are fp32."""
-        statistics, images = self.search(model, image_shape, num_classes, autocast=autocast)
+        """Test ``model``, which is not changed; ``autocast`` is the precision of the ascent, the margins themselves are fp32.
+
+        ``track`` goes through the steps of the ascent, and can show how far it is.
+        """
+        statistics, images = self.search(model, image_shape, num_classes, autocast=autocast, track=track)
         return replace(self.judge(statistics), images=images)
 
     def statistics(
@@ -89,7 +98,13 @@ class MaximumMarginTest:
         return self.search(model, image_shape, num_classes, autocast=autocast)[0]
 
     def search(
-        self, model: nn.Module, image_shape: Sequence[int], num_classes: int, *, autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        image_shape: Sequence[int],
+        num_classes: int,
+        *,
+        autocast: torch.dtype | None = None,
+        track: Callable[[range], Iterable[int]] = iter,
     ) -> tuple[Tensor, Tensor]:
         """r_t of every class (K,) and the images that reach them (K, C, H, W), on the CPU."""
         require(num_classes >= 3, f"MM-BD compares each class with the others and needs at least 3 classes, got {num_classes}")
@@ -105,7 +120,7 @@ class MaximumMarginTest:
         classes = torch.arange(num_classes, device=device).repeat_interleave(self.starts)
         found = ascend_margins(
             network, classes, images, steps=self.steps, step_size=self.step_size, rule=self.rule, tolerance=self.tolerance,
-            autocast=autocast,
+            autocast=autocast, track=track,
         )  # fmt: skip
         with torch.no_grad():
             logits = torch.cat([network(batch).float() for batch in found.images.split(images_at_once(found.images))])

@@ -1,0 +1,57 @@
+"""A file that a job renews while it is alive, so that others, on any host, see what it does and whether it was killed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from marginclip.experiment import progress
+from marginclip.files import read_json, write_json
+
+FILE_NAME = "alive.json"
+EVERY = 20.0  # seconds
+STALE = 180.0  # seconds without a sign of life: several were missed, and clocks of hosts differ a little
+
+
+@contextmanager
+def alive(folder: Path, overrides: str, every: float = EVERY) -> Iterator[None]:
+    """Renew ``alive.json`` in ``folder`` inside; it goes at the end, so that one that stays is that of a job that was killed."""
+    file, ended = folder / FILE_NAME, threading.Event()
+    sign: dict[str, Any] = {"overrides": overrides, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
+    sign["slurm_job"] = os.environ.get("SLURM_JOB_ID")
+
+    def renew() -> None:
+        while True:
+            with suppress(OSError):  # a full disk ends no run
+                write_json(file, sign | {"seen": time.time(), "doing": str(progress.display())})
+            if ended.wait(every):
+                return
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
+def sign_of(folder: Path) -> dict[str, Any] | None:
+    """The last sign of life in ``folder``; None where there is none, or it cannot be read."""
+    try:
+        found: dict[str, Any] | None = read_json(folder / FILE_NAME)
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def is_alive(sign: dict[str, Any]) -> bool:
+    """Whether a sign of life is a recent one."""
+    return time.time() - float(sign["seen"]) < STALE

@@ -1,0 +1,100 @@
+"""Loggers beside W&B: files of rows, TensorBoard, MLflow, several at once."""
+
+import sys
+
+import pytest
+from PIL import Image
+
+from marginclip.errors import UserError
+from marginclip.experiment.command import with_group
+from marginclip.experiment.loggers import opened_loggers
+from marginclip.experiment.loggers.base import summary_metrics
+
+
+@pytest.fixture
+def figure(tmp_path):
+    path = tmp_path / "learning.png"
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(path)
+    return path
+
+
+def publish(spec, folder, record, figures=()):
+    with opened_loggers(spec, folder, job="defend", name="run") as loggers:
+        loggers.publish(record, list(figures))
+
+
+def test_without_loggers_a_trainer_gets_none(configure, tmp_path):
+    with opened_loggers(configure("logger=none"), tmp_path, job="defend", name="run") as loggers:
+        assert loggers.lightning is False
+
+
+def test_rows_of_an_interrupted_run_are_kept(configure, tmp_path, finished):
+    for _ in range(2):
+        publish(configure("logger=csv"), tmp_path, finished[1])
+    names, values = (line.split(",") for line in (tmp_path / "csv" / "metrics.csv").read_text().splitlines())
+    assert float(values[names.index("none/acc")]) == pytest.approx(finished[1].metrics["none"]["acc"])
+    assert (tmp_path / "csv" / "metrics-1.csv").exists()
+
+
+def test_several_at_once(configure, tmp_path, finished, figure):
+    """TensorBoard's table of runs has settings and results, and MLflow the same."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    mlflow = pytest.importorskip("mlflow")
+    _, record = finished
+    spec = configure("logger=[csv,tensorboard,mlflow]", "logger.mlflow.group=a/b")
+    publish(spec, tmp_path / "run", record, [figure])
+    assert (tmp_path / "run" / "csv" / "metrics.csv").exists()
+
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("repaired/asr")[0].value == pytest.approx(record.metrics["mmac"]["asr"])
+    assert events.Images("figures/learning")[0].width == 4
+    started = hparams(events)
+    assert started["defense"].string_value == "mmdf"
+    assert started["attack.rate"].number_value == pytest.approx(record.config["attack"]["rate"])
+
+    client = mlflow.MlflowClient(f"file:{spec.runs_dir / 'mlruns'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("marginclip").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags.items() >= {"group": "a/b", "job_type": "defend", "attack": "badnet", "status": record.status}.items()
+    assert run.data.metrics["mmac/asr"] == pytest.approx(record.metrics["mmac"]["asr"])
+    assert [each.path for each in client.list_artifacts(run.info.run_id, "figures")] == ["figures/learning.png"]
+
+
+def hparams(events):
+    """The settings that TensorBoard's HPARAMS page shows."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    return plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_one_that_is_not_installed_says_how_to_install_it(configure, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.loggers", None)
+    with (
+        pytest.raises(UserError, match=f"pip install 'marginclip\\[{name}\\]'"),
+        opened_loggers(configure(f"logger={name}"), tmp_path, job="train", name="run"),
+    ):
+        pass
+
+
+def test_a_word_in_the_place_of_a_logger_is_refused(configure, tmp_path):
+    spec = configure("logger=none", "+logger.csv=yes")
+    with pytest.raises(UserError, match="^logger.csv must be a group"), opened_loggers(spec, tmp_path, job="train", name="run"):
+        pass
+
+
+def test_metrics_are_named_by_row_and_by_what_a_row_is(finished):
+    _, record = finished
+    found = summary_metrics(record)
+    assert found["none/acc"] == record.metrics["none"]["acc"]
+    for name, row in (("repaired", "mmac"), ("detector", "mmdf")):
+        own = {key: value for key, value in record.metrics[row].items() if value is not None}
+        assert {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{name}/")} == own
+    assert found["seconds/repair"] == record.seconds["repair"]
+
+
+def test_runs_of_a_sweep_are_of_its_group_where_none_is_named():
+    loggers = {"wandb": {"group": None, "mode": "auto"}, "csv": {}, "mlflow": {"group": "mine"}}
+    assert with_group(loggers, "a/b") == {"wandb": {"group": "a/b", "mode": "auto"}, "csv": {}, "mlflow": {"group": "mine"}}
