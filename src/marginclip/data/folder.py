@@ -81,26 +81,10 @@ class ImageFolder(ImageSource):
         size = size or self.size or _side_of(files[0].path)
         images: ImageStore
         if len(files) * 3 * size * size <= self.memory_bytes:
-            images = self._cached(folder, files, size)
+            images = cached_images(folder, files, size, strict=self.size is None, grey=self.grey, cache=self.cache)
         else:
             images = FileImages([file.path for file in files], size, strict=self.size is None, grey=self.grey)
         return ImageSet(images, labels, classes)
-
-    def _cached(self, folder: Path, files: list[ImageFile], size: int) -> Tensor:
-        paths = [file.path for file in files]
-        if self.cache is None:
-            return read_images(paths, size, strict=self.size is None, grey=self.grey)
-        listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
-        key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None} {self.grey}\n{listing}".encode()).hexdigest()[:16]
-        file = self.cache / f"images-{key}.safetensors"
-        if file.exists():
-            try:
-                return load_file(file)["images"]
-            except SafetensorError:
-                file.unlink()
-        images = read_images(paths, size, strict=self.size is None, grey=self.grey)
-        write_tensors(file, {"images": images})
-        return images
 
 
 def image_folders(root: Path) -> list[Path]:
@@ -117,6 +101,12 @@ class ImageFile(NamedTuple):
     path: str
     size: int
     changed: int
+
+
+def image_file(path: Path) -> ImageFile:
+    """The file at ``path`` as it is on disk."""
+    status = path.stat()
+    return ImageFile(str(path), status.st_size, status.st_mtime_ns)
 
 
 def list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]:
@@ -136,6 +126,24 @@ def list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]
         files += found
         labels += [label] * len(found)
     return files, torch.tensor(labels), tuple(path.name for path in class_dirs)
+
+
+def cached_images(folder: Path, files: list[ImageFile], size: int, *, strict: bool, grey: bool, cache: Path | None) -> Tensor:
+    """The decoded ``files`` of ``folder`` as :func:`read_images` gives them, kept in the folder ``cache`` where there is one."""
+    paths = [file.path for file in files]
+    if cache is None:
+        return read_images(paths, size, strict=strict, grey=grey)
+    listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
+    key = hashlib.sha256(f"{folder.resolve()} {size} {strict} {grey}\n{listing}".encode()).hexdigest()[:16]
+    kept = cache / f"images-{key}.safetensors"
+    if kept.exists():
+        try:
+            return load_file(kept)["images"]
+        except SafetensorError:
+            kept.unlink()
+    images = read_images(paths, size, strict=strict, grey=grey)
+    write_tensors(kept, {"images": images})
+    return images
 
 
 def folder_digest(root: Path) -> str:
