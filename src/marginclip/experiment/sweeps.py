@@ -1,14 +1,15 @@
-"""The Hydra callback that reports a multirun's failed cells when all are through."""
+"""Hydra callbacks for the end of a multirun: what failed, and a table of the paper beside ours."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from marginclip.experiment.command import report_sweep
+from marginclip.experiment.command import OUTCOME, report_sweep
 
 
 class SweepReport(Callback):
@@ -16,3 +17,25 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         report_sweep(Path(config.hydra.sweep.dir))
+
+
+class PublishedTable(Callback):
+    """Prints a ``table`` of the paper beside what the sweep measured, and writes it into the sweep's folder."""
+
+    def __init__(self, *, table: str) -> None:
+        self.table = table
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        print(write_published(self.table, Path(config.hydra.sweep.dir)), end="", flush=True)
+
+
+def write_published(table: str, sweep_dir: Path) -> str:
+    """The table of the finished runs of a sweep, also written to ``<table>.md`` in its folder."""
+    from marginclip.record import read_record
+    from marginclip.reporting.published import published_table
+
+    outcomes = [json.loads(path.read_text()) for path in sorted(sweep_dir.glob(f"*/{OUTCOME}"))]
+    records = [read_record(Path(outcome["record"]).parent) for outcome in outcomes if outcome["record"] is not None]
+    text = published_table(table, records)
+    (sweep_dir / f"{table}.md").write_text(text, encoding="utf-8")
+    return text
