@@ -22,6 +22,7 @@ from marginclip.experiment.run import defend
 from marginclip.experiment.spec import run_spec
 from marginclip.experiment.stages import make_methods
 from marginclip.losses import with_cosine_head
+from marginclip.reporting.published import published
 
 
 def make(config, *, key, **objects):
@@ -209,7 +210,7 @@ def test_datasets_are_made(dataset, tmp_path):
     node = composed("defend", f"dataset={dataset}", f"runs_dir={tmp_path}").dataset
     OmegaConf.update(node, "root", str(tmp_path)) if "root" in node else None
     source = make({key: value for key, value in node.items() if key != "augment"}, key="dataset")
-    if "root" in node:
+    if "root" in node or "path" in node:
         return  # downloads, or has no images here
     splits = source.load()
     assert len(splits.train) > 100 < len(splits.held_out)
@@ -346,6 +347,39 @@ def test_every_table_has_a_small_variant():
     tables = {name for name in options("experiment") if name.startswith("longtail_")} - set(SMALL)
     assert {f"{name}_small" for name in tables} == set(SMALL)
     assert {f"longtail_table{number}" for number in (2, 3, 4, 5)} <= tables
+
+
+TABLES = ["table1", "table3", "table4", "table5"]
+SCALED = {"seed", "attack", "dataset"}  # of the sweep: fewer seeds, the smaller generator, one data set
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_of_the_first_paper_print_themselves_and_have_a_small_variant(table):
+    sweeps = []
+    for name in (table, f"{table}_small"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            whole = compose("defend", overrides=[f"experiment={name}"], return_hydra_config=True).hydra
+        assert whole.mode.name == "MULTIRUN"
+        assert whole.callbacks.published.table == table
+        assert published(table)
+        sweeps.append(OmegaConf.to_container(whole.sweeper.params))
+    assert sweeps[0].keys() == sweeps[1].keys()
+    assert {key for key in sweeps[0] if sweeps[0][key] != sweeps[1][key]} <= SCALED
+    assert "mmdf" in sweeps[0]["defense"].split(",")
+
+
+def test_table_1_has_every_attack_and_method_of_the_paper():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        params = compose("defend", overrides=["experiment=table1"], return_hydra_config=True).hydra.sweeper.params
+    rows = {composed("defend", f"defense={name}").defense.repaired_row for name in params.defense.split(",")}
+    paper = published("table1")
+    assert {cell.attack for cell, _, _ in paper} == set(params.attack.split(","))
+    assert {row for _, row, _ in paper} <= rows | {"none", "mmdf", "mmac"}
+
+
+def test_the_input_aware_attack_of_small_tables_is_called_the_same():
+    assert composed("defend", "attack=input_aware_small").attack.name == "input_aware"
+    assert composed("defend", "attack=input_aware").attack.mask_epochs == 25
 
 
 @pytest.mark.parametrize("experiment", SMALL)

@@ -8,7 +8,7 @@ from torch import nn
 
 from marginclip.defenses import FinePruning
 from marginclip.defenses.cross_fitting import stratified_share
-from marginclip.defenses.weights.fine_pruning import channels_to_prune
+from marginclip.defenses.weights.held_out import last_within
 from marginclip.errors import UserError
 from marginclip.networks.heads import final_linear
 
@@ -57,7 +57,7 @@ def test_pruning_no_channel_is_the_model_itself(victim, clean):
     assert defense.curve[0] == pytest.approx(accuracy(victim, *held_out(clean)))
     keen = prepared(victim, clean, max_drop=0.0)
     keen.curve[1:] = 0
-    assert channels_to_prune(keen.curve, 0.0) == 0
+    assert last_within(keen.curve, 0.0) == 0
     same = without(victim, [])
     assert torch.equal(same(clean[0]), victim(clean[0]))
 
@@ -102,7 +102,7 @@ def test_pruned_network_is_the_masked_one(victim, clean):
     ],
 )
 def test_stops_before_the_budget_is_broken(curve, max_drop, wanted):
-    assert channels_to_prune(torch.tensor(curve), max_drop) == wanted
+    assert last_within(torch.tensor(curve), max_drop) == wanted
 
 
 @pytest.mark.parametrize("max_drop", [0.0, 0.1, 0.3])

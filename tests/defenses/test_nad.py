@@ -152,7 +152,7 @@ def test_student_starts_from_the_attacked_model(victim, clean, fit):
 
 
 def test_loss_of_the_student_is_that_of_the_formula(victim, clean):
-    defense = NAD(betas=[30.0, 7.0], teacher_epochs=1)
+    defense = NAD(betas=[30.0, 7.0], beta_pixels=None, teacher_epochs=1)
     defense.prepare(victim, *clean)
     with torch.no_grad():
         defense.teacher[0].weight.mul_(-1)
@@ -164,8 +164,19 @@ def test_loss_of_the_student_is_that_of_the_formula(victim, clean):
     torch.testing.assert_close(found, wanted)
 
 
+def test_betas_weigh_the_sum_over_pixels_as_in_the_published_network(maps):
+    """With as many pixels as published, betas are as they are; a quarter of the pixels have a quarter of the weight."""
+    features = [torch.zeros(1, 2, *size) for size in ((4, 4), (2, 2))]
+    assert NAD(betas=[8.0, 3.0], beta_pixels=[9, 16, 16])._weights(features) == [8.0, 0.75]
+    sums = [float((attention_map(one) - attention_map(other)).square().sum(1).mean()) for one, other in [maps]]
+    (weight,) = NAD(betas=[8.0], beta_pixels=[64])._weights([maps[0]])
+    assert weight * float(attention_distance(*maps)) == pytest.approx(8 * sums[0] / 64, rel=1e-5)
+
+
 def test_rates_follow_the_two_schedules():
-    defense = NAD(learning_rate=0.1, high_epochs=2)
+    published = [NAD().rate(epoch) for epoch in range(10)]
+    assert [round(rate, 8) for rate in published] == [0.1] * 2 + [0.01] * 8
+    defense = NAD(learning_rate=0.1, high_epochs=2, teacher_decays=9)
     assert [round(defense.rate(epoch), 8) for epoch in range(10)] == [0.1] * 2 + [0.01] * 2 + [1e-3] * 2 + [1e-4] * 2 + [
         1e-5
     ] * 2
@@ -195,6 +206,8 @@ def test_model_without_feature_maps_is_refused(clean):
     [
         ({"betas": []}, "defense.betas"),
         ({"betas": [-1.0]}, "defense.betas"),
+        ({"beta_pixels": [64]}, "defense.beta_pixels"),
+        ({"teacher_decays": -1}, "defense.teacher_decays"),
         ({"teacher_epochs": 0}, "defense.teacher_epochs"),
         ({"teacher_learning_rate": 0.0}, "defense.teacher_learning_rate"),
         ({"teacher_decay_every": 0}, "defense.teacher_decay_every"),

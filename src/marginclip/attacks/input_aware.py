@@ -71,7 +71,7 @@ class InputAware(Attack):
         density: float = 0.032,
         density_weight: float = 100.0,
         diversity: float = 1.0,
-        mask_epochs: int = 10,
+        mask_epochs: int = 25,
         width: int = 32,
         learning_rate: float = 0.01,
         seed: int = 0,

@@ -82,25 +82,10 @@ class ImageFolder(ImageSource):
         size = size or self.size or _side_of(files[0].path)
         images: ImageStore
         if len(files) * 3 * size * size <= self.memory_bytes:
-            images = self._cached(folder, files, size)
+            images = cached_images(folder, files, size, strict=self.size is None, grey=self.grey, cache=self.cache)
         else:
             images = FileImages([file.path for file in files], size, strict=self.size is None, grey=self.grey)
         return ImageSet(images, labels, classes)
-
-    def _cached(self, folder: Path, files: list[ImageFile], size: int) -> Tensor:
-        paths = [file.path for file in files]
-        if self.cache is None:
-            return read_images(paths, size, strict=self.size is None, grey=self.grey)
-        listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
-        key = hashlib.sha256(f"{folder.resolve()} {size} {self.size is None} {self.grey}\n{listing}".encode()).hexdigest()[:16]
-        file = self.cache / f"images-{key}.safetensors"
-        if (images := _kept(file)) is not None:
-            return images
-        with locked(self.cache):  # the runs of a sweep decode the same images once
-            if (images := _kept(file)) is None:
-                images = read_images(paths, size, strict=self.size is None, grey=self.grey)
-                write_tensors(file, {"images": images})
-        return images
 
 
 def _kept(file: Path) -> Tensor | None:
@@ -127,6 +112,12 @@ class ImageFile(NamedTuple):
     changed: int
 
 
+def image_file(path: Path) -> ImageFile:
+    """The file at ``path`` as it is on disk."""
+    status = path.stat()
+    return ImageFile(str(path), status.st_size, status.st_mtime_ns)
+
+
 def list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]:
     """Files, labels (N,) and class names of ``folder/<class>/*``, sorted by name; hidden files are left out."""
     class_dirs = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -144,6 +135,23 @@ def list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]
         files += found
         labels += [label] * len(found)
     return files, torch.tensor(labels), tuple(path.name for path in class_dirs)
+
+
+def cached_images(folder: Path, files: list[ImageFile], size: int, *, strict: bool, grey: bool, cache: Path | None) -> Tensor:
+    """The decoded ``files`` of ``folder`` as :func:`read_images` gives them, kept in the folder ``cache`` where there is one."""
+    paths = [file.path for file in files]
+    if cache is None:
+        return read_images(paths, size, strict=strict, grey=grey)
+    listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
+    key = hashlib.sha256(f"{folder.resolve()} {size} {strict} {grey}\n{listing}".encode()).hexdigest()[:16]
+    file = cache / f"images-{key}.safetensors"
+    if (images := _kept(file)) is not None:
+        return images
+    with locked(cache):  # the runs of a sweep decode the same images once
+        if (images := _kept(file)) is None:
+            images = read_images(paths, size, strict=strict, grey=grey)
+            write_tensors(file, {"images": images})
+    return images
 
 
 def folder_digest(root: Path) -> str:

@@ -69,21 +69,28 @@ def pixels_of(path: str | Path) -> tuple[int, int]:
 
 
 def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
-    """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``.
+    """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``; see :func:`image_tensor`.
 
-    The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is. 16-bit grey values are scaled to 8
-    bits. Raises :class:`UserError` for pixels of 32 bits, whose range is unknown, and as :func:`pixels_of`.
+    Raises :class:`UserError` for pixels of 32 bits, whose range is unknown, and as :func:`pixels_of`.
     """
     pixels_of(path)
-    kind = "L" if grey else "RGB"
     with Image.open(path) as opened:
-        wide = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
+        wide = _is_wide(opened)
         require(
             wide or opened.mode not in ("I", "F"), f"'{path}' has 32-bit pixels of unknown range: save it with 8 or 16 bits"
         )
-        image = (
-            Image.fromarray((np.array(opened) / 257).round().astype(np.uint8)).convert(kind) if wide else opened.convert(kind)
-        )
+        return image_tensor(opened, size, grey=grey)
+
+
+def image_tensor(image: Image.Image, size: int | None, *, grey: bool = False) -> Tensor:
+    """An opened image as uint8 (3, H, W), or (1, H, W) when ``grey``.
+
+    The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is. 16-bit grey values are scaled to 8 bits.
+    """
+    kind = "L" if grey else "RGB"
+    if _is_wide(image):
+        image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
+    image = image.convert(kind)
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         image = image.resize(
@@ -92,6 +99,11 @@ def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether the pixels are grey values of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
 class FileImages:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from marginclip.data.images import ImageSet, Splits
-from marginclip.errors import UserError, require
+from marginclip.errors import UserError, first_line, require
 from marginclip.identity import Identifies
 from marginclip.locks import locked
 
@@ -128,6 +130,37 @@ class Digits(ImageSource):
         return seeded_split(images, labels, DIGITS, held_out_share=self.held_out_share, seed=self.split_seed)
 
 
+Parts = TypeVar("Parts")
+
+
+def download_once(parts: Callable[[bool], Parts], *, title: str, root: Path, folder: str, download: bool) -> Parts:
+    """What ``parts(False)`` reads; where that is not there, what ``parts(True)`` downloads, in one run of a parallel sweep alone.
+
+    Raises :class:`UserError` that names ``title``, ``root`` and the ``folder`` to put there when neither is possible.
+    """
+    try:
+        try:
+            return parts(False)
+        except (RuntimeError, OSError):
+            if not download:
+                raise
+        with locked(root):
+            return parts(True)
+    except (RuntimeError, OSError, HTTPException, BadZipFile) as error:
+        raise UserError(
+            f"{title} is neither in dataset.root='{root}' nor could it be downloaded ({first_line(error)}); "
+            f"put {folder} there, or use dataset=image_folder"
+        ) from error
+
+
+def require_complete(folder: Path, found: int, expected: int) -> None:
+    """Raise :class:`UserError` where ``folder`` holds fewer than ``expected`` images, as an interrupted download leaves it."""
+    require(
+        found >= expected,
+        f"'{folder}' holds {found:,} of {expected:,} images: a download was cut off; remove the folder and run the same command again",
+    )
+
+
 class Cifar10(ImageSource):
     """CIFAR-10 (Krizhevsky 2009) through torchvision; downloaded into ``root`` when it is not there."""
 
@@ -141,13 +174,13 @@ class Cifar10(ImageSource):
 
         Raises :class:`UserError` when the data is neither there nor can be downloaded.
         """
-        try:
-            parts = self._parts()
-        except (RuntimeError, OSError, HTTPException) as error:
-            raise UserError(
-                f"{self.title} is neither in dataset.root='{Path(self.root)}' nor could it be downloaded ({error}); "
-                f"put {self.folder} there, or use dataset=image_folder"
-            ) from error
+        parts = download_once(
+            lambda download: [self._part(train, download=download) for train in (True, False)],
+            title=self.title,
+            root=Path(self.root),
+            folder=self.folder,
+            download=self.download,
+        )
         train, held_out = (
             ImageSet(
                 torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), tuple(part.classes)
@@ -155,16 +188,6 @@ class Cifar10(ImageSource):
             for part in parts
         )
         return Splits(train, held_out)
-
-    def _parts(self) -> list[Any]:
-        """Training and test part; what is there is only read, what is not is downloaded by one run of a parallel sweep."""
-        try:
-            return [self._part(train, download=False) for train in (True, False)]
-        except RuntimeError:
-            if not self.download:
-                raise
-        with locked(Path(self.root)):
-            return [self._part(train, download=True) for train in (True, False)]
 
     def _part(self, train: bool, *, download: bool) -> Any:
         from torchvision.datasets import CIFAR10

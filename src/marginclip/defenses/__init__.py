@@ -13,8 +13,10 @@ from marginclip.defenses.posthoc.logit_adjustment import LogitAdjustment
 from marginclip.defenses.posthoc.logit_calibration import LogitCalibration
 from marginclip.defenses.posthoc.tau_normalisation import TauNormalisation
 from marginclip.defenses.posthoc.tau_search import TauSearch
+from marginclip.defenses.weights.anp import ANP
 from marginclip.defenses.weights.fine_pruning import FinePruning
 from marginclip.defenses.weights.finetune import FineTune
+from marginclip.defenses.weights.ft_sam import FTSAM
 from marginclip.defenses.weights.ibau import IBAU
 from marginclip.defenses.weights.inversion import InversionPlan
 from marginclip.defenses.weights.last_layer import LastLayer
@@ -23,12 +25,14 @@ from marginclip.defenses.weights.nad import NAD
 from marginclip.defenses.weights.neural_cleanse import NeuralCleanse
 
 __all__ = [
+    "ANP",
     "AscentPlan",
     "Auto",
     "BoundLearning",
     "BoundStart",
     "ComputedDefense",
     "Defense",
+    "FTSAM",
     "FinePruning",
     "FineTune",
     "IBAU",

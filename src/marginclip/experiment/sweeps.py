@@ -1,7 +1,8 @@
-"""The Hydra callback of a multirun: notes what is asked for before the first job, reports failed cells and logs a summary after the last."""
+"""Hydra callbacks of a multirun: what is asked for before the first job; failed cells, a summary and a paper's table after the last."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from marginclip.experiment.command import report_sweep, sweep_name, with_group
-from marginclip.files import write_json
+from marginclip.experiment.command import OUTCOME, report_sweep, sweep_name, with_group
+from marginclip.files import bytes_writer, write_json, write_whole
 
 log = logging.getLogger(__name__)
 ASKED = "sweep.json"
@@ -57,3 +58,25 @@ def note_asked(sweep_dir: Path, cells: list[str]) -> None:
         write_json(sweep_dir / ASKED, {"asked": cells})
     except OSError as error:
         log.warning("what this sweep asks for could not be noted: %s", error)
+
+
+class PublishedTable(Callback):
+    """Prints a ``table`` of the paper beside what the sweep measured, and writes it into the sweep's folder."""
+
+    def __init__(self, *, table: str) -> None:
+        self.table = table
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        print(write_published(self.table, Path(config.hydra.sweep.dir)), end="", flush=True)
+
+
+def write_published(table: str, sweep_dir: Path) -> str:
+    """The table of the finished runs of a sweep, also written to ``<table>.md`` in its folder."""
+    from marginclip.record import read_record
+    from marginclip.reporting.published import published_table
+
+    outcomes = [json.loads(path.read_text()) for path in sorted(sweep_dir.glob(f"*/{OUTCOME}"))]
+    records = [read_record(Path(outcome["record"]).parent) for outcome in outcomes if outcome["record"] is not None]
+    text = published_table(table, records)
+    write_whole(sweep_dir / f"{table}.md", bytes_writer(text.encode()))
+    return text

@@ -13,6 +13,7 @@ from marginclip.record import RunRecord
 from marginclip.reporting.comparisons import draw_lambdas, draw_over_training
 from marginclip.reporting.figures import draw_figures
 from marginclip.reporting.gallery import draw_gallery
+from marginclip.reporting.published import published_table
 from marginclip.reporting.summary import load_records, summarise
 
 Drawing = Callable[[list[RunRecord], Path], Path]
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m margincli
     parser.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder that holds the run folders, at any depth")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the summary, as Markdown, to this file")
     parser.add_argument("--figures", action="store_true", help="redraw the figures of every run folder")
+    parser.add_argument("--published", metavar="TABLE", help="print a table of the first paper beside ours, such as table1")
     parser.add_argument(
         "--html",
         type=Path,
@@ -51,7 +53,9 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m margincli
     try:
         require(options.html is not None or not options.single_file, "--single-file needs --html DIR")
         require(options.html is not None or not options.no_pictures, "--no-pictures needs --html DIR_OR_FILE")
-        status = report(options.runs_dir, output=options.output, figures=options.figures, across=wanted)
+        status = report(
+            options.runs_dir, output=options.output, figures=options.figures, across=wanted, published=options.published
+        )
         if options.html is not None:
             from marginclip.reporting.dashboard import write_dashboard
 
@@ -64,16 +68,18 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m margincli
         return 1
 
 
-def report(runs_dir: Path, *, output: Path | None, figures: bool, across: dict[str, Path]) -> int:
-    """Print, and on request write, the summary, draw figures ``across`` runs (option of ``ACROSS`` -> PNG) and redraw those of every
-    run; 1 if the figures of a run could not be drawn.
+def report(runs_dir: Path, *, output: Path | None, figures: bool, across: dict[str, Path], published: str | None = None) -> int:
+    """Print, and on request write, the summary, or a ``published`` table beside ours; draw figures.
+
+    Figures ``across`` runs are an option of ``ACROSS`` -> PNG; ``figures`` redraws those of every run. Returns 1 if the figures of a run
+    could not be drawn.
 
     Raises :class:`UserError` when there is no such folder, no readable record in it, or none that serves a figure across runs.
     """
     require(runs_dir.is_dir(), f"there is no folder '{runs_dir}'")
     records = load_records(runs_dir)
     require(bool(records), f"there is no run.json that can be read in '{runs_dir}' or below it")
-    text = summarise(records)
+    text = summarise(records) if published is None else published_table(published, records)
     print(text, end="")
     if output is not None:
         require(not output.is_dir(), f"--output must be a file, but '{output}' is a folder")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from marginclip.defenses.base import Variant
 from marginclip.defenses.cross_fitting import stratified_share
 from marginclip.defenses.weights.finetune import FineTune
+from marginclip.defenses.weights.held_out import last_within
 from marginclip.errors import require
 from marginclip.networks.heads import final_linear, linear_inputs
 
@@ -46,7 +47,7 @@ class FinePruning(FineTune):
         self.activity = inputs.abs().mean(0)
         order = self.activity.argsort(stable=True)
         self.curve = pruning_curve(linear, inputs[held_out], labels[held_out.to(labels.device)].cpu(), order)
-        self.num_pruned = channels_to_prune(self.curve, self.max_drop)
+        self.num_pruned = last_within(self.curve, self.max_drop)
         kept = torch.ones(len(order), dtype=torch.bool)
         kept[order[: self.num_pruned]] = False
         self.register_buffer("kept", kept, persistent=False)
@@ -86,9 +87,3 @@ def pruning_curve(linear: nn.Linear, inputs: Tensor, labels: Tensor, order: Tens
         logits = logits - inputs[:, channel : channel + 1] * weight[:, channel]
         accuracies.append((logits.argmax(1) == labels).float().mean())
     return torch.stack(accuracies)
-
-
-def channels_to_prune(curve: Tensor, max_drop: float) -> int:
-    """The most channels before the accuracy first falls by more than ``max_drop`` (with a rounding error's grace)."""
-    broken = (curve < curve[0] - max_drop - 1e-6).nonzero()
-    return int(broken[0]) - 1 if len(broken) else len(curve) - 1

@@ -23,9 +23,12 @@ class NAD(FineTune):
     The student's loss is the cross entropy plus, for each tap, its weight in ``betas`` times :func:`attention_distance` to the
     teacher, which is frozen in evaluation mode by then. Taps are the last activation at each image resolution inside the
     network; ``betas`` are those of the last resolutions, so a ResNet-18 is tapped behind its stages 2, 3 and 4 (a network of
-    fewer resolutions takes the last of ``betas``). ``epochs`` of the student follow ``teacher_epochs`` of the teacher. Rates:
-    ``learning_rate`` for ``high_epochs``, then a tenth; the teacher's a tenth every ``teacher_decay_every`` epochs. The teacher
-    is the row ``nad_teacher``. Other settings are those of :class:`FineTune`, for teacher and student alike.
+    fewer resolutions takes the last of ``betas``). The distance is a mean over pixels, so a map of fewer pixels than that for which a
+    beta was published would weigh more: ``beta_pixels`` are the pixels of the published network's maps, by which betas are scaled, so
+    that the *sum* over pixels weighs the same; None takes betas as they are. ``epochs`` of the student follow ``teacher_epochs`` of
+    the teacher. Rates: ``learning_rate`` for ``high_epochs``, then a tenth; the teacher's a tenth every ``teacher_decay_every`` epochs,
+    at most ``teacher_decays`` times. The teacher is the row ``nad_teacher``. Other settings are those of :class:`FineTune`, for teacher
+    and student alike.
     """
 
     label = "NAD"
@@ -35,9 +38,11 @@ class NAD(FineTune):
         self,
         *,
         betas: Sequence[float] = (500.0, 1000.0, 1000.0),
+        beta_pixels: Sequence[int] | None = (1024, 256, 64),
         teacher_epochs: int = 10,
         teacher_learning_rate: float = 0.1,
         teacher_decay_every: int = 2,
+        teacher_decays: int = 1,
         epochs: int = 20,
         learning_rate: float = 0.01,
         high_epochs: int = 20,
@@ -49,12 +54,19 @@ class NAD(FineTune):
         own: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
         super().__init__(**own, nesterov=nesterov, weight_decay=weight_decay, **settings)
         require(len(betas) >= 1 and min(betas) >= 0, f"defense.betas must be weights from 0 up, got {list(betas)}")
+        require(
+            beta_pixels is None or (len(beta_pixels) >= len(betas) and min(beta_pixels) >= 1),
+            f"defense.beta_pixels must be null or a count of pixels for each of defense.betas, got {beta_pixels}",
+        )
+        require(teacher_decays >= 0, f"defense.teacher_decays must not be negative, got {teacher_decays}")
         require(teacher_epochs >= 1, f"defense.teacher_epochs must be at least 1, got {teacher_epochs}")
         require(teacher_learning_rate > 0, f"defense.teacher_learning_rate must be positive, got {teacher_learning_rate:g}")
         require(teacher_decay_every >= 1, f"defense.teacher_decay_every must be at least 1, got {teacher_decay_every}")
         require(high_epochs >= 0, f"defense.high_epochs must not be negative, got {high_epochs}")
         self.betas, self.teacher_epochs, self.high_epochs = tuple(betas), teacher_epochs, high_epochs
+        self.beta_pixels = None if beta_pixels is None else tuple(beta_pixels)
         self.teacher_learning_rate, self.teacher_decay_every = teacher_learning_rate, teacher_decay_every
+        self.teacher_decays = teacher_decays
 
     def prepare(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         super().prepare(model, images, labels)
@@ -69,7 +81,7 @@ class NAD(FineTune):
 
     def rate(self, epoch: int) -> float:
         if epoch < self.teacher_epochs:
-            return self.teacher_learning_rate * 0.1 ** (epoch // self.teacher_decay_every)
+            return self.teacher_learning_rate * 0.1 ** min(epoch // self.teacher_decay_every, self.teacher_decays)
         return self.learning_rate * (1.0 if epoch - self.teacher_epochs < self.high_epochs else 0.1)
 
     def before_epoch(self, epoch: int) -> None:
@@ -85,9 +97,17 @@ class NAD(FineTune):
         with torch.no_grad():
             _, wanted = teacher(images)
         logits, found = student(images)
-        pairs = zip(self.betas[-len(found) :], found, wanted, strict=True)
+        pairs = zip(self._weights(found), found, wanted, strict=True)
         guide = torch.stack([beta * attention_distance(one, other) for beta, one, other in pairs]).sum()
         return F.cross_entropy(logits.float(), labels) + guide
+
+    def _weights(self, maps: Sequence[Tensor]) -> list[float]:
+        """The weight of each tap's distance, given its feature maps (B, C, H, W)."""
+        betas = self.betas[-len(maps) :]
+        if self.beta_pixels is None:
+            return list(betas)
+        sizes = zip(betas, maps, self.beta_pixels[-len(maps) :], strict=True)
+        return [beta * features.shape[2:].numel() / pixels for beta, features, pixels in sizes]
 
     def variants(self) -> dict[str, Variant]:
         return {"nad_teacher": Variant("NAD, teacher", self.teacher.eval())}

@@ -1,0 +1,63 @@
+"""VGG with batch norm for small images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marginclip.errors import require
+from marginclip.models.activations import make_activation
+from marginclip.models.normalize import make_normalize
+
+
+class VGG(nn.Module):
+    """Plain 3 x 3 convolutions in stages, with batch norm, and one linear layer (Simonyan and Zisserman 2015, for small images).
+
+    A stage of ``blocks`` has that many convolutions and ends with a halving of the image; the first has ``width`` channels, each
+    further one twice as many, up to 8 ``width``. ``(2, 2, 4, 4, 4)`` and 64 are VGG-19. Takes images (N, in_channels, H, W) in [0, 1]
+    and returns logits (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        blocks: Sequence[int] = (2, 2, 4, 4, 4),
+        width: int = 64,
+        activation: str = "relu",
+        negative_slope: float = 0.1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        require(num_classes >= 2, f"a classifier needs at least 2 classes, got {num_classes}")
+        require(
+            len(blocks) > 0 and min(blocks) >= 1,
+            f"model.blocks must be a list of one or more counts from 1 up, got {[*blocks]}",
+        )
+        require(width >= 1, f"model.width must be at least 1, got {width}")
+        self.normalize = make_normalize(in_channels, mean, std)
+        layers = list[nn.Module]()
+        channels = in_channels
+        for stage, count in enumerate(blocks):
+            out_channels = width * min(2**stage, 8)
+            for _ in range(count):
+                convolution = nn.Conv2d(channels, out_channels, 3, padding=1)
+                nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+                layers += [
+                    convolution,
+                    nn.BatchNorm2d(out_channels),
+                    make_activation(activation, negative_slope=negative_slope),
+                ]
+                channels = out_channels
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # the same for even sides; others lose no pixel
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(self.normalize(images))
+        logits: Tensor = self.classifier(F.adaptive_avg_pool2d(features, 1).flatten(1))
+        return logits
