@@ -20,9 +20,9 @@ def module_name(path):
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("name", map(module_name, WITH_EXAMPLES))
+@pytest.mark.parametrize("name", [module_name(path) for path in WITH_EXAMPLES])
 def test_examples_give_what_they_show(name):
-    failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted > 0
     assert failed == 0
 

@@ -31,7 +31,7 @@ class BoundedNetwork(nn.Module):
 
     >>> bounded = BoundedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 2, 2))
     >>> [(name, bound.upper.tolist()) for name, bound in bounded.each()]
-    [('_2', [inf, inf, inf])]
+    [('000_2', [inf, inf, inf])]
     >>> bounded.num_bounds
     3
 
