@@ -45,14 +45,18 @@ def decisions(folder: Path, images: Tensor) -> tuple[list[int], list[int], list[
 
 
 def draw(folder: Path, output: Path) -> None:
-    """One column an image: clean above, with the trigger below; what is decided stands over each."""
+    """One column an image, of the first that the model decides rightly: clean above, with the trigger below."""
     arrays = read_arrays(folder / "arrays.safetensors")
+    rows = {kind: torch.from_numpy(arrays[f"examples/{kind}"]) for kind in ("clean", "triggered")}
+    found = {kind: list(zip(*decisions(folder, images), strict=True)) for kind, images in rows.items()}
+    labels = arrays["examples/labels"]
+    shown = [place for place, (decided, *_) in enumerate(found["clean"]) if decided == labels[place]][:COLUMNS]
     figure = new_figure(2.0 * COLUMNS, 5.2, "A poisoned classifier of digits, and what MMDF makes of it")
-    for row, kind in enumerate(("clean", "triggered")):
-        images = torch.from_numpy(arrays[f"examples/{kind}"][:COLUMNS])
-        for column, (image, decided, other, flagged) in enumerate(zip(images, *decisions(folder, images), strict=True)):
+    for row, (kind, images) in enumerate(rows.items()):
+        for column, place in enumerate(shown):
+            decided, other, flagged = found[kind][place]
             axes = figure.add_subplot(2, COLUMNS, row * COLUMNS + column + 1)
-            axes.imshow(np.moveaxis(image.numpy(), 0, -1), vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(np.moveaxis(images[place].numpy(), 0, -1), vmin=0, vmax=1, interpolation="nearest")
             says = f"model: {decided}\n" + (f"flagged, corrected: {other}" if flagged else "not flagged")
             axes.set_title(says, fontsize=10, color=TRIGGERED if flagged else AFTER)
             axes.set_xticks([])

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import nbformat
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[2]
-TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "SECURITY.md")
+IN_MENU = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+TOP = (*IN_MENU, "CODE_OF_CONDUCT.md", "SECURITY.md")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(```.*?```)", flags=re.S)
 
@@ -20,7 +21,8 @@ def on_files(files: Files, config) -> Files:
     """Add the pages that do not lie in docs/."""
     for name in TOP:
         if (ROOT / name).exists():
-            files.append(File.generated(config, name, content=(ROOT / name).read_text()))
+            level = InclusionLevel.UNDEFINED if name in IN_MENU else InclusionLevel.NOT_IN_NAV
+            files.append(File.generated(config, name, content=(ROOT / name).read_text(), inclusion=level))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
     return files

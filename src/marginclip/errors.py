@@ -11,9 +11,10 @@ class UserError(ValueError):
 
     It is a ``ValueError``. The command line prints its message alone and exits with 1.
 
-    >>> require(0 < 5 <= 1, "attack.rate must be in (0, 1], got 5; did you mean 0.05?")
-    Traceback (most recent call last):
-    marginclip.errors.UserError: attack.rate must be in (0, 1], got 5; did you mean 0.05?
+    Examples:
+        >>> require(0 < 5 <= 1, "attack.rate must be in (0, 1], got 5; did you mean 0.05?")
+        Traceback (most recent call last):
+        marginclip.errors.UserError: attack.rate must be in (0, 1], got 5; did you mean 0.05?
     """
 
 

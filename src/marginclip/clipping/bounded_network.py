@@ -29,12 +29,6 @@ class BoundedNetwork(nn.Module):
     under ``bounds.*`` (the same tensors once more under ``network.bound_*``); :meth:`bounds_state` and :meth:`load_bounds` save and
     load them alone.
 
-    >>> bounded = BoundedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 2, 2))
-    >>> [(name, bound.upper.tolist()) for name, bound in bounded.each()]
-    [('000_2', [inf, inf, inf])]
-    >>> bounded.num_bounds
-    3
-
     Args:
         model: any torch network that torch.fx can trace and that gives logits.
         example: one image (C, H, W) or a batch (N, C, H, W).
@@ -47,6 +41,13 @@ class BoundedNetwork(nn.Module):
 
     Raises:
         UserError: for a model that cannot be traced or has no activations.
+
+    Examples:
+        >>> bounded = BoundedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 2, 2))
+        >>> [(name, bound.upper.tolist()) for name, bound in bounded.each()]
+        [('000_2', [inf, inf, inf])]
+        >>> bounded.num_bounds
+        3
     """
 
     def __init__(

@@ -12,11 +12,12 @@ class MMAC(BoundLearning):
     The cross entropy of the clean images buys the accuracy back, while a hinge keeps down the margins of clean images that were moved
     towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and so are their defaults.
 
-    >>> MMAC(steps=120).steps
-    120
-    >>> MMAC(steps=0)
-    Traceback (most recent call last):
-    marginclip.errors.UserError: defense.steps must be at least 1, got 0
+    Examples:
+        >>> MMAC(steps=120).steps
+        120
+        >>> MMAC(steps=0)
+        Traceback (most recent call last):
+        marginclip.errors.UserError: defense.steps must be at least 1, got 0
     """
 
     label = "MMAC"

@@ -16,8 +16,9 @@ class MMBM(BoundLearning):
     Its arguments are those of :class:`BoundLearning`; defaults of its own: every bound starts at 8, lambda at 0.5 and moves by the
     agreement on the clean set. A check is 10 passes over 500 images, so that lambda moves after 20, 30 and 40 of the 50 passes.
 
-    >>> MMBM().sites, MMBM().objective.ascends
-    ('first_half', False)
+    Examples:
+        >>> MMBM().sites, MMBM().objective.ascends
+        ('first_half', False)
     """
 
     label = "MMBM"

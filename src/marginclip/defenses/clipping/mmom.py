@@ -17,8 +17,9 @@ class MMOM(BoundLearning):
     clean images at every step. Its arguments are those of :class:`BoundLearning`; defaults of its own: the objective is
     :func:`~marginclip.maxmargin.objectives.mmom`, ``start`` 0.6 of the clean maxima, ``ascent`` anew every 10 steps, lambda 1e-5.
 
-    >>> MMOM().sites, MMOM().lambda_.initial
-    ('last', 1e-05)
+    Examples:
+        >>> MMOM().sites, MMOM().lambda_.initial
+        ('last', 1e-05)
     """
 
     label = "MMOM"
