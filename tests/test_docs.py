@@ -13,7 +13,7 @@ from marginclip.experiment.override_checks import check_overrides
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "marginclip").rglob("*.py"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS = [path for path in DOCUMENTS if path.exists()]
 
 

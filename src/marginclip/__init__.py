@@ -1,9 +1,16 @@
 """marginclip repairs a trained image classifier without its training set, by bounding its activations.
 
->>> import marginclip
->>> repaired = marginclip.repair(model, images, labels)  # doctest: +SKIP
->>> detector = marginclip.MarginDropDetector.fit(model, repaired, images)  # doctest: +SKIP
->>> detector(new_images).decisions  # doctest: +SKIP
+A model, clean images (N, C, H, W) in [0, 1] with labels (N,), here generated ones, and new images to decide about:
+
+>>> import marginclip, torch
+>>> _ = torch.manual_seed(0)
+>>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+>>> images, new_images = torch.rand(120, 3, 4, 4), torch.rand(5, 3, 4, 4)
+>>> labels = model(images).argmax(1)
+>>> repaired = marginclip.repair(model, images[::2], labels[::2])
+>>> detector = marginclip.MarginDropDetector.fit(model, repaired, images[1::2])
+>>> detector(new_images).decisions.shape
+torch.Size([5])
 """
 
 from __future__ import annotations

@@ -7,11 +7,23 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A setting, file or model that the user gave cannot be used; the message says which, what was found and what is allowed."""
+    """A setting, file or model that the user gave cannot be used; the message says which, what was found and what is allowed.
+
+    It is a ``ValueError``. The command line prints its message alone and exits with 1.
+
+    Examples:
+        >>> require(0 < 5 <= 1, "attack.rate must be in (0, 1], got 5; did you mean 0.05?")
+        Traceback (most recent call last):
+        marginclip.errors.UserError: attack.rate must be in (0, 1], got 5; did you mean 0.05?
+    """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint such as ``"; did you mean 'badnet'?"``, or the empty string when nothing valid is close to ``name``."""
+    """A hint such as ``"; did you mean 'badnet'?"``, or the empty string when nothing valid is close to ``name``.
+
+    >>> nearest("badnett", ["badnet", "blend"])
+    "; did you mean 'badnet'?"
+    """
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 

@@ -43,7 +43,12 @@ class X2X(ABC):
 
 
 class AllToOne(X2X):
-    """Every class but the target is a source; all go to ``target`` (drawn by ``seed`` when None)."""
+    """Every class but the target is a source; all go to ``target`` (drawn by ``seed`` when None).
+
+    >>> labels = torch.tensor([0, 1, 2, 3])
+    >>> AllToOne(4, target=2).eligible(labels).tolist(), AllToOne(4, target=2).flipped(labels).tolist()
+    ([True, True, False, True], [2, 2, 2, 2])
+    """
 
     name = "all2one"
 
@@ -60,7 +65,11 @@ class AllToOne(X2X):
 
 
 class OneToOne(X2X):
-    """One source class goes to one target class (both drawn by ``seed`` when None)."""
+    """One source class goes to one target class (both drawn by ``seed`` when None).
+
+    >>> OneToOne(4, source=3, target=2).eligible(torch.tensor([0, 1, 2, 3])).tolist()
+    [False, False, False, True]
+    """
 
     name = "one2one"
     one_source = True
@@ -88,6 +97,9 @@ class AllToAll(X2X):
     """Every class is a source and class y goes to (y + 1) mod K.
 
     To do so the victim must recognise class y first, so the success of this attack is bounded by about its clean accuracy.
+
+    >>> AllToAll(4).flipped(torch.tensor([0, 1, 2, 3])).tolist()
+    [1, 2, 3, 0]
     """
 
     name = "all2all"

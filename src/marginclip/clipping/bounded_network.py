@@ -30,13 +30,25 @@ class BoundedNetwork(nn.Module):
     under ``bounds.*`` (the same tensors once more under ``network.bound_*``); :meth:`bounds_state` and :meth:`load_bounds` save and
     load them alone.
 
-    ``example`` is one image (C, H, W) or a batch (N, C, H, W). ``channel_axis`` overrides where the channels of activations with
-    more than two axes are (see :func:`marginclip.clipping.activations.find_sites`). ``sites`` limits the bounds to some of the
-    activations (see :func:`marginclip.clipping.activations.choose_sites`). With ``offsets`` one learnable number is added to the logit of
-    each class (``offsets.value``), 0 at first, and if they are ``scaled``, all are multiplied by one number before
-    (``offsets.scale``), 1 at first; without, ``offsets`` is None.
+    Args:
+        model: any torch network that torch.fx can trace and that gives logits.
+        example: one image (C, H, W) or a batch (N, C, H, W).
+        channel_axis: where the channels of activations with more than two axes are. None: found by the model's layers
+            (:func:`marginclip.clipping.activations.find_sites`).
+        sites: which activations are bounded: ``all``, ``last``, ``first_half`` or a list of names
+            (:func:`marginclip.clipping.activations.choose_sites`).
+        offsets: add one learnable number to the logit of each class (``offsets.value``), 0 at first. False: ``offsets`` is None.
+        scaled: multiply all logits by one learnable number before (``offsets.scale``), 1 at first; with ``offsets`` only.
 
-    Raises :class:`UserError` for a model that cannot be traced or has no activations.
+    Raises:
+        UserError: for a model that cannot be traced or has no activations.
+
+    Examples:
+        >>> bounded = BoundedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 2, 2))
+        >>> [(name, bound.upper.tolist()) for name, bound in bounded.each()]
+        [('000_2', [inf, inf, inf])]
+        >>> bounded.num_bounds
+        3
     """
 
     def __init__(

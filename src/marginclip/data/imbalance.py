@@ -18,6 +18,13 @@ def class_counts(profile: str, num_classes: int, largest: int, ratio: float) -> 
 
     ``exponential`` (LT): largest * ratio^(-i / (K - 1)) for class i of K; ``step``: the first half of the classes keep
     ``largest`` (of an odd number of classes, the smaller half), the others have ``largest / ratio``. Never less than one image.
+
+    CIFAR-10-LT of ratio 100, and the step profile of the same ratio for 4 classes:
+
+    >>> class_counts("exponential", 10, 5000, 100)
+    [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    >>> class_counts("step", 4, 5000, 100)
+    [5000, 5000, 50, 50]
     """
     if profile == "step":
         return [largest if label < num_classes // 2 else _whole(largest / ratio) for label in range(num_classes)]

@@ -25,6 +25,11 @@ def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
 
     ``logits`` and ``bounded_logits`` (N, K) of the model and of the repaired network; returns (N,) in logits, about 0 for clean
     images and large for triggered ones.
+
+    The second image loses 9 of its 10 logits of margin; the first loses nothing:
+
+    >>> margin_drop(torch.tensor([[3.0, 1.0], [0.0, 10.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])).tolist()
+    [0.0, 9.0]
     """
     decisions = logits.argmax(1)
     return margin(logits, decisions) - margin(bounded_logits, decisions)
@@ -32,8 +37,14 @@ def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Detection:
-    """What a detector says of N images, all (N,): the corrected ``decisions`` (-1: rejected), which were ``flagged``, their
-    ``p_values`` and ``statistic`` (S)."""
+    """What a detector says of N images; all tensors are (N,).
+
+    Args:
+        decisions: the corrected classes, int64; -1 is a rejected image.
+        flagged: whether the image is taken for a triggered one.
+        p_values: the chance that a clean image loses as much margin, in [0, 1].
+        statistic: the margin drop S, in logits.
+    """
 
     decisions: Tensor
     flagged: Tensor
@@ -44,18 +55,28 @@ class Detection:
 class MarginDropDetector(nn.Module):
     """Flags images whose margin drops too far under the bounds for a clean image, and corrects their decision.
 
-    ``model`` and ``repaired`` map images to logits; ``clean_statistics`` (M,) are the margin drops of clean images and
-    ``clean_margins`` (M,) what margin the repaired network leaves to the model's decision there. An image is flagged when its
-    p-value under the ``null_distribution`` (see :func:`marginclip.maxmargin.null.p_values`) is below ``theta``; with
-    ``rule="or_disagree"``, the wording of the second paper, also when the two networks disagree. Not flagged: the model's decision
-    stands (``"paper"``, which is MMDF, and ``"or_disagree"``), or that of the repaired network (``"repaired"``, which is ours). The
-    latter costs what the repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the bounds undo
-    without a large drop.
-    Flagged: ``correction`` says what happens. ``"exclude"`` takes the repaired network's best class *other than* the model's
-    (the papers): a false alarm is then always wrong, which is why the null must be well calibrated. ``"insist"`` keeps the model's
-    class where the repaired network chooses it too, by a margin of at least the clean samples' median; it forgives false alarms,
-    and triggers that survive the repair as well (docs/results.md), so use it only where repaired and attacked agree on little.
-    ``"reject"`` decides -1.
+    Called with images (N, C, H, W) in [0, 1] it returns a :class:`Detection`. :meth:`fit` makes one from clean images.
+
+    Args:
+        model: the classifier as it was given: images to logits.
+        repaired: the same with bounds.
+        clean_statistics: margin drops of clean images, (M,) in logits.
+        clean_margins: the margin that the repaired network leaves to the model's decision there, (M,) in logits.
+        theta: an image is flagged where its p-value is below this share, in (0, 1).
+        null_distribution: how margin drops become p-values: ``tail``, ``empirical`` or ``gaussian``
+            (:func:`marginclip.maxmargin.null.p_values`).
+        rule: who decides what is not flagged. ``paper``, which is MMDF: the model. ``repaired``, which is ours: the repaired network;
+            it costs what the repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the
+            bounds undo without a large drop. ``or_disagree``, the wording of the second paper: the model, and images on which
+            the two networks disagree are flagged too.
+        correction: what is decided about a flagged image. ``exclude`` (the papers): the repaired network's best class *other than*
+            the model's; a false alarm is then always wrong, which is why the null must be well calibrated. ``insist`` keeps the
+            model's class where the repaired network chooses it too, by a margin of at least the clean samples' median; it forgives
+            false alarms, and triggers that survive the repair as well, so use it only where repaired and attacked agree on little.
+            ``reject``: -1.
+
+    Raises:
+        UserError: for a setting that is not one of these.
     """
 
     clean_statistics: Tensor
@@ -85,10 +106,21 @@ class MarginDropDetector(nn.Module):
     def fit(
         cls, model: nn.Module, repaired: nn.Module, images: Tensor, *, batch_size: int | None = None, **settings: Any
     ) -> MarginDropDetector:
-        """Fit the null to clean images (M, C, H, W) in [0, 1]; ``settings`` are the constructor's.
+        """Make a detector whose null is that of clean images.
 
-        Images that the bounds were *not* learned from give a better calibrated null; those that they were learned from, as in
-        the papers, make false alarms more frequent than ``theta``.
+        Args:
+            model: the classifier as it was given: images to logits.
+            repaired: the same with bounds.
+            images: clean images (M, C, H, W) in [0, 1]. Those that the bounds were *not* learned from give a better calibrated null;
+                those that they were learned from, as in the papers, make false alarms more frequent than ``theta``.
+            batch_size: images in a forward pass.
+            **settings: ``theta``, ``null_distribution``, ``rule`` and ``correction`` of the constructor.
+
+        Returns:
+            The detector; it logs a warning where the images are too few for it to flag anything.
+
+        Raises:
+            UserError: for fewer than 2 images, images outside [0, 1], and wrong settings.
         """
         check_images(images)
         require(len(images) >= 2, f"a detector needs at least 2 clean images, got {len(images)}")

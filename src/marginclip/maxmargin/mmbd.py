@@ -22,9 +22,18 @@ SMALLEST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class MaximumMargins:
-    """What MM-BD says of a model: ``statistics`` (K,), the maximum margin of every class in logits; the ``p_value`` of the largest
-    and its class, the ``suspect``; whether a backdoor was ``detected``; the p-value before calibration; the gamma null's ``shape``
-    and ``scale`` (logits); and the input of largest margin of every class, ``images`` (K, C, H, W), where they were searched for."""
+    """What MM-BD says of a model of K classes.
+
+    Args:
+        statistics: the maximum margin of every class, (K,) in logits.
+        p_value: of the largest of them, calibrated.
+        suspect: its class.
+        detected: whether there is a backdoor by this test.
+        uncalibrated_p_value: the p-value as published.
+        shape: of the gamma null.
+        scale: of the gamma null, in logits.
+        images: the input of largest margin of every class, (K, C, H, W) in [0, 1]. None where they were not searched for.
+    """
 
     statistics: Tensor
     p_value: float
@@ -153,9 +162,20 @@ class MaximumMarginTest:
 def maximum_margin_detection(
     model: nn.Module, image_shape: Sequence[int], num_classes: int, *, autocast: torch.dtype | None = None, **settings: Any
 ) -> MaximumMargins:
-    """Whether a classifier has a backdoor, judged without any image; ``settings`` are those of :class:`MaximumMarginTest`.
+    """Whether a classifier has a backdoor, judged without any image (MM-BD).
 
-    ``model`` takes images of ``image_shape`` (C, H, W) in [0, 1] and gives logits of ``num_classes`` classes; it is not changed.
+    Args:
+        model: takes images in [0, 1] and gives logits; it is not changed.
+        image_shape: (C, H, W) of its images.
+        num_classes: how many logits it gives, at least 3.
+        autocast: the precision of the search; the margins themselves are fp32. None: that of the model.
+        **settings: those of :class:`MaximumMarginTest`.
+
+    Returns:
+        The maximum margins, their p-value and the suspect class.
+
+    Raises:
+        UserError: for fewer than 3 classes, another number of logits, and wrong settings.
     """
     return MaximumMarginTest(**settings)(model, image_shape, num_classes, autocast=autocast)
 

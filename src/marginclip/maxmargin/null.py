@@ -22,6 +22,14 @@ def p_values(statistic: Tensor, clean: Tensor, *, null_distribution: str = "tail
     probability-weighted moments (Hosking and Wallis 1987) with a shape in [0, 0.5]: no lighter than exponential.
 
     Where the clean statistics do not vary there is nothing to judge by, and every p-value is 1.
+
+    Of 4 clean samples 1 reaches 2.5, and none 9; the Gaussian null takes 9 for impossible:
+
+    >>> clean = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    >>> p_values(torch.tensor([2.5, 9.0]), clean, null_distribution="empirical").tolist()
+    [0.4000000059604645, 0.20000000298023224]
+    >>> p_values(torch.tensor([9.0]), clean, null_distribution="gaussian").item() < 1e-8
+    True
     """
     require(
         null_distribution in NULLS,

@@ -14,7 +14,11 @@ from torchmetrics import Metric
 
 
 def share_equal(decisions: Tensor, labels: Tensor) -> Tensor:
-    """The share of ``decisions`` (N,) that equal ``labels`` (N,), a scalar in [0, 1]; NaN for no samples."""
+    """The share of ``decisions`` (N,) that equal ``labels`` (N,), a scalar in [0, 1]; NaN for no samples.
+
+    >>> share_equal(torch.tensor([3, 3, 1, -1]), torch.tensor([3, 3, 3, 3])).item()
+    0.5
+    """
     return (decisions == labels).float().mean()
 
 

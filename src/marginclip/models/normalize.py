@@ -15,6 +15,9 @@ class Normalize(nn.Module):
 
     The statistics are constants of the configuration and stay out of ``state_dict``, so a checkpoint that somebody else
     trained loads under its own keys.
+
+    >>> Normalize(mean=[0.5], std=[0.25])(torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)).flatten().tolist()
+    [-2.0, 0.0, 2.0]
     """
 
     mean: Tensor

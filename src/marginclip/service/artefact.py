@@ -73,8 +73,17 @@ class Description(BaseModel):
 class Artefact:
     """A model with its repair and detector, ready to decide about images; :meth:`save` keeps the repair in a folder.
 
-    ``model_settings`` and ``model_path`` say how the model was made, where it came from a command line; ``facts`` are further
-    entries of :class:`Description`.
+    Called with images (N, C, H, W) in [0, 1] it returns a :class:`~marginclip.maxmargin.Detection`. :meth:`fit` makes one.
+
+    Args:
+        model: the classifier as it was given.
+        network: the same with bounds.
+        detector: of the two.
+        classes: the names of the classes, in the order of the logits.
+        image_shape: (C, H, W) of the images.
+        facts: further entries of :class:`Description`.
+        model_settings: how the architecture was made, where it came from a command line.
+        model_path: where the weights were read from, the same.
     """
 
     model: nn.Module
@@ -102,12 +111,27 @@ class Artefact:
         tolerance: float | None = None,
         **origin: Any,
     ) -> Artefact:
-        """Repair ``model`` with ``defense`` (MMAC) from clean images (N, C, H, W) in [0, 1] and labels (N,), and fit the detector.
+        """Repair a model and fit the detector.
 
-        The detector's null comes from ``folds`` further repairs, each of which leaves a part of the images out; ``detector`` are its
-        settings. Bounds are relaxed where the repair costs more than ``tolerance`` points of accuracy on images that it has not seen
-        (:func:`~marginclip.defenses.clipping.tolerance.hold`); None never does. Raises :class:`UserError` as :meth:`Defense.fit`, and
-        for a method whose result has no bounds.
+        Args:
+            model: the classifier; it is not changed.
+            images: clean images (N, C, H, W) in [0, 1], about 50 of every class.
+            labels: their classes (N,), int64.
+            defense: the repair. None: MMAC.
+            classes: the names of the classes, in the order of the logits. None: their numbers.
+            folds: further repairs, each of which leaves a part of the images out; the detector's null comes from them.
+            seed: of the repairs and the folds.
+            make_trainer: makes the Lightning Trainer for a number of epochs.
+            detector: settings of the detector: ``theta``, ``null_distribution``, ``rule``, ``correction``.
+            tolerance: points of accuracy that the repair may cost on images that it has not seen: bounds are relaxed where it costs
+                more (:func:`~marginclip.defenses.clipping.tolerance.hold`). None never relaxes them.
+            **origin: ``model_settings`` and ``model_path`` of the artefact.
+
+        Returns:
+            The artefact.
+
+        Raises:
+            UserError: for images, labels or models that do not fit, and for a method whose result has no bounds.
         """
         check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense

@@ -31,11 +31,19 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Audit:
-    """The outcome of :func:`audit`: the ``verdict`` in words, what was ``found``, and what the report draws.
+    """The outcome of :func:`audit`: the verdict, what it rests on, and what the report draws.
 
-    ``tensors``: ``images`` (K, C, H, W), the input of largest margin of each class; ``reliability`` (bins, 3); ``examples`` of the
-    suspect class; ``flagged_images``, where images were given to look at. ``sites`` holds, by activation call, the largest clean
-    activation and the bound of each map. ``seconds`` by part.
+    Args:
+        verdict: in words: its headline, how sure it is, the sentences of the report.
+        found: the numbers that were counted.
+        classes: the names of the classes.
+        margins: the outcome of MM-BD.
+        reached: the same for a few steps from clean images: how far each class can be reached.
+        seconds: by part.
+        tensors: ``images`` (K, C, H, W), the input of largest margin of each class; ``reliability`` (bins, 3); ``examples`` of the
+            suspect class; ``flagged_images``, where images were given to look at.
+        sites: by activation call, the largest clean activation and the bound of each map.
+        suspicious: what the detector says of the images that were given to look at. None where none were.
     """
 
     verdict: Verdict
@@ -79,11 +87,27 @@ def audit(
     make_trainer: TrainerFactory = silent_trainer,
     progress: Progress = lambda part: None,
 ) -> Audit:
-    """Look for a backdoor and for the traces of imbalance in ``model``, which is not changed.
+    """Look for a backdoor and for the traces of imbalance in a model.
 
-    ``images`` (N, C, H, W) in [0, 1] and ``labels`` (N,) are clean and out of an attacker's reach, about 50 of every class.
-    ``suspect_images`` (M, C, H, W) need no labels: the detector says which of them it flags. ``progress`` is told the name of each part as
-    it begins. Raises :class:`UserError` for a model or images that do not fit, and for fewer than 3 classes.
+    Args:
+        model: the classifier; it is not changed.
+        images: clean images (N, C, H, W) in [0, 1], out of an attacker's reach, about 50 of every class.
+        labels: their classes (N,), int64.
+        classes: the names of the classes, in the order of the logits. None: their numbers.
+        suspect_images: images (M, C, H, W) from use, without labels: the detector says which of them it flags.
+        test: the settings of MM-BD. None: the shipped ones.
+        mmac: the repair against backdoors. None: the shipped settings.
+        mmom: the repair of imbalance. None: the shipped settings.
+        folds: parts of the clean set; images of one are decided by a repair that was learned from the others.
+        seed: of everything that is drawn.
+        make_trainer: makes the Lightning Trainer for a number of epochs.
+        progress: is told the name of each part as it begins.
+
+    Returns:
+        The verdict and what it rests on.
+
+    Raises:
+        UserError: for a model or images that do not fit, and for fewer than 3 classes.
     """
     logits = clean_logits(model, images).cpu()
     labels = labels.cpu()

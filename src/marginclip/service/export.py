@@ -64,10 +64,21 @@ class DecisionNetwork(nn.Module):
 
 
 def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: str = "mmdf") -> Path:
-    """Write one graph with a free batch size: ``part`` is ``mmdf`` (:class:`DecisionNetwork`) or ``repaired`` (images to logits).
+    """Write one graph with a free batch size.
 
-    ``format`` is ``pt2`` (``torch.export``) or ``onnx``, which needs the packages onnx and onnxscript. The program that was written
-    is not run: compare it with the artefact on your own images. Raises :class:`UserError` for what cannot be exported.
+    The program that was written is not run: compare it with the artefact on your own images.
+
+    Args:
+        artefact: the repaired model with its detector.
+        path: of the file to write.
+        format: ``onnx``, which needs the packages onnx and onnxscript, or ``pt2`` (``torch.export``).
+        part: ``mmdf``: images to decisions, flags and p-values (:class:`DecisionNetwork`); ``repaired``: images to logits.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: for another format or part, and where onnx is not installed.
     """
     require(format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got '{format}'")
     require(part in PARTS, f"part must be one of {', '.join(PARTS)}, got '{part}'")

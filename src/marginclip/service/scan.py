@@ -46,9 +46,19 @@ class ScannedImage:
 def scan(
     artefact: Artefact, paths: Iterable[str | Path | LeftOut], *, batch_size: int = 64, resize: bool = False
 ) -> Iterator[ScannedImage]:
-    """A row for each file of ``paths``, in order, as they come: a batch at a time is in memory, however many there are.
+    """A row for each image file, in order, as they come: a batch at a time is in memory, however many there are.
 
-    ``resize`` scales and cuts images of other sizes; otherwise they are rows with an error, like files that are no images.
+    Args:
+        artefact: the repaired model with its detector.
+        paths: of the files. What cannot be used is a row with its reason.
+        batch_size: files in a batch.
+        resize: scale and cut images of other sizes; otherwise they are rows with an error.
+
+    Returns:
+        The rows, one after the other.
+
+    Raises:
+        UserError: for ``resize`` with a model of images that are not square.
     """
     require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
     channels, height, width = artefact.image_shape

@@ -37,11 +37,21 @@ class Auto(Defense):
     MM-BD tests the model; ``folds`` repairs by MMOM, each learned without one stratified fold of the clean set, decide the images
     of that fold, and so do repairs by MMAC where MM-BD asks for it. :class:`~marginclip.defenses.choosing.evidence.Rule` decides with
     ``alpha``, ``min_gain`` and ``max_cost``; the repair that it keeps is learned from the whole clean set, and ``none`` gives a copy
-    of the model.
+    of the model. All is done on the Trainer's device and in its precision.
 
-    ``mmac``, ``mmom`` and ``detection`` make a new repair or test when they are called with a ``seed``; None stands for the
-    shipped settings. All is done on the Trainer's device and in its precision. Raises :class:`UserError` where a class has
-    fewer clean images than there are folds, and for fewer than 3 classes, which MM-BD cannot compare.
+    Args:
+        mmac: makes a new repair by MMAC when it is called with a ``seed``. None: the shipped settings.
+        mmom: the same for MMOM.
+        detection: the same for the test by MM-BD.
+        folds: parts of the clean set; images of one are decided by a repair that was learned from the others.
+        alpha: level of the tests, MM-BD's own excepted.
+        min_gain: accuracy, as a fraction, that MMOM must gain to be kept.
+        max_cost: accuracy, as a fraction, from which on MMAC is refused.
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: for a setting outside its range; by ``fit`` where a class has fewer clean images than there are folds, and for
+            fewer than 3 classes, which MM-BD cannot compare.
     """
 
     label = "automatic choice"

@@ -31,21 +31,38 @@ KEEP = ("feasible", "best", "last")
 class BoundLearning(LearningDefense):
     """What MMAC, MMOM and MMBM have in common: learns an upper (and, where needed, lower) bound for activations from clean images.
 
-    The ``objective`` tells them apart.
+    Each step refreshes the margin inputs when they are due, then takes one Adam step on the bounds towards a lower objective (paper 1,
+    Algorithm 1). Every ``check_every`` steps the accuracy on the clean images that the model classifies correctly is measured. It moves
+    lambda, and says which bounds are returned.
 
-    Each of ``steps`` training steps refreshes the margin inputs when they are due (``ascent``), then takes one Adam step of size
-    ``learning_rate`` on the bounds towards a lower ``objective`` (:func:`~marginclip.maxmargin.objectives.mmac`; paper 1,
-    Algorithm 1) on ``batch_size`` clean images (for MMAC and MMBM, of those that the model classifies correctly). ``sites`` says
-    which activations are bounded (:func:`~marginclip.clipping.activations.choose_sites`). ``lr_scale="relative"`` multiplies the
-    learning rate at each activation by the mean of its initial bounds, so that it means the same for models of any scale. With
-    an ``offset_rate`` (a learning rate, in logits) one offset a class is learned with the bounds, and with a ``scale_rate``, too,
-    one factor of all logits, the inverse of a temperature, from where they fit the clean set best at the bounds' start. Learning
-    ends before ``steps`` when two losses in a row differ by less than ``tolerance``, where every step takes the whole clean set.
+    Args:
+        objective: what is minimised; it tells the methods apart (:func:`~marginclip.maxmargin.objectives.mmac`). None: MMAC's.
+        sites: which activations are bounded: ``all``, ``last``, ``first_half`` or a list of names
+            (:func:`~marginclip.clipping.activations.choose_sites`).
+        start: where the bounds start. None: 0.4 of the 0.9 quantile of what each map reaches on the clean images.
+        ascent: how margin inputs are made and when. None: its defaults; an objective without margins takes None only.
+        lambda_: the weight of the margin term, and how it moves. None: its defaults.
+        steps: bound steps to take.
+        extra_steps: further steps, taken with ``keep="feasible"`` while no bounds have kept the accuracy.
+        tolerance: end before ``steps`` when two losses in a row differ by less; only where every step takes the whole clean set.
+            None: never.
+        batch_size: clean images in a step; for MMAC and MMBM, of those that the model classifies correctly.
+        learning_rate: of Adam, for the bounds.
+        lr_scale: ``relative`` multiplies the learning rate at each activation by the mean of its initial bounds, so that it means the
+            same for models of any scale; ``absolute`` does not.
+        offset_rate: learning rate, in logits, of one offset a class that is learned with the bounds. None: no offsets.
+        scale_rate: learning rate of one factor of all logits, the inverse of a temperature; needs ``offset_rate``. None: no factor.
+            Offsets and factor start where they fit the clean set best under the starting bounds.
+        keep: the bounds to return. ``feasible``: the last that kept the accuracy at ``lambda_.min_agreement``; ``best``: those among
+            them of the lowest objective at the initial lambda; ``last``: the last, as the published scripts. Where none kept it, the
+            first two relax the last bounds towards the clean maxima until they do.
+        project: project the bounds to feasible values after every step.
+        check_every: steps between two checks of the accuracy.
+        channel_axis: where the channels of activations with more than two axes are. None: found by the model's layers.
+        seed: of the margin inputs and of the order of the clean images.
 
-    Every ``check_every`` steps the accuracy on all of those images is measured. It moves lambda (``lambda_``), and says which bounds are
-    returned: ``keep="feasible"`` the last that kept it at ``lambda_.min_agreement``, ``"best"`` those among them of lowest objective at
-    the initial lambda, ``"last"`` the last whatever it is (as the published scripts). Where none kept it, the first two relax the last
-    bounds towards the clean maxima until they do; ``"feasible"`` goes on for up to ``extra_steps`` before.
+    Raises:
+        UserError: for a setting outside its range, and for one that has no effect beside the others.
     """
 
     label = "learned bounds"

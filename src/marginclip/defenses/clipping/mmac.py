@@ -10,7 +10,14 @@ class MMAC(BoundLearning):
 
     Bounds start tight, at 0.4 of the 0.9 quantile of the clean activations, where a model has lost accuracy and most attacks have, too.
     The cross entropy of the clean images buys the accuracy back, while a hinge keeps down the margins of clean images that were moved
-    towards other classes by a few small steps. Arguments are those of :class:`BoundLearning`.
+    towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and so are their defaults.
+
+    Examples:
+        >>> MMAC(steps=120).steps
+        120
+        >>> MMAC(steps=0)
+        Traceback (most recent call last):
+        marginclip.errors.UserError: defense.steps must be at least 1, got 0
     """
 
     label = "MMAC"

@@ -11,10 +11,14 @@ from marginclip.maxmargin.objectives import BoundObjective, MMBMObjective
 
 
 class MMBM(BoundLearning):
-    """Maximum-margin bound minimisation as published: behind the stem and the first stages only; see :class:`BoundLearning`.
+    """Maximum-margin bound minimisation as published: behind the stem and the first stages only, and without margins.
 
-    Defaults: every bound starts at 8, lambda at 0.5 and moves by the agreement on the clean set. A check is 10 passes over 500 images, so
-    that lambda moves after 20, 30 and 40 of the 50 passes.
+    Its arguments are those of :class:`BoundLearning`; defaults of its own: every bound starts at 8, lambda at 0.5 and moves by the
+    agreement on the clean set. A check is 10 passes over 500 images, so that lambda moves after 20, 30 and 40 of the 50 passes.
+
+    Examples:
+        >>> MMBM().sites, MMBM().objective.ascends
+        ('first_half', False)
     """
 
     label = "MMBM"

@@ -11,10 +11,15 @@ from marginclip.maxmargin.objectives import BoundObjective, MMOMObjective
 
 
 class MMOM(BoundLearning):
-    """Maximum-margin overfitting mitigation with our default schedule, ``last_activation``; see :class:`BoundLearning` for the arguments.
+    """Maximum-margin overfitting mitigation with our default schedule, ``last_activation``.
 
     The last activation alone is bounded, and one offset a class and one factor of the logits are learned with its bounds, from all
-    clean images at every step. Defaults: ``start`` 0.6 of the clean maxima, ``ascent`` anew every 10 steps, lambda 1e-5.
+    clean images at every step. Its arguments are those of :class:`BoundLearning`; defaults of its own: the objective is
+    :func:`~marginclip.maxmargin.objectives.mmom`, ``start`` 0.6 of the clean maxima, ``ascent`` anew every 10 steps, lambda 1e-5.
+
+    Examples:
+        >>> MMOM().sites, MMOM().lambda_.initial
+        ('last', 1e-05)
     """
 
     label = "MMOM"

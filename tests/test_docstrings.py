@@ -1,0 +1,71 @@
+"""What the docstrings say holds: their examples run, and those of the public API describe every argument, in order."""
+
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import marginclip
+
+PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
+WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*>>> ", path.read_text(), flags=re.M))
+METHODS = [marginclip.Artefact.fit, marginclip.MarginDropDetector.fit]
+PUBLIC = [getattr(marginclip, name) for name in marginclip.__all__] + METHODS
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", [module_name(path) for path in WITH_EXAMPLES])
+def test_examples_give_what_they_show(name):
+    failed, attempted = doctest.testmod(importlib.import_module(name))
+    assert attempted > 0
+    assert failed == 0
+
+
+def described(text, section):
+    """The names that a section of a docstring describes, in its order."""
+    body = re.search(rf"^{section}:\n((?:    .*\n?|\n)*)", inspect.cleandoc(text) + "\n", flags=re.M)
+    return re.findall(r"^    (\**\w+): \S", body[1], flags=re.M) if body else []
+
+
+def arguments(thing):
+    kinds = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
+    return [kinds.get(one.kind, "") + one.name for one in inspect.signature(thing).parameters.values() if one.name != "self"]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__qualname__)
+def test_every_argument_is_described_in_order(thing):
+    if thing is marginclip.UserError:
+        return  # an exception that users catch and never make
+    if issubclass(thing, marginclip.BoundLearning) if inspect.isclass(thing) else False:
+        assert arguments(thing) == arguments(marginclip.BoundLearning)
+        thing = marginclip.BoundLearning
+    assert described(thing.__doc__, "Args") == arguments(thing)
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__qualname__)
+def test_functions_say_what_they_return_and_raise(thing):
+    if not inspect.isclass(thing):
+        assert re.search(r"^Returns:\n    \S", inspect.cleandoc(thing.__doc__), flags=re.M)
+        assert described(thing.__doc__, "Raises") == ["UserError"]
+
+
+def test_the_reading_of_sections_is_right():
+    text = """One.
+
+    Args:
+        first: a thing: with a colon.
+            second line: of the same.
+        **rest: more.
+
+    Raises:
+        UserError: never.
+    """
+    assert described(text, "Args") == ["first", "**rest"]
+    assert described(text, "Raises") == ["UserError"]
+    assert described(text, "Returns") == []
