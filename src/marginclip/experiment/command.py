@@ -134,9 +134,10 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     overrides = " ".join(HydraConfig.get().overrides.task) or "the default run"
     outcome: dict[str, Any] = {"overrides": overrides, "error": None, "record": None}
     try:
+        from marginclip.experiment.replaced_targets import fit_to_targets
         from marginclip.experiment.spec import run_spec
 
-        content = plain(config)
+        content = fit_to_targets(plain(config), HydraConfig.get().overrides.task)
         settings = {key: content.pop(key) for key in own}
         if HydraConfig.get().mode == RunMode.MULTIRUN and content["logger"].get("group", "") is None:
             content["logger"]["group"] = "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])  # the sweep's own name

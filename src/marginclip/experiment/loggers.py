@@ -80,7 +80,7 @@ def run_tags(spec: RunSpec) -> list[str]:
 
 def victim_name(spec: RunSpec) -> str:
     """The name that a victim and all runs of it share, so that they can be joined."""
-    return str(spec.checkpoint) if spec.from_checkpoint else find_victim(spec).folder.name
+    return str(spec.weights) if spec.from_checkpoint else find_victim(spec).folder.name
 
 
 def keep_earlier_rows(folder: Path) -> None:

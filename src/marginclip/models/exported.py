@@ -41,7 +41,9 @@ def exported_model(
             warnings.simplefilter("ignore")
             program = torch.export.load(str(path))
     except Exception as error:  # whatever torch raises for a file of another kind or version
-        raise UserError(f"model.path='{path}' is no exported program of torch {torch.__version__} ({first_line(error)})") from error
+        raise UserError(
+            f"model.path='{path}' is no exported program of torch {torch.__version__} ({first_line(error)})"
+        ) from error
     network = NormalizedNetwork(make_normalize(in_channels, mean, std), from_program(program, output=output))
     network.loaded_from = str(path)
     return network
