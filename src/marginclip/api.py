@@ -27,8 +27,8 @@ def repair(
 ) -> nn.Module:
     """Repair a classifier without its training set, from a few clean images.
 
-    ``images`` (N, C, H, W) in [0, 1], about 50 of every class; ``labels`` (N,) int64. ``model`` is any torch network that
-    torch.fx can trace, takes images in [0, 1] and gives logits; it is not changed. ``method`` is ``mmac`` (backdoors; the default),
+    ``images`` (N, C, H, W) in [0, 1], about 50 of every class; ``labels`` (N,) int64. ``model`` is any torch network that torch.fx or
+    torch.export can trace, takes images in [0, 1] and gives logits; it is not changed. ``method`` is ``mmac`` (backdoors; the default),
     ``mmom`` (imbalance and over-training), ``mmbm``, or ``auto``, which tells from the clean images which of the first two is
     needed, if any. ``defense`` is an object with other settings instead, such as ``MMAC(steps=120)``. ``precision="auto"`` learns in
     bf16 where the device computes in it.

@@ -101,17 +101,18 @@ def module_path(node: fx.Node) -> tuple[str, str]:
 def _logits(result: Any, program: fx.GraphModule, output: str | None) -> fx.Node:
     """The node of the logits in the flat results of a program."""
     flat = list(result) if isinstance(result, (tuple, list)) else [result]
-    spec = getattr(program, "_out_spec", None) or getattr(program.graph._codegen, "pytree_info", None)
+    spec: Any = getattr(program, "_out_spec", None) or getattr(program.graph._codegen, "pytree_info", None)
     if isinstance(spec, tuple):
         spec = spec.out_spec
     place: Any = flat if spec is None else pytree.tree_unflatten(flat, spec)
     if output is not None:
-        place = place[output] if isinstance(place, dict) else getattr(place, output, None)
+        place = place.get(output) if isinstance(place, dict) else getattr(place, output, None)
     elif isinstance(place, (tuple, list)) and len(place) == 1:
         (place,) = place
     require(
         isinstance(place, fx.Node),
-        f"the network must return one tensor of logits, not a {type(place).__name__}; model.output names the part that holds them",
+        f"the network must return one tensor of logits, not a {type(place).__name__}; model.output names the part of an object or "
+        "dictionary that holds them",
     )
     return place  # type: ignore[no-any-return]
 
