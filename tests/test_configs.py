@@ -195,10 +195,19 @@ def test_the_adaptive_attacker_is_made_of_another_attack_and_the_defenders_own_m
 
 
 @pytest.mark.parametrize("model", options("model"))
-def test_models_are_made(model):
+def test_models_are_made(model, tmp_path):
+    if model == "huggingface":
+        pytest.importorskip("transformers")
+        settings = {"model_type": "resnet", "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    if model == "exported":
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 4))
+        torch.export.save(torch.export.export(network, (torch.rand(2, 3, 32, 32),)), tmp_path / "model.pt2")
     given = {
         "import": ["model.target=torchvision.models:squeezenet1_1", "+model.arguments.num_classes=4"],
         "timm": ["model.network=resnet10t"],
+        "huggingface": [f"model.path={tmp_path}"],
+        "exported": [f"model.path={tmp_path / 'model.pt2'}", "model.trust=true"],
     }.get(model, [])
     pytest.importorskip("timm") if model == "timm" else None
     made = make(composed("defend", f"model={model}", *given).model, num_classes=4, in_channels=3, key="model").eval()

@@ -33,14 +33,13 @@ def repair(
     """Repair a classifier without its training set, from a few clean images.
 
     Args:
-        model: any torch network that torch.fx can trace, takes images in [0, 1] and gives logits; it is not changed.
+        model: any torch network that torch.fx or torch.export can trace, takes images in [0, 1] and gives logits; it is not changed.
         images: clean images (N, C, H, W) in [0, 1], about 50 of every class, which the model was not trained on.
         labels: their classes (N,), int64.
         method: ``mmac`` (backdoors), ``mmom`` (imbalance and over-training), ``mmbm``, or ``auto``, which tells from the clean
             images which of the first two is needed, if any. None: ``mmac``.
         defense: an object with other settings instead of ``method``, such as ``MMAC(steps=120)``.
         precision: ``auto`` learns in bf16 where the device computes in it; else a precision of Lightning, such as ``32-true``.
-
         tolerance: points of accuracy that the repair may cost on images that it has not seen. Two further repairs, each of half of
             the images, measure that; where it costs more, the bounds are relaxed until it does not, and a warning says so, or that
             it cannot be held. None leaves this out, and takes a third of the time. So do ``auto``, which weighs the cost itself,

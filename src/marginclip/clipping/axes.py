@@ -51,10 +51,11 @@ def _moved(name: str, node: fx.Node, axis: int, before: Shape, after: Shape) -> 
     """Where an operator puts the channels that were on ``axis`` of its input; None where they are no axis of their own any more."""
     arguments: Any = node.args[1:]
     if name == "permute":
-        return [each % len(before) for each in arguments[0]].index(axis)
+        order: list[int] = [each % len(before) for each in arguments[0]]
+        return order.index(axis)
     if name == "transpose":
         one, other = (each % len(before) for each in arguments[:2])
-        return {one: other, other: one}.get(axis, axis)
+        return int({one: other, other: one}.get(axis, axis))
     if name in RESHAPING:
         found = (
             each for each in range(1, len(after)) if after[each] == before[axis] and prod(after[:each]) == prod(before[:axis])

@@ -23,7 +23,12 @@ from marginclip.service.artefact import Description
 from marginclip.service.scan import image_files
 from marginclip.service.verdict import UNTESTED
 
-OWN_MODELS = ("marginclip.models.ResNet", "marginclip.models.TorchvisionModel", "marginclip.models.timm_model")
+OWN_MODELS = (
+    "marginclip.models.ResNet",
+    "marginclip.models.TorchvisionModel",
+    "marginclip.models.timm_model",
+    "marginclip.models.huggingface_model",
+)
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -62,12 +67,15 @@ def _model(description: Description, folder: str, model_path: str | None, *, tru
     path = model_path or description.model_path
     require(path is not None, f"the artefact '{folder}' does not say where its model is: give --model FILE")
     require(
-        Path(str(path)).is_file(),
+        Path(str(path)).exists(),
         f"the model '{path}' of the artefact '{folder}' is not there: give its file with --model FILE",
     )
     channels = description.image_shape[0]
+    if settings.get("path") == description.model_path:  # the model brings its weights: from where they are now
+        settings = {**settings, "path": path}
     model: nn.Module = make(settings, key="model", num_classes=len(description.classes), in_channels=channels)
-    load_checkpoint(path, model, key="--model" if model_path else "model_path")
+    if getattr(model, "loaded_from", None) != path:
+        load_checkpoint(path, model, key="--model" if model_path else "model_path")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.eval().to(memory_format=torch.channels_last).to(device)
     return model

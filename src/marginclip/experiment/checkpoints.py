@@ -36,7 +36,13 @@ def load_checkpoint(path: str | None, model: nn.Module, *, key: str = "victim.pa
 
 
 def file_digest(path: str | None) -> str | None:
-    """The SHA-256 of a file's content, so that another file under the same name is another run; None where there is none."""
+    """The SHA-256 of a file's content, so that another file under the same name is another run; None where there is none.
+
+    That of a folder is made of the digests of the weights and settings in it.
+    """
+    if path is not None and Path(path).is_dir():
+        files = sorted(file for kind in ("*.safetensors", "*.json") for file in Path(path).glob(kind))
+        return hashlib.sha256(" ".join(f"{file.name} {file_digest(str(file))}" for file in files).encode()).hexdigest()
     if path is None or not Path(path).is_file():
         return None
     with Path(path).open("rb") as file:
@@ -46,7 +52,8 @@ def file_digest(path: str | None) -> str | None:
 def _read(file: Path, told: str) -> Any:
     require(
         file.suffix not in (".onnx", ".pt2"),
-        f"{told} is a graph without the network's code: give the weights that it was made from",
+        f"{told} is a graph without the network's code: give the weights that it was made from, or a .pt2 file as model=exported "
+        "model.path=...",
     )
     if file.suffix == ".safetensors":
         try:

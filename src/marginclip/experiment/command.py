@@ -172,10 +172,11 @@ def _shown(overrides: str, *, signs: bool) -> Iterator[None]:
 def _attempt(config: DictConfig, task: Callable[..., str], own: tuple[str, ...], outcome: dict[str, Any]) -> None:
     """Do ``task``, and note in ``outcome`` what became of it."""
     try:
+        from marginclip.experiment.replaced_targets import fit_to_targets
         from marginclip.experiment.spec import run_spec
         from marginclip.silence import endings_of_signals
 
-        content = plain(config)
+        content = fit_to_targets(plain(config), HydraConfig.get().overrides.task)
         settings = {key: content.pop(key) for key in own}
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             content["logger"] = with_group(content["logger"], sweep_name(Path(HydraConfig.get().sweep.dir)))

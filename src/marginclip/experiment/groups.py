@@ -153,6 +153,8 @@ class TrainerSpec:
         own = {each.name for each in fields(cls)} - {"target", "further"}
         known = {key: value for key, value in content.items() if key in own}
         further = {key: value for key, value in content.items() if key not in own and key != "_target_"}
+        for key in ("_target_", "accelerator", "devices", "precision"):
+            require(key in content, f"trainer needs the key '{key}': set it instead of deleting it")
         return cls(target=content["_target_"], further=further, **known)
 
 

@@ -19,6 +19,7 @@ from marginclip.defenses import MMAC, MMOM
 from marginclip.defenses.clipping.passes import Passes, passes_with_folds
 from marginclip.defenses.clipping.tolerance import check_tolerance
 from marginclip.errors import UserError, require
+from marginclip.experiment.groups import Settings
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
@@ -116,14 +117,23 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     return Artefact.fit(
         setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed, make_trainer=_trainers(spec, further),
         folds=folds, detector=None if detector is None else detector.settings,
-        model_settings=dict(spec.model.settings), model_path=str(Path(str(spec.checkpoint)).resolve()),
+        model_settings=_with_whole_path(spec.model.settings), model_path=str(Path(str(spec.weights)).resolve()),
         tolerance=tolerance,
     )  # fmt: skip
 
 
+def _with_whole_path(settings: Settings) -> dict[str, Any]:
+    """The settings of a model, its ``path`` one that is found from every folder."""
+    whole = dict(settings)
+    return whole | ({"path": str(Path(whole["path"]).resolve())} if isinstance(whole.get("path"), str) else {})
+
+
 def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
     """The methods, the setup with the model loaded, and the clean images on its device."""
-    require(spec.from_checkpoint, "audit and repair take a model that exists: victim.path=FILE (and no victim=trained)")
+    require(
+        spec.from_checkpoint,
+        "audit and repair take a model that exists: victim.path=FILE, or a model that brings its weights (and no victim=trained)",
+    )
     prepare_process(spec.trainer.threads)
     methods = make_methods(spec)
     setup = build_setup(spec)

@@ -191,6 +191,9 @@ def _with_groups(config_name: str, overrides: list[str]) -> DictConfig:
 
 def _explain(error: Exception, config_name: str, overrides: list[str], folders: OptionFolders) -> str:
     text = str(error)
+    kept = _kept_although_deleted(text, config_name, overrides)
+    if kept is not None:
+        return kept
     existing = re.search(r"already at '([^']+)'", text)
     if existing is not None:
         return f"the key '{existing.group(1)}' is there already: write it without '+'"
@@ -216,6 +219,23 @@ def _explain(error: Exception, config_name: str, overrides: list[str], folders: 
     hint = hint or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else "")
     where = f"under '{group}'" if group else "at the top"
     return f"unknown key '{key}'{hint}" + (f" (valid {where}: {', '.join(siblings)})" if siblings else "")
+
+
+def _kept_although_deleted(text: str, config_name: str, overrides: list[str]) -> str | None:
+    """What to say of ``~key`` for a key that is there: it is null already, or has another value than the one to delete."""
+    found = re.search(r"Could not delete[^']*'([^']+)'", text)
+    if found is None:
+        return None
+    key = found.group(1).partition("=")[0]
+    group, _, last = key.rpartition(".")
+    config = _with_groups(config_name, overrides)
+    node = OmegaConf.select(config, group) if group else config
+    if not isinstance(node, DictConfig) or last not in node:
+        return None
+    asked = next((text for text in overrides if text.startswith("~") and text[1:].partition("=")[0] == key), f"~{key}")
+    if node[last] is None:
+        return f"'{key}' is null already, which is as good as deleted: leave '{asked}' away"
+    return f"'{key}' is {node[last]}, not {asked.partition('=')[2]}: '~{key}' deletes it whatever it is"
 
 
 def _parts(config_name: str, overrides: list[str], group: str) -> list[str]:

@@ -23,6 +23,7 @@ def victim_recipe(spec: RunSpec) -> dict[str, Any]:
         "images": spec.dataset.source().digest(),
         "devices": devices if devices > 1 else None,
         "start_content": None if start == CLEAN else file_digest(start),
+        "model_content": file_digest(spec.model.settings.get("path")),
     }
     if spec.attack is not None and spec.attack.target.uses_clean_set:
         found["clean_order"] = spec.clean_order
@@ -32,7 +33,7 @@ def victim_recipe(spec: RunSpec) -> dict[str, Any]:
 def run_identity(spec: RunSpec) -> dict[str, Any]:
     """What the result of a run depends on, as plain content."""
     found: dict[str, Any] = identity(spec, Identifies.RUN) | {"images": spec.dataset.source().digest()}
-    return found | {"checkpoint_content": file_digest(spec.checkpoint)}
+    return found | {"checkpoint_content": file_digest(spec.weights)}
 
 
 def run_folder(spec: RunSpec) -> Path:

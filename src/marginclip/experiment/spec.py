@@ -66,6 +66,11 @@ class RunSpec:
         )
 
     @property
+    def weights(self) -> str | None:
+        """Where weights are read from: the checkpoint, or the ``path`` of a model that brings its own."""
+        return self.checkpoint or self.model.settings.get("path")
+
+    @property
     def names(self) -> Iterator[str]:
         """What the victim is, for the readable part of a folder's name."""
         yield from (self.dataset.choice.name, self.model.name)
@@ -88,7 +93,10 @@ def run_spec(config: Settings) -> RunSpec:
     known = {each.name for each in fields(RunSpec)} | {"victim"}
     for key in config:
         require(key in known, f"unknown key '{key}' at the top{nearest(key, known)}")
-    require(victim["kind"] in ("trained", "checkpoint"), f"victim.kind must be trained or checkpoint, got '{victim['kind']}'")
+    for key in ("seed", "runs_dir", "clean_per_class", "reserve_per_class", "clean_order"):
+        require(key in config, f"the run needs the key '{key}': set it instead of deleting it")
+    kind = victim.get("kind")
+    require(kind in ("trained", "checkpoint"), f"victim.kind must be trained or checkpoint, got '{kind}'")
     runs_dir = config["runs_dir"]
     require(isinstance(runs_dir, str) and runs_dir != "", f"runs_dir must be the name of a folder, got {runs_dir!r}")
     attack = Choice.of("attack", config["attack"])
@@ -103,7 +111,7 @@ def run_spec(config: Settings) -> RunSpec:
         x2x=None if attack is None else Choice.needed("x2x", config["x2x"]),
         trainer=TrainerSpec.of(config["trainer"]),
         checkpoint=victim.get("path"),
-        from_checkpoint=victim["kind"] == "checkpoint",
+        from_checkpoint=kind == "checkpoint",
         detect=Choice.of("detect", config.get("detect", {})),
         defense=DefenseSpec.of(config.get("defense", {})),
         clean_per_class=config["clean_per_class"],

@@ -46,10 +46,14 @@ def make_methods(spec: RunSpec) -> Methods:
 
 
 def load_model(spec: RunSpec, setup: VictimSetup) -> VictimSource:
-    """Give ``setup.model`` the weights of the victim, which is trained first where it does not exist, or of the checkpoint."""
+    """Give ``setup.model`` the weights of the victim, which is trained first where it does not exist, or of the checkpoint.
+
+    A model that brings its own weights keeps them where no checkpoint is named.
+    """
     if spec.from_checkpoint:
-        load_checkpoint(spec.checkpoint, setup.model)
-        source = VictimSource(path=str(spec.checkpoint))
+        if spec.checkpoint is not None or getattr(setup.model, "loaded_from", None) is None:
+            load_checkpoint(spec.checkpoint, setup.model)
+        source = VictimSource(path=str(spec.weights))
     else:
         victim, trained_now = obtain_victim(spec, setup)
         source = VictimSource(folder=str(victim.folder), trained_now=trained_now)

@@ -37,7 +37,9 @@ def huggingface_model(
     )
     network, loaded = _network(folder, num_classes)
     found = {"image_mean": mean, "image_std": std}
-    given = {name: _statistic(folder, name, in_channels) if value == "auto" else value for name, value in found.items()}
+    given: dict[str, Any] = {
+        name: _statistic(folder, name, in_channels) if value == "auto" else value for name, value in found.items()
+    }
     model = NormalizedNetwork(make_normalize(in_channels, given["image_mean"], given["image_std"]), network.float(), output)
     model.loaded_from = str(path) if loaded else None
     return model

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import operator
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -23,10 +27,22 @@ def export_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises whatever ``torch.export`` raises, and :class:`UserError` for a graph that cannot be taken apart.
     """
     batch = torch.cat([example[:1]] * 2).detach().clone()
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():  # without gradients torch fuses layers
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.inference_mode(False), torch.enable_grad():  # without gradients torch fuses layers
         program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
         return plain_graph(program.module(), tuple(batch.shape[1:]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, torch keeps its advice to itself: whoever asks for a traced network hears what matters in an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where torch prints the graph of a failure
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def is_exported(module: Any) -> bool:
@@ -85,17 +101,18 @@ def module_path(node: fx.Node) -> tuple[str, str]:
 def _logits(result: Any, program: fx.GraphModule, output: str | None) -> fx.Node:
     """The node of the logits in the flat results of a program."""
     flat = list(result) if isinstance(result, (tuple, list)) else [result]
-    spec = getattr(program, "_out_spec", None) or getattr(program.graph._codegen, "pytree_info", None)
+    spec: Any = getattr(program, "_out_spec", None) or getattr(program.graph._codegen, "pytree_info", None)
     if isinstance(spec, tuple):
         spec = spec.out_spec
     place: Any = flat if spec is None else pytree.tree_unflatten(flat, spec)
     if output is not None:
-        place = place[output] if isinstance(place, dict) else getattr(place, output, None)
+        place = place.get(output) if isinstance(place, dict) else getattr(place, output, None)
     elif isinstance(place, (tuple, list)) and len(place) == 1:
         (place,) = place
     require(
         isinstance(place, fx.Node),
-        f"the network must return one tensor of logits, not a {type(place).__name__}; model.output names the part that holds them",
+        f"the network must return one tensor of logits, not a {type(place).__name__}; model.output names the part of an object or "
+        "dictionary that holds them",
     )
     return place  # type: ignore[no-any-return]
 

@@ -41,7 +41,7 @@ class LoggedRun:
     @property
     def victim(self) -> str:
         """The name that a victim and all runs of it share, so that they can be joined."""
-        return str(self.spec.checkpoint) if self.spec.from_checkpoint else find_victim(self.spec).folder.name
+        return str(self.spec.weights) if self.spec.from_checkpoint else find_victim(self.spec).folder.name
 
 
 class Destination(ABC):
