@@ -2,15 +2,18 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from marginclip.cli import _as_options
+from marginclip.defenses import MMOM
 from marginclip.experiment import artefact_commands, handed_over
 from marginclip.experiment.command import plain
 from marginclip.experiment.spec import run_spec
+from marginclip.service import audit
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs" / "walk-through.md").read_text(), flags=re.S)
@@ -40,6 +43,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(handed_over, "audit", partial(audit, mmom=MMOM(steps=4, check_every=2)))
     space = {}
     for kind, block in BLOCKS:
         if kind == "python":
