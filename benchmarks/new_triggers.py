@@ -30,7 +30,7 @@ def main() -> None:
         setup, _ = obtained(options, given.runs_dir, clean_per_class=100)
         images, labels = setup.data.clean_set()
         half = torch.arange(len(images)) % 2 == 0
-        repaired = marginclip.repair(setup.model, images[half], labels[half], precision="32-true")
+        repaired = marginclip.repair(setup.model, images[half], labels[half], precision="32-true", tolerance=None)
         detector = marginclip.MarginDropDetector.fit(setup.model, repaired, images[~half])
         print(f"| {options.partition('=')[2]} | {' | '.join(Judge(setup).rows(detector))} |", flush=True)
 

@@ -49,6 +49,13 @@ def test_cells_labels_and_missing_values(attacked) -> None:
     }
 
 
+@pytest.mark.parametrize(("metrics", "said"), [({"none": {"acc": 0.5}}, True), ({"none": {"acc": 0.5, "asr": 0.9}}, False)])
+def test_a_table_without_a_trigger_says_that_none_was_tested(make_record, metrics, said) -> None:
+    file = io.StringIO()
+    print_table(make_record(metrics=metrics), file)
+    assert ("no trigger was tested" in " ".join(file.getvalue().split())) is said
+
+
 def test_columns_without_any_value_are_left_out(make_record) -> None:
     record = make_record(metrics={"none": {"acc": 0.5}, "mmdf": {"acc": 0.5, "fpr": 0.0}})
     assert list(cells(record)) == ["defense", "ACC %", "FPR %"]

@@ -36,6 +36,7 @@ class Clip(nn.Module):
     """What a :class:`Bound` gives, without its gradients: one pass for each of its sides."""
 
     upper: Tensor
+    lower: Tensor | None
 
     def __init__(self, bound: Bound) -> None:
         super().__init__()

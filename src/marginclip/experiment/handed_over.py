@@ -147,6 +147,12 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
             "the smallest class has %d clean images: with so few the repair costs more accuracy and the detector knows less of what is "
             "usual; about 50 of every class are what all was measured with", fewest,
         )  # fmt: skip
+    most = int(labels.bincount(minlength=len(setup.classes)).max())
+    if most > 2 * fewest:
+        log.warning(
+            "the classes have %d to %d clean images: so uneven a set costs accuracy like a small one, and causes more false alarms than "
+            "theta promises; dataset.root with as many of every class does better", fewest, most,
+        )  # fmt: skip
     return methods, setup, images.to(device_of(spec.trainer)), labels
 
 

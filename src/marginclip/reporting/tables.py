@@ -64,6 +64,8 @@ def _caption(record: RunRecord) -> str | None:
         return "the attack failed: these numbers say nothing about the defense"
     if record.status == "failed":
         return "the run failed"
-    if record.evaluated_on == "clean_set":
-        return "measured on the clean set itself, which the defense has seen: on new images it does worse"
-    return None
+    seen = "measured on the clean set itself, which the defense has seen: on new images it does worse"
+    told = [seen] if record.evaluated_on == "clean_set" else []
+    if not any("asr" in row for row in record.metrics.values()):
+        told.append("no trigger was tested: unchanged accuracy does not mean that the model is safe")
+    return "; ".join(told) or None

@@ -43,9 +43,9 @@ class Speed:
 
 
 def measure(model: nn.Module, images: Tensor) -> Speed:
-    """Time the bounded network on some of ``images`` (N, C, H, W), on the model's device; it takes a second, more for large models."""
-    network = BoundedNetwork(model, images[:1]).fused()
-    device = network.bound_parameters()[0].device
+    """Time the bounded network on some of ``images`` (N, C, H, W), on their device; it takes a second, more for large models."""
+    device = images.device
+    network = BoundedNetwork(model, images[:1]).fused().to(device)
     one, two = (kept_for_backward(network, images[:1].to(device).expand(count, -1, -1, -1), network) for count in (1, 2))
     kept, budget = max(1, two - one), memory_budget(device)
     few = min(2, len(images))

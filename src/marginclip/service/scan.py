@@ -93,7 +93,7 @@ def _below(folder: Path, root: Path) -> Iterator[str | LeftOut]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_symlink() and not _leads_into(entry.path, root):
-                    if entry.is_dir() or entry.name.lower().endswith(SUFFIXES):
+                    if os.path.isdir(entry.path) or entry.name.lower().endswith(SUFFIXES):
                         yield LeftOut(entry.path, "a link that leads out of the folder")
                     continue
                 if entry.is_dir(follow_symlinks=False):

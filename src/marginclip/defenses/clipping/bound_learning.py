@@ -276,7 +276,8 @@ class BoundLearning(LearningDefense):
         """The logits (B, K) of images (B, C, H, W). Beyond the memory budget, parts are computed again in the backward pass."""
         network, most = self.working[0], max(1, self.at_once // 2)  # clean images and margin inputs share the budget
         if len(images) <= most:
-            return network(images)
+            logits: Tensor = network(images)
+            return logits
         return torch.cat([checkpoint(network, part, use_reentrant=False) for part in images.split(most)])
 
     def _terms(self, bounded_logits: Tensor, rows: Tensor | slice, margins: Tensor, lambda_: float) -> Objective:
