@@ -17,6 +17,7 @@ from marginclip.experiment.setup import build_setup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.stages import (
     attack_took,
+    checkpoint_of,
     evaluate,
     fit_detector,
     load_model,
@@ -44,14 +45,16 @@ def train(spec: RunSpec) -> str:
 def defend(spec: RunSpec) -> RunRecord:
     """Do the run that ``spec`` asks for, or find it done; returns its record."""
     prepare_process(spec.trainer.threads)
-    if (found := finished_record(spec)) is None:
-        with locked(run_folder(spec)):  # the same cell of a sweep can be on another host
+    folder = run_folder(spec)
+    if (found := finished_record(spec)) is None or checkpoint_of(folder).exists():
+        with locked(folder):  # the same cell of a sweep can be on another host
             if (found := finished_record(spec)) is None:
                 record = opened_record(spec)
                 with failures_recorded(record):
                     _do(spec, record)
                 return record
-    log.info("already done: %s", found.folder)
+            shutil.rmtree(checkpoint_of(folder).parent, ignore_errors=True)
+    log.info("already done: %s", folder)
     return found
 
 
@@ -88,7 +91,7 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
         record.write()
         figures = draw_figures(record.folder) if spec.figures else []
         finish(record, status)  # comes last: a run that is done has all its files
-        shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
+        shutil.rmtree(checkpoint_of(record.folder).parent, ignore_errors=True)
         publish(logger, record, figures)
     finally:
         finish_logger(logger)
