@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
@@ -17,7 +15,7 @@ from marginclip.errors import UserError
 from marginclip.files import remove_leftovers
 
 log = logging.getLogger(__name__)
-LOCK, HOLDER = ".lock", ".lock.holder"
+LOCK = ".lock"
 MISSING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without flock answer
 
 
@@ -33,16 +31,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         _acquire(lock, folder, timeout=0)
     except Timeout:
-        log.info("waiting for %s, which writes '%s'", _holder(folder), folder)
+        log.info("waiting for another process that writes '%s'", folder)
         _acquire(lock, folder, timeout=-1)
     try:
-        with suppress(OSError):  # for those who wait to read; a full disk takes nothing
-            (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}")
         remove_leftovers(folder)
         yield
     finally:
-        with suppress(OSError):
-            (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
@@ -65,10 +59,3 @@ def _without_locks(folder: Path) -> UserError:
         f"'{folder}' is on a file system without file locks (flock), so two processes could write the same files: use a folder on "
         "another one, or mount it with them (NFS: without nolock; Lustre: with flock)"
     )
-
-
-def _holder(folder: Path) -> str:
-    try:
-        return (folder / HOLDER).read_text() or "another process"
-    except OSError:
-        return "another process"

@@ -17,6 +17,7 @@ from marginclip.experiment.setup import build_setup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.stages import (
     attack_took,
+    checkpoint_of,
     evaluate,
     fit_detector,
     load_model,
@@ -53,14 +54,16 @@ def prepare_victim(spec: RunSpec) -> str:
 def defend(spec: RunSpec) -> RunRecord:
     """Do the run that ``spec`` asks for, or find it done; returns its record."""
     prepare_process(spec.trainer.threads)
-    if (found := finished_record(spec)) is None:
-        with locked(run_folder(spec)):  # the same cell of a sweep can be on another host
+    folder = run_folder(spec)
+    if (found := finished_record(spec)) is None or checkpoint_of(folder).exists():
+        with locked(folder):  # the same cell of a sweep can be on another host
             if (found := finished_record(spec)) is None:
                 record = opened_record(spec)
                 with failures_recorded(record):
                     _do(spec, record)
                 return record
-    log.info("already done: %s", found.folder)
+            shutil.rmtree(checkpoint_of(folder).parent, ignore_errors=True)
+    log.info("already done: %s", folder)
     return found
 
 
@@ -96,5 +99,5 @@ def _do(spec: RunSpec, record: RunRecord) -> None:
         record.write()
         figures = draw_figures(record.folder) if spec.figures else []
         finish(record, status)  # comes last: a run that is done has all its files
-        shutil.rmtree(record.folder / "checkpoint", ignore_errors=True)
+        shutil.rmtree(checkpoint_of(record.folder).parent, ignore_errors=True)
         loggers.publish(record, figures)

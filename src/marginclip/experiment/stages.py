@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -87,10 +88,15 @@ def tell_oracles(spec: RunSpec, setup: VictimSetup, defense: Defense) -> None:
     defense.tell(suspect_class=setup.target_class, class_counts=None if spec.from_checkpoint else setup.training_counts)
 
 
+def checkpoint_of(folder: Path) -> Path:
+    """The checkpoint that an interrupted repair goes on from."""
+    return folder / "checkpoint" / "last.ckpt"
+
+
 def run_repair(spec: RunSpec, setup: VictimSetup, defense: Defense, record: RunRecord, logger: Any) -> RepairResult:
     """The repair, going on where it was interrupted."""
     images, labels = setup.data.clean_set()
-    checkpoint, training_time = record.folder / "checkpoint" / "last.ckpt", TrainingTime()
+    checkpoint, training_time = checkpoint_of(record.folder), TrainingTime()
 
     def make_trainer(epochs: int) -> L.Trainer:
         callbacks = [checkpoint_saver(checkpoint), training_time]

@@ -38,6 +38,11 @@ class Victim:
         """The checkpoint that an interrupted training goes on from."""
         return self.folder / "checkpoint" / "last.ckpt"
 
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained, and the checkpoint of the training is gone."""
+        return self.record is not None and not self.checkpoint.exists()
+
     def lock(self) -> AbstractContextManager[None]:
         """Held while training, so that the parallel runs of a sweep train a shared victim once (:func:`~marginclip.locks.locked`)."""
         return locked(self.folder)

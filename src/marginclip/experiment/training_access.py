@@ -54,10 +54,11 @@ class AttackerAccess:
         spec = replace(self.spec, seed=settings.seed, training=replace(self.spec.training.from_scratch, epochs=settings.epochs))
         found = find_surrogate(spec, asdict(settings))
         model = build_model(spec, len(self.setup.classes), self.setup.splits.image_shape)
-        if found.record is None:
+        if not found.finished:
             with found.lock():
                 if found.record is None:
                     self._train_surrogate(spec, settings, model, found)
+                found.forget_checkpoint()
         found.restore(model, None)
         model.to(device_of(spec.trainer))
         precision = precision_for(spec.trainer.precision, accelerator=spec.trainer.accelerator)
@@ -78,7 +79,6 @@ class AttackerAccess:
         evaluation = Evaluation({"none": model})
         build_trainer(spec.trainer, found.folder, **SILENT).test(evaluation, data, verbose=False)
         found.save(model, None, {"surrogate": asdict(settings), "metrics": evaluation.results()["none"]})
-        found.forget_checkpoint()
 
     def load_base_victim(self, base: Attack) -> None:
         """Give the weights of the victim of ``attack.base`` to the model, and its trigger to ``base``."""

@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 def obtain_victim(spec: RunSpec, setup: VictimSetup) -> tuple[Victim, bool]:
     """The trained victim, and whether it had to be trained now; ``setup.model`` and ``setup.attack`` hold it afterwards."""
     victim, trained_now = find_victim(spec), False
-    if victim.record is None:
+    if not victim.finished:
         with victim.lock():
-            trained_now = victim.record is None  # by another process, while this one waited
+            trained_now = victim.record is None  # another process can have trained it while this one waited
             if trained_now:
                 train_victim(spec, setup, victim)
+            victim.forget_checkpoint()
     victim.restore(setup.model, setup.attack)
     return victim, trained_now
 
@@ -70,7 +71,6 @@ def train_victim(spec: RunSpec, setup: VictimSetup, victim: Victim) -> None:
     if first is not None:
         record["first_stage"] = first.folder.name  # with the seconds that it took
     victim.save(setup.model, setup.attack, record)
-    victim.forget_checkpoint()
     log.info("victim %s: %s", victim.folder.name, ", ".join(f"{key} {100 * value:.1f} %" for key, value in metrics.items()))
 
 

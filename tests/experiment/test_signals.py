@@ -1,0 +1,103 @@
+"""SIGTERM and Ctrl-C end runs, sweeps and repairs in one sentence, with 143 or 130, and the same command goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+WORDS = [
+    "dataset=digits", "trainer=exact", "trainer.enable_progress_bar=false", "logger=none", "model.width=2", "model.blocks=[1]",
+    "defense=none", "attack=none", "training.epochs=2", "runs_dir=runs", "figures=false",
+]  # fmt: skip
+# A command whose process signals itself before one step of training, or while the data is loaded.
+CODE = """
+import os, sys
+from marginclip.training import PoisonedTraining
+from marginclip.data import Digits
+
+number, place = int(sys.argv.pop(1)), sys.argv.pop(1)
+step, load, seen = PoisonedTraining.training_step, Digits.load, []
+
+def signalling_step(self, batch, batch_idx):
+    seen.append(batch_idx)
+    if place == str(len(seen)):
+        os.kill(os.getpid(), number)
+    return step(self, batch, batch_idx)
+
+def signalling_load(self):
+    if place == "load":
+        os.kill(os.getpid(), number)
+    return load(self)
+
+PoisonedTraining.training_step, Digits.load = signalling_step, signalling_load
+from marginclip.cli import main
+main()
+"""
+
+
+def run(folder, number, place, *words):
+    return subprocess.run(
+        [sys.executable, "-c", CODE, str(int(number)), place, "defend", *WORDS, *words],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "sweep"),
+    [(TERM, "load", []), (INT, "load", []), (INT, "12", []), (TERM, "12", ["-m", "seed=0,1"]), (INT, "30", ["-m", "seed=0,1"])],
+)
+def test_a_signal_ends_a_command_in_one_sentence(tmp_path, number, place, sweep):
+    """Eight steps an epoch, sixteen a run: step 12 is in the second epoch, step 30 in that of the second run."""
+    done = run(tmp_path, number, place, *sweep)
+    assert done.returncode == 128 + number, done.stderr
+    word = {TERM: "terminated", INT: "interrupted"}[number]
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told == [f"error: {word}; the same command goes on from the last checkpoint"]
+    assert "Traceback" not in done.stderr
+    kept = list(tmp_path.glob("runs/victims/*/checkpoint/last.ckpt"))
+    assert len(kept) == (place != "load")
+    assert len(list(tmp_path.glob("runs/*/run.json"))) == (place == "30")
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path):
+    assert run(tmp_path, INT, "30", "-m", "seed=0,1").returncode == 130
+    (first,) = tmp_path.glob("runs/*/run.json")
+    before = first.stat().st_mtime_ns
+    assert run(tmp_path, INT, "9", "-m", "seed=0,1").returncode == 0, "one epoch was left: eight steps"
+    assert first.stat().st_mtime_ns == before
+    assert [json.loads(path.read_text())["status"] for path in tmp_path.glob("runs/*/run.json")] == ["done", "done"]
+
+
+REPAIR = """
+import os, signal
+import torch
+import marginclip
+
+class Signalled(marginclip.MMAC):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == {step}:
+            os.kill(os.getpid(), signal.{name})
+        return super().training_step(batch, batch_idx)
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).eval()
+images = torch.rand(30, 1, 4, 4)
+try:
+    marginclip.repair(model, images, model(images).argmax(1), defense=Signalled(steps=6, check_every=2))
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    raise
+print("repaired")
+"""
+
+
+@pytest.mark.parametrize(("name", "step", "statuses"), [("SIGTERM", 5, (143, -15)), ("SIGINT", 3, (130, -2))])
+def test_a_signal_during_a_repair_is_no_success(name, step, statuses):
+    """In the last of six steps, too; Ctrl-C reaches the caller as the exception that Python makes of it."""
+    code = REPAIR.format(name=name, step=step)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "repaired" not in done.stdout
+    assert done.returncode in statuses, done.stderr
