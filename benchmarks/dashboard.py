@@ -44,8 +44,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 def write_runs(folder: Path, count: int, *, images: int = 400) -> list[Path]:
     """Made-up records and arrays of ``count`` runs, attacks by defenses by seeds, with ``images`` scores of each kind; their folders."""
-    cells = itertools.islice(itertools.product(itertools.count(), ATTACKS, DEFENSES), count)
-    return [_write_run(folder, attack, defense, seed, images) for seed, attack, defense in cells]
+    cells = itertools.product(range(count), ATTACKS, DEFENSES)
+    return [_write_run(folder, attack, defense, seed, images) for seed, attack, defense in itertools.islice(cells, count)]
 
 
 def _write_run(folder: Path, attack: str, defense: str, seed: int, images: int) -> Path:

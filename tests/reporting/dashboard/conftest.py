@@ -57,7 +57,7 @@ def write_hostile(folder):
     ).at(place).write()
     scores = {f"scores/{EVIL}_{kind}": torch.arange(5.0) + shift for kind, shift in (("clean", 0), ("triggered", 2))}
     images = torch.rand(4, 3, 6, 6)
-    found = {"examples/clean": images, "examples/triggered": images, "examples/labels": torch.arange(4)}
+    found = {"examples/clean": images, "examples/triggered": 1 - images, "examples/labels": torch.arange(4)}
     extreme = {"images": (255 * images).byte(), "statistic": torch.arange(4.0), "labels": torch.arange(4)}
     found |= {f"extremes/{EVIL}/missed/{key}": values for key, values in extreme.items()}
     stages = {f"activations/<i>{EVIL[:30]}/{key}": torch.rand(3) for key in ("clean_max", "upper")}

@@ -64,13 +64,15 @@ def test_the_single_file_allows_its_own_scripts_alone(single):
     hashes = {base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in inline}
     assert hashes == set(re.findall(r"'sha256-([^']+)'", policy))
     assert "unsafe" not in policy
-    assert " src=" not in re.sub(r"<script.*?</script>", "", text, flags=re.S).replace("&lt;img src=", "")
+    without_scripts = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert [found for found in re.findall(r".{20} src=", without_scripts) if "&lt;img src=" not in found] == []
 
 
 def test_hostile_names_are_text(site, hostile_text):
     (path,) = (site / "run").glob("img-src*.html")
     page = read(path)
-    assert hostile_text in page.text and hostile_text in read(site / "index.html").text
+    assert page.text.count(hostile_text) > 5  # a count, because pytest would compare whole pages letter by letter
+    assert read(site / "index.html").text.count(hostile_text) == 2
     assert [attributes for tag, attributes in page.elements if tag == "img"] == []
     names = [attributes.get("src") or "json" for tag, attributes in page.elements if tag == "script"]
     assert names == ["../assets/datatables.js", "../assets/chart.js", "../assets/dashboard.js", "json"]
@@ -78,10 +80,10 @@ def test_hostile_names_are_text(site, hostile_text):
 
 def test_the_overview_tells_what_is_missing(site):
     text = " ".join(read(site / "index.html").text.split())
-    assert "67 runs below" in text
-    assert "1 failed 0 running 2 missing of a sweep 1 cannot be read" in text
-    assert "missing marginclip defend seed=1" in text and "missing marginclip defend seed=3" in text
-    assert "failed: no memory" in text or "no memory" in text
+    assert text.count("67 runs below") == 1
+    assert text.count("1 failed 0 running 2 missing of a sweep 1 cannot be read") == 1
+    assert re.findall(r"missing marginclip defend (seed=\d)", text) == ["seed=1", "seed=3"]
+    assert text.count("no memory") == 1
 
 
 def test_the_table_of_all_runs_holds_the_records_figures(site, records):
@@ -105,9 +107,9 @@ def test_the_table_of_all_runs_holds_the_records_figures(site, records):
 
 def test_the_papers_figures_stand_beside_runs_of_their_setting_alone(site):
     badnet = (site / "run" / "cifar10-resnet18-badnet-mmdf-seed0.html").read_text(encoding="utf-8")
-    assert "0.09 ± 0.14" in badnet and "arXiv 2308.04617, Table 1" in badnet
+    assert (badnet.count("0.09 ± 0.14"), badnet.count("figures (arXiv 2308.04617, Table 1)")) == (1, 1)
     sinusoid = (site / "run" / "cifar10-resnet18-sinusoid-mmdf-seed0.html").read_text(encoding="utf-8")
-    assert "arXiv" not in sinusoid
+    assert sinusoid.count("arXiv") == 0
 
 
 def test_sweeps_and_victims_by_hand(runs_dir):
