@@ -15,7 +15,7 @@ USAGE = """marginclip repairs image classifiers that were poisoned or trained on
 
   marginclip defend ...   obtain a victim, repair it, and measure both: marginclip defend attack=badnet defense=mmdf
   marginclip train ...    only make a victim: marginclip train attack=badnet
-  marginclip report DIR   summarise all runs below a folder
+  marginclip report DIR   summarise all runs below a folder; --html DIR_OR_FILE writes a dashboard that opens offline
 
 With a model that somebody handed you, and a folder of clean images with one sub-folder a class:
   marginclip audit ...    what does it show? marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
