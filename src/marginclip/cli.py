@@ -16,7 +16,7 @@ USAGE = """marginclip repairs image classifiers that were poisoned or trained on
 
   marginclip defend ...   obtain a victim, repair it, and measure both: marginclip defend attack=badnet defense=mmdf
   marginclip train ...    only make a victim: marginclip train attack=badnet
-  marginclip report DIR   summarise all runs below a folder
+  marginclip report DIR   summarise all runs below a folder; --html DIR_OR_FILE writes a dashboard that opens offline
   marginclip status DIR   what is done, running, failed and missing of the sweeps and runs below a folder, and why
   marginclip dashboard --entity E --project P   save a ready W&B workspace and report
 

@@ -36,7 +36,7 @@ class Overview:
 
 def overview(runs_dir: Path, runs: list[Run], unreadable: list[str]) -> Overview:
     """What the first page shows of the runs below ``runs_dir``."""
-    counted = Counter(run.record.status for run in runs)
+    counted = Counter(str(run.record.status) for run in runs)
     return Overview(
         statuses={status: counted[status] for status in STATUSES},
         sweeps=read_sweeps(runs_dir, runs),

@@ -67,7 +67,7 @@ def candidates(scores: dict[str, np.ndarray], own: float | None) -> np.ndarray:
     everything = np.concatenate(list(scores.values())).astype(np.float64)
     low, high = everything.min(), everything.max()
     span = max(high - low, 1e-6)
-    parts = [np.linspace(low, high, 30), [low - 0.01 * span, high + 0.01 * span]]
+    parts = [np.linspace(low, high, 30), np.array([low - 0.01 * span, high + 0.01 * span])]
     parts += [np.quantile(values, 1 - TAIL) for values in scores.values()]
     rounded = np.array([float(f"{value:.5g}") for value in np.concatenate(parts)])
     return np.unique(rounded if own is None else np.append(rounded, own))

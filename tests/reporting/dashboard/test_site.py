@@ -1,0 +1,170 @@
+"""The files of a dashboard, without a browser: links, policy, hostile texts, sizes; and what is refused."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from marginclip.errors import UserError
+from marginclip.reporting.__main__ import main
+from marginclip.reporting.dashboard import write_dashboard
+from marginclip.reporting.dashboard.runs import read_runs
+from marginclip.reporting.dashboard.sweeps import read_sweeps
+from marginclip.reporting.dashboard.victims import victims
+
+
+class Reader(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.text = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read(path):
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return reader
+
+
+def test_every_link_script_and_picture_of_the_folder_exists(site):
+    for path in site.rglob("*.html"):
+        for _, attributes in read(path).elements:
+            for key in ("href", "src"):
+                target = unquote((attributes.get(key) or "").partition("#")[0])
+                if target and not target.startswith("data:"):
+                    assert (path.parent / target).is_file(), f"{path.name}: {target}"
+
+
+def test_no_page_asks_for_anything_outside_or_has_a_script_of_its_own(site):
+    for path in site.rglob("*.html"):
+        for tag, attributes in read(path).elements:
+            assert not [key for key in attributes if key.startswith("on") or key == "style"], path.name
+            assert tag != "script" or attributes.get("type") == "application/json" or "src" in attributes
+            assert not re.match(r"(https?:)?//", attributes.get("src") or attributes.get("href") or "")
+        (policy,) = [each["content"] for _, each in read(path).elements if each.get("http-equiv") == "Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+
+
+def test_the_single_file_allows_its_own_scripts_alone(single):
+    text = single.read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text).group(1).replace("&#39;", "'")
+    inline = re.findall(r"<script>(.*?)</script>", text, flags=re.S) + re.findall(r"<style>(.*?)</style>", text, flags=re.S)
+    hashes = {base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in inline}
+    assert hashes == set(re.findall(r"'sha256-([^']+)'", policy))
+    assert "unsafe" not in policy
+    without_scripts = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert [found for found in re.findall(r".{20} src=", without_scripts) if "&lt;img src=" not in found] == []
+
+
+def test_hostile_names_are_text(site, hostile_text):
+    (path,) = (site / "run").glob("img-src*.html")
+    page = read(path)
+    assert page.text.count(hostile_text) > 5  # a count, because pytest would compare whole pages letter by letter
+    assert read(site / "index.html").text.count(hostile_text) == 3  # the name and the version of a package, a cell's error
+    assert [attributes for tag, attributes in page.elements if tag == "img"] == []
+    names = [attributes.get("src") or "json" for tag, attributes in page.elements if tag == "script"]
+    assert names == ["../assets/datatables.js", "../assets/chart.js", "../assets/dashboard.js", "json"]
+
+
+def test_the_overview_tells_what_is_missing(site):
+    text = " ".join(read(site / "index.html").text.split())
+    assert text.count("67 runs below") == 1
+    assert text.count("1 failed 0 running 2 missing of a sweep 1 cannot be read") == 1
+    assert re.findall(r"missing marginclip defend (seed=\d)", text) == ["seed=1", "seed=3"]
+    assert text.count("no memory") == 1
+
+
+def test_the_table_of_all_runs_holds_the_records_figures(site, records):
+    content = (site / "assets" / "table.js").read_text(encoding="utf-8")
+    table = json.loads(json.loads(content.removeprefix("window.marginclipTable = ").rstrip().removesuffix(";")))
+    rows = table["rows"]
+    for number, run in enumerate(rows["run"]):
+        record = records.get(table["runs"]["name"][run])
+        if record is not None and rows["main"][number]:
+            found = record.metrics[record.choice("defense")]
+            assert rows["figures"]["ACC"][number] == pytest.approx(found["acc"], abs=1e-5)
+            label = rows["method"]["values"][rows["method"]["index"][number]]
+            assert label == record.rows[record.choice("defense")].label
+    setting = table["settings"]["attack.name"]
+    wanted = [records[name].choice("attack") for name in table["runs"]["name"] if name in records]
+    found = [
+        setting["values"][code] for code, name in zip(setting["index"], table["runs"]["name"], strict=True) if name in records
+    ]
+    assert found == wanted
+
+
+def test_the_papers_figures_stand_beside_runs_of_their_setting_alone(site):
+    badnet = (site / "run" / "cifar10-resnet18-badnet-mmdf-seed0.html").read_text(encoding="utf-8")
+    assert (badnet.count("0.09 ± 0.14"), badnet.count("figures (arXiv 2308.04617, Table 1)")) == (1, 1)
+    sinusoid = (site / "run" / "cifar10-resnet18-sinusoid-mmdf-seed0.html").read_text(encoding="utf-8")
+    assert sinusoid.count("arXiv") == 0
+
+
+def test_sweeps_and_victims_by_hand(runs_dir):
+    runs, unreadable = read_runs(runs_dir)
+    assert len(unreadable) == 1 and "unreadable" in unreadable[0]
+    (sweep,) = read_sweeps(runs_dir, runs)
+    assert [cell.status for cell in sweep.cells] == ["done", "missing", "failed", "missing"]
+    first = victims(runs)[0]
+    assert first.name == "cifar10-resnet18-badnet-seed0"
+    assert sorted(run.record.choice("defense") for run in first.runs) == ["finetune", "ibau", "mmdf", "nad", "static_clip"]
+
+
+def test_slugs_are_plain_and_differ(runs_dir):
+    slugs = [run.slug for run in read_runs(runs_dir)[0]]
+    assert len(set(slugs)) == len(slugs)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", slug) for slug in slugs)
+
+
+def test_the_sheet_of_pictures_holds_every_tile(site):
+    (sheet,) = (site / "pictures").iterdir()
+    assert Image.open(sheet).size == (12 * 6, 6)  # four clean, four triggered, four missed images of 6 x 6 pixels
+
+
+def test_a_page_of_a_run_is_small(site):
+    """Five hundred of them stay under the 10 MB of a dashboard, with room for what all pages share."""
+    sizes = [path.stat().st_size for path in (site / "run").glob("cifar10-*.html")]
+    assert sum(sizes) / len(sizes) < 16_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "there is no folder"),
+        (["runs", "--single-file"], "--single-file needs --html DIR"),
+        (["runs", "--no-pictures"], "--no-pictures needs --html DIR_OR_FILE"),
+        (["runs", "--html", "runs"], "holds files that are no dashboard"),
+        (["runs", "--html", "file"], "is a file"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, synthetic, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    synthetic.write_runs(tmp_path / "runs", 1)
+    (tmp_path / "file").write_text("")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_earlier_dashboard_is_replaced_and_pictures_can_be_left_out(tmp_path, synthetic):
+    synthetic.write_runs(tmp_path / "runs", 2)
+    index = write_dashboard(tmp_path / "runs", tmp_path / "site")
+    (tmp_path / "site" / "run" / "of-before.html").write_text("")
+    assert write_dashboard(tmp_path / "runs", tmp_path / "site", pictures=False) == index
+    assert not (tmp_path / "site" / "run" / "of-before.html").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "site"}
+    assert write_dashboard(tmp_path / "runs", tmp_path / "site", single_file=True).stat().st_size > 300_000
+    with pytest.raises(UserError, match=r"there is no run\.json"):
+        write_dashboard(tmp_path / "site", tmp_path / "other")
