@@ -75,7 +75,8 @@ def test_an_unknown_total_has_no_time_left(clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5340, "89 min"), (5400, "1 h 30 min"), (12000, "3 h 20 min")]
+    ("seconds", "words"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5340, "89 min"), (5400, "1 h 30 min"), (12000, "3 h 20 min")],
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
@@ -133,7 +134,9 @@ def test_a_training_detector_folds_and_mmbd_are_shown(configure, monkeypatch):
             seen.append(str(self))
 
     progress.use(Seen())
-    defend(configure("trainer.enable_progress_bar=true", "detect=mmbd", "detect.steps=3", "detect.starts=2", "training.epochs=1"))
+    defend(
+        configure("trainer.enable_progress_bar=true", "detect=mmbd", "detect.steps=3", "detect.starts=2", "training.epochs=1")
+    )
     text = "\n".join(seen)
     assert "training digits-small_resnet-badnet-all2one-seed0" in text
     assert "8 of 8 batches" in text

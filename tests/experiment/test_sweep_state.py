@@ -20,7 +20,14 @@ def write(folder, name, content):
 
 def sign(overrides, ago):
     now = time.time()
-    return {"overrides": overrides, "host": "node7", "pid": 41, "started": now - 600, "seen": now - ago, "doing": "MMAC: 3 of 9"}
+    return {
+        "overrides": overrides,
+        "host": "node7",
+        "pid": 41,
+        "started": now - 600,
+        "seen": now - ago,
+        "doing": "MMAC: 3 of 9",
+    }
 
 
 @pytest.fixture
@@ -33,7 +40,9 @@ def sweep(tmp_path):
     write(folder / "2", FILE_NAME, sign("seed=2", 5))
     write(folder / "3", FILE_NAME, sign("seed=3", 2 * STALE))
     write(folder / "victims", "sweep.json", {"asked": ["seed=0"]})
-    write(folder / "victims" / "0", "outcome.json", {"overrides": "seed=0", "error": None, "record": "runs/victims/v/victim.json"})
+    write(
+        folder / "victims" / "0", "outcome.json", {"overrides": "seed=0", "error": None, "record": "runs/victims/v/victim.json"}
+    )
     return folder
 
 

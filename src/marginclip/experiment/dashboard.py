@@ -24,12 +24,16 @@ NO_KEY = (
 def main(arguments: list[str]) -> int:
     """Save workspace and report, or write their specification; returns the exit status: 0, or 1 after a mistake, told in one sentence."""
     parser = argparse.ArgumentParser(
-        prog="marginclip dashboard", description="Save a ready W&B workspace and report for the runs of a project.", allow_abbrev=False
+        prog="marginclip dashboard",
+        description="Save a ready W&B workspace and report for the runs of a project.",
+        allow_abbrev=False,
     )
     parser.add_argument("--entity", required=True, help="user or team that the project belongs to")
     parser.add_argument("--project", default="marginclip")
     parser.add_argument("--group", help="show the runs of this sweep alone")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the specification, as JSON, instead of saving anything")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the specification, as JSON, instead of saving anything"
+    )
     given = parser.parse_args(arguments)
     try:
         made = Dashboard(given.entity, given.project, given.group)
@@ -65,7 +69,9 @@ class Dashboard:
     def specification(self) -> dict[str, Any]:
         """What would be saved, as plain content."""
         parts = {"workspace": self.workspace(), "report": self.report()}
-        return {name: json.loads(part._to_model().model_dump_json(by_alias=True, exclude_none=True)) for name, part in parts.items()}
+        return {
+            name: json.loads(part._to_model().model_dump_json(by_alias=True, exclude_none=True)) for name, part in parts.items()
+        }
 
     def workspace(self) -> Any:
         """Sections of panels beside the table of runs."""

@@ -24,7 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from marginclip.errors import UserError, nearest
 
-
 # Launchers of sweeps -> the Hydra plugin that brings them, and our extra that installs it.
 LAUNCHERS = {
     "joblib": ("joblib", "sweeps"),

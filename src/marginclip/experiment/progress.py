@@ -42,7 +42,11 @@ class Task:
     def __str__(self) -> str:
         of = f" of {self.total}" if self.total is not None else ""
         left = self.seconds_left
-        parts = [f"{self.name}: {self.done}{of} {self.unit}", *([] if left is None else [f"about {duration(left)} left"]), self.note]
+        parts = [
+            f"{self.name}: {self.done}{of} {self.unit}",
+            *([] if left is None else [f"about {duration(left)} left"]),
+            self.note,
+        ]
         return ", ".join(part for part in parts if part)
 
 

@@ -22,6 +22,7 @@ def submit(launcher: Any, job_overrides: list[list[str]]) -> str:
     executor.update_parameters(**{key if key in common else f"slurm_{key}": value for key, value in settings.items()})
     state = Singleton.get_state()
     jobs = executor.map_array(
-        launcher, *zip(*[(each, "hydra.sweep.dir", i, f"victim_{i}", state) for i, each in enumerate(job_overrides)], strict=True)
+        launcher,
+        *zip(*[(each, "hydra.sweep.dir", i, f"victim_{i}", state) for i, each in enumerate(job_overrides)], strict=True),
     )
     return str(jobs[0].job_id).partition("_")[0]

@@ -18,7 +18,9 @@ UNFINISHED = ("running", "failed", "killed", "missing")
 
 def main(arguments: list[str]) -> int:
     """Print the status of the sweeps and runs below a folder; returns 0, or 1 after a mistake, told in one sentence."""
-    parser = argparse.ArgumentParser(prog="marginclip status", description="What is done, running, failed and missing, and why.")
+    parser = argparse.ArgumentParser(
+        prog="marginclip status", description="What is done, running, failed and missing, and why."
+    )
     parser.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="the runs_dir of the commands")
     given = parser.parse_args(arguments)
     try:

@@ -86,5 +86,7 @@ class Watching:
 
     def _bars(self) -> None:
         console = Console(stderr=True)
-        with Live(get_renderable=self.watch.table, console=console, transient=True, redirect_stdout=False, redirect_stderr=False):
+        with Live(
+            get_renderable=self.watch.table, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+        ):
             self.ended.wait()

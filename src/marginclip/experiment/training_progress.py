@@ -39,7 +39,9 @@ class TrainingProgress(L.Callback):
         """One more batch."""
         if trainer.is_global_zero:
             values = {**trainer.progress_bar_metrics}
-            note = " ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in values.items() if isinstance(value, float))
+            note = " ".join(
+                f"{name.rpartition('/')[2]} {value:.3g}" for name, value in values.items() if isinstance(value, float)
+            )
             self.task.advance(self.task.done + 1, note)
 
     def on_train_end(self, *_: Any) -> None:

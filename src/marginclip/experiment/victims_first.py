@@ -37,7 +37,9 @@ class VictimsFirst(Callback):
             return
         sweep_dir, cells = Path(config.hydra.sweep.dir), asked_cells(config)
         note(sweep_dir, cells)
-        if config.hydra.launcher._target_.endswith(".BasicLauncher"):  # one job at a time: nobody waits, and it shows the sweep itself
+        if config.hydra.launcher._target_.endswith(
+            ".BasicLauncher"
+        ):  # one job at a time: nobody waits, and it shows the sweep itself
             return
         _watching.append(Watching(sweep_dir))
         if config.hydra.job.config_name == "defend":

@@ -42,7 +42,8 @@ def sweep_tables(records: list[RunRecord]) -> Tables:
     metrics = {id(record): _shown(record) for record in records}
     columns = sorted({name for found in metrics.values() for name in found})
     runs = [
-        [*_groups(record), record.seed, record.status, *(metrics[id(record)].get(name) for name in columns)] for record in records
+        [*_groups(record), record.seed, record.status, *(metrics[id(record)].get(name) for name in columns)]
+        for record in records
     ]
     cells: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in records:
