@@ -56,8 +56,9 @@ def build_trainer(
     options["enable_progress_bar"] = False  # ours in its place
     if shown is not None and spec.enable_progress_bar:
         settings["callbacks"] = [*settings.get("callbacks", []), TrainingProgress(shown)]
-    if "plugins" not in spec.further:  # processes are started by us alone: a scheduler's variables are about others
-        options["plugins"] = [LightningEnvironment()]
+    options.setdefault(
+        "plugins", [LightningEnvironment()]
+    )  # processes are started by us alone: a scheduler's variables are about others
     precision = precision_for(spec.precision, accelerator=spec.accelerator)
     with without_lightning_messages():
         trainer: L.Trainer = make(options, key="trainer", **({"precision": precision} | settings))
