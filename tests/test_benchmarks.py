@@ -103,3 +103,19 @@ def test_calibration_prints_both_shares_for_every_distribution(load, monkeypatch
     shares = [[float(number) for number in line.split()[-2:]] for line in lines]
     assert all(0 <= share <= 100 for pair in shares for share in pair)
     assert all(published > calibrated for published, calibrated in shares[:3])
+
+
+def test_unit_costs_are_medians_over_runs(load, tmp_path, monkeypatch, capsys):
+    from marginclip.record import RunRecord
+
+    config = {"dataset": {"name": "digits"}, "model": {"name": "small_resnet"}}
+    for number, seconds in enumerate((1.0, 4.0, 2.0)):
+        RunRecord(config=config, seed=number, status="done", seconds={"repair": seconds}).at(tmp_path / str(number)).write()
+    (tmp_path / "victims" / "a").mkdir(parents=True)
+    (tmp_path / "victims" / "a" / "victim.json").write_text("x" * 30_000)
+    monkeypatch.setattr(sys, "argv", ["unit_costs.py", str(tmp_path)])
+    load("unit_costs").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split("|")[1:6] == [" digits ", " small_resnet ", " 3 ", " 0.00 ", " - "]
+    assert lines[2].split("|")[6] == " 2.0 "
+    assert lines[4] == "1 victims: 0.03 to 0.03 MB each"

@@ -18,6 +18,7 @@ from marginclip.defenses import MMAC, MMBM, MMOM
 from marginclip.errors import UserError
 from marginclip.experiment.command import plain
 from marginclip.experiment.groups import Choice
+from marginclip.experiment.override_checks import LAUNCHERS, plugin_installed
 from marginclip.experiment.run import defend
 from marginclip.experiment.spec import run_spec
 from marginclip.experiment.stages import make_methods
@@ -39,6 +40,8 @@ def make_defense(config):
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
+MISSING = {Path("hydra/launcher", name) for name, (plugin, _) in LAUNCHERS.items() if not plugin_installed(plugin)}
+OPTIONS = [option for option in OPTIONS if option not in MISSING]
 # What the code adds to a group's keys when it makes the object, and keys that are for the code around it.
 ADDED = {"self", "seed", "num_classes", "in_channels", "x2x", "image_shape", "optimizer", "total_steps"}
 LABELS = {"_target_", "_partial_", "name", "augment", "detector", "repaired_row", "detector_row"}

@@ -75,6 +75,7 @@ def job(tmp_path, monkeypatch, capsys, caplog):
 
     def job(*overrides, script="defend"):
         config = make_config(tmp_path / "runs", *overrides, name=script)
+        OmegaConf.update(config, "hydra.runtime.output_dir", str(tmp_path / "job"), force_add=True)
         HydraConfig.instance().set_config(config)
         failures = []
         monkeypatch.setattr(command, "_failures", failures)

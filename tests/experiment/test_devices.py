@@ -1,9 +1,13 @@
 """Several devices train a victim and nothing else; CPU processes stand in for GPUs. What a victim and a run depend on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from marginclip.errors import UserError
 from marginclip.experiment.fitting import fit_resumably
@@ -14,6 +18,7 @@ from marginclip.experiment.run import defend
 from marginclip.experiment.setup import build_setup
 from marginclip.experiment.trainers import build_trainer, first_device, num_devices
 from marginclip.experiment.victim import obtain_victim
+from marginclip.silence import silent_trainer
 from marginclip.training import AdaptiveTraining
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -33,6 +38,47 @@ def test_a_run_on_two_devices(configure):
     assert int(after["bn1.num_batches_tracked"]) == steps
     assert victim.record["metrics"]["acc"] > 0.6
     assert not victim.checkpoint.exists()
+
+
+SLURM_STEP = {
+    "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "marginclip", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "node7",
+}  # fmt: skip
+
+
+@pytest.fixture
+def slurm_step(monkeypatch):
+    """The variables of a process that srun started, which Lightning would take for those of its own processes."""
+    for name, value in SLURM_STEP.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_two_processes_in_a_slurm_step_train_the_victim_of_one(configure, slurm_step):
+    """Batches of 16 images each are the batches of 32 of one process; sums are taken in another order, so rounding differs alone."""
+    plain = ["attack=none", "dataset.augment.crop_padding=0", "dataset.augment.flip=false", "+trainer.limit_train_batches=6"]
+    weights, start = [], None
+    for devices in (["training.batch_size=32"], [*TWO, "training.batch_size=16"]):
+        spec = configure(*plain, *devices)
+        torch.manual_seed(5)
+        setup = build_setup(spec)
+        pixels = int(torch.tensor(setup.splits.image_shape).prod())
+        network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 12), nn.Tanh(), nn.Linear(12, 10))  # no statistics of batches
+        setup = replace(setup, model=network)
+        start = network[1].weight.detach().clone()
+        obtain_victim(spec, setup)
+        weights.append(load_file(find_victim(spec).weights))
+    one, two = weights
+    assert (one["1.weight"] - start).abs().max() > 0.05
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_slurm_step_is_not_taken_for_lightnings_own(configure, slurm_step, tmp_path):
+    """Neither for a Trainer of a command nor for one inside a repair, whatever number of tasks the step has."""
+    quiet = {"logger": False, "enable_checkpointing": False}
+    for trainer in (build_trainer(configure(*TWO).trainer, tmp_path, spread="ddp_spawn", **quiet), silent_trainer(2)):
+        assert type(trainer._accelerator_connector.cluster_environment) is LightningEnvironment
+    assert num_devices(configure(*TWO).trainer) == 2
 
 
 def test_networks_that_take_turns_on_two_devices(configure):

@@ -81,7 +81,10 @@ def test_one_that_is_not_installed_says_how_to_install_it(configure, tmp_path, m
 
 def test_a_word_in_the_place_of_a_logger_is_refused(configure, tmp_path):
     spec = configure("logger=none", "+logger.csv=yes")
-    with pytest.raises(UserError, match="^logger.csv must be a group"), opened_loggers(spec, tmp_path, job="train", name="run"):
+    with (
+        pytest.raises(UserError, match=r"^logger\.csv must be a group"),
+        opened_loggers(spec, tmp_path, job="train", name="run"),
+    ):
         pass
 
 

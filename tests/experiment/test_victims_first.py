@@ -1,8 +1,5 @@
 """Sweeps in two stages: the distinct victims, each once, then the cells that need them."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,20 +155,3 @@ def test_submitting_hands_the_launchers_settings_to_slurm(tmp_path, monkeypatch)
     assert seen["made"] == {"cluster": "slurm", "folder": "f", "slurm_max_num_timeout": 20}
     assert seen["parameters"] == {"timeout_min": 5, "slurm_partition": "gpu", "slurm_additional_parameters": {}}
     assert [job[:3] for job in seen["jobs"]] == [(["seed=0"], "hydra.sweep.dir", 0), (["seed=1"], "hydra.sweep.dir", 1)]
-
-
-def test_a_sweep_of_two_processes_trains_each_victim_once_and_first(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "defend.py"), "-m", "hydra/launcher=processes", *SMALL, "training.epochs=1", "clean_per_class=4",
-         "figures=false", "defense=static_clip", "defense.detector.folds=0", "attack.min_success=0", "runs_dir=out",
-         "defense.start.share=0.3,0.5"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=240, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "first 1 victims, then the 2 cells that need them" in done.stdout + done.stderr
-    assert "2 of 2 runs done" in done.stdout
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("out/digits*/run.json")]
-    assert [record["victim"]["trained_now"] for record in records] == [False, False]
-    (sweep_dir,) = (tmp_path / "out" / "sweeps").glob("*/*")
-    assert len(list(sweep_dir.glob("victims/*/outcome.json"))) == 1

@@ -150,7 +150,7 @@ def wandb_records(file):
 
 
 def read_back(folder):
-    """The run, what was logged by key (parts joined by /), the last summary and the exit status of the only offline run below ``folder``."""
+    """The only offline run below ``folder``: the run, what was logged by key (parts joined by /), the last summary, the exit status."""
     (file,) = folder.rglob("*.wandb")
     for _ in range(100):  # its own process writes it
         if any(record.WhichOneof("record_type") == "exit" for record in wandb_records(file)):
@@ -190,12 +190,13 @@ def test_an_offline_run_read_back_has_group_tags_tables_and_images(finished, con
 
 
 def test_a_failed_run_is_marked(configure, tmp_path):
-    with (
-        pytest.raises(ZeroDivisionError),
-        opened_loggers(configure("logger=wandb"), tmp_path, job="defend", name="run") as loggers,
-    ):
-        loggers.destinations[0].lightning.log_metrics({"loss": 1.0})
-        raise ZeroDivisionError
+    def fail():
+        with opened_loggers(configure("logger=wandb"), tmp_path, job="defend", name="run") as loggers:
+            loggers.destinations[0].lightning.log_metrics({"loss": 1.0})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     run, _, _, exit_code = read_back(tmp_path)
     assert "status=failed" in run.tags
     assert exit_code == 1

@@ -52,7 +52,7 @@ def fit_resumably(spec: RunSpec, victim: Victim, training: ClassifierTraining, d
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """What a Trainer raises inside, in this process or in those of several devices, as a :class:`UserError` where it is a user's mistake."""
+    """What a Trainer raises inside, in whatever process, as a :class:`UserError` where it is a user's mistake."""
     try:
         yield
     except MisconfigurationException as error:  # a setting of the Trainer that this training does not go with

@@ -20,7 +20,7 @@ def with_new_names(arguments: list[str]) -> list[str]:
 
 
 def _renamed(argument: str) -> str:
-    """One argument with today's names: ``defense.penalty.X`` is ``defense.lambda_.X``, schedules say what they are, and loggers have names."""
+    """One argument with today's names: ``defense.penalty.X`` is ``defense.lambda_.X``, schedules and loggers have names."""
     key, equals, value = argument.partition("=")
     if re.match(r"^[+~]*(defense|attack)\.", key):
         key = re.sub(r"\.penalty\.", ".lambda_.", key)

@@ -93,12 +93,18 @@ def _check_variant(variant: list[str], config_name: str, folders: OptionFolders)
     _refuse_replaced_groups(variant, config_name, folders)
 
 
+def plugin_installed(plugin: str) -> bool:
+    """Whether Hydra's launcher plugin of that name is installed."""
+    names = ("hydra_plugins", f"hydra_plugins.hydra_{plugin}_launcher")  # without the first, asking for the second raises
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
 def _refuse_missing_launcher(overrides: list[str]) -> None:
     for text in overrides:
         key, _, option = text.partition("=")
         if key == "hydra/launcher" and option in LAUNCHERS:
             plugin, extra = LAUNCHERS[option]
-            if importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
+            if not plugin_installed(plugin):
                 raise UserError(f"hydra/launcher={option} is not installed: pip install 'marginclip[{extra}]'")
 
 

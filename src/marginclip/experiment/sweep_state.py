@@ -37,10 +37,10 @@ class SweepState:
         """How many cells are in one of these states."""
         return sum(cell.state in states for cell in self.cells)
 
-    def seconds_left(self, seconds: float, found_done: int = 0) -> float | None:
+    def seconds_left(self, seconds: float) -> float | None:
         """What is left at the speed of the ``seconds`` since it began; None while nothing is through."""
-        through = self.count("done", "failed") - found_done
-        return seconds / through * (len(self.cells) - self.count("done", "failed")) if through > 0 else None
+        through = self.count("done", "failed")
+        return seconds / through * (len(self.cells) - through) if through else None
 
     def sentence(self, seconds: float | None = None) -> str:
         """The counts in words."""

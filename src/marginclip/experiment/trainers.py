@@ -57,10 +57,10 @@ def build_trainer(
     options["enable_progress_bar"] = False  # ours in its place
     if shown is not None and spec.enable_progress_bar:
         settings["callbacks"] = [*settings.get("callbacks", []), TrainingProgress(shown)]
-    own = [WholeCheckpoints()]
-    if "plugins" not in spec.further:  # processes are started by us alone: a scheduler's variables are about others
-        own.append(LightningEnvironment())
-    options["plugins"] = [*own, *(options.get("plugins") or [])]
+    options.setdefault(
+        "plugins", [LightningEnvironment()]
+    )  # we alone start processes: a scheduler's variables are about others
+    options["plugins"] = [WholeCheckpoints(), *options["plugins"]]
     precision = precision_for(spec.precision, accelerator=spec.accelerator)
     with without_lightning_messages():
         trainer: L.Trainer = make(options, key="trainer", **({"precision": precision} | settings))

@@ -24,7 +24,7 @@ class TrainingProgress(L.Callback):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, stack=ExitStack())
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Begin, after the epochs that an interrupted fit has made."""
         if not trainer.is_global_zero:
             return
@@ -35,7 +35,7 @@ class TrainingProgress(L.Callback):
         made = trainer.current_epoch * int(batches) if total is not None else 0
         self.task = self.stack.enter_context(progress.task(self.name, total, "batches", made))
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """One more batch."""
         if trainer.is_global_zero:
             values = {**trainer.progress_bar_metrics}
@@ -44,10 +44,10 @@ class TrainingProgress(L.Callback):
             )
             self.task.advance(self.task.done + 1, note)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """It is through."""
         self.stack.close()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         """It ends early."""
         self.stack.close()
