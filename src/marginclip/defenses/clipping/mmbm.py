@@ -13,8 +13,8 @@ from marginclip.maxmargin.objectives import BoundObjective, MMBMObjective
 class MMBM(BoundLearning):
     """Maximum-margin bound minimisation, behind the stem and the first stages only; see :class:`BoundLearning`.
 
-    Defaults: every bound starts at 8, lambda at 0.1 (published script: 0.5) and moves by the agreement on the clean set. A check is 10 passes over 500 images, so
-    that lambda moves after 20, 30 and 40 of the 50 passes.
+    Defaults: every bound starts at 8, lambda at 0.1 (published script: 0.5) and moves by the agreement on the clean set. A check is 10
+    passes over 500 images, so that lambda moves after 20, 30 and 40 of the 50 passes.
     """
 
     label = "MMBM"
