@@ -155,3 +155,16 @@ def test_the_whole_batch_is_augmented_once_on_the_side_that_timing_says(timing):
 def test_bad_settings_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         make(**setting)
+
+
+def test_noise_mode_is_measured_on_the_same_jitter_every_time():
+    attack, images = make(), stored(6)
+    crossed = attack.cross_triggered(images)
+    assert torch.equal(crossed, attack.cross_triggered(images))
+    assert not torch.equal(crossed, attack(images))
+    grid = attack.grid
+    jitter = torch.rand(6, *grid.shape[1:], generator=torch.Generator().manual_seed(attack.seed + 217645199)) * 2 - 1
+    for number in range(6):
+        where = (grid + jitter[number : number + 1] / images.shape[2]).clamp(-1, 1)
+        one = torch.nn.functional.grid_sample(images[number : number + 1], where, align_corners=True)
+        torch.testing.assert_close(crossed[number : number + 1], (one * 255).round() / 255, atol=1.01 / 255, rtol=0)

@@ -1,9 +1,11 @@
 """Batched augmentation against a loop that pads, cuts and flips one image at a time with the same draws."""
 
+import math
+
 import pytest
 import torch
 
-from marginclip.data.augment import Augment
+from marginclip.data.augment import Augment, rotated
 from marginclip.errors import UserError
 
 
@@ -47,3 +49,31 @@ def test_draws_differ_between_images_and_come_from_the_generator_alone():
 def test_no_padding_is_given_as_a_negative_number():
     with pytest.raises(UserError, match="must not be negative, got -1"):
         Augment(crop_padding=-1)
+
+
+def test_quarter_and_half_turns_move_pixels_whole():
+    images = torch.rand(3, 2, 6, 6)
+    angles = torch.tensor([0.0, math.pi / 2, math.pi])
+    wanted = torch.stack([torch.rot90(image, turns, (1, 2)) for turns, image in enumerate(images)])
+    torch.testing.assert_close(rotated(images, angles), wanted, atol=1e-5, rtol=0)
+    wide = torch.rand(1, 1, 4, 8)
+    torch.testing.assert_close(rotated(wide, torch.tensor([math.pi])), wide.flip(2, 3), atol=1e-5, rtol=0)
+
+
+def test_half_of_the_images_are_turned_by_up_to_the_angle():
+    images = torch.zeros(400, 1, 21, 21)
+    images[:, :, 10, 20] = 1  # the middle of the right edge
+    turned = Augment(rotation=20.0)(images, generator())
+    still = (turned - images).abs().amax((1, 2, 3)) < 1e-6
+    assert 160 < int(still.sum()) < 240
+    rows = torch.arange(21.0).view(1, 21, 1)
+    heights = (turned[:, 0] * rows).sum((1, 2)) / turned[:, 0].sum((1, 2)) - 10
+    assert float(heights.abs().max()) < 10.5 * math.sin(math.radians(20))
+    assert float(heights[~still].abs().max()) > 0.8 * 10 * math.sin(math.radians(20))
+    assert torch.equal(Augment()(images, generator()), images)
+
+
+@pytest.mark.parametrize("angle", [0, -5, 200])
+def test_angles_that_make_no_sense_are_refused(angle):
+    with pytest.raises(UserError, match=r"dataset.augment.rotation must be null or in \(0, 180\]"):
+        Augment(rotation=angle)

@@ -128,7 +128,7 @@ def test_lambda_moves_after_20_30_and_40_of_50_passes(victim, clean, fit, monkey
     by_pass = seen[::3]  # 500 images in batches of 200
     assert len(seen) == 150
     assert [number for number in range(1, 50) if by_pass[number] != by_pass[number - 1]] == [20, 30, 40]
-    assert by_pass[0] == 0.5 and by_pass[-1] == pytest.approx(0.5 * 1.2**3)
+    assert by_pass[0] == 0.1 and by_pass[-1] == pytest.approx(0.1 * 1.2**3)
 
 
 def test_no_margins_are_ascended(victim, clean, fit):

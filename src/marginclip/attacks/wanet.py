@@ -25,6 +25,7 @@ class WaNet(Attack):
     ``rate`` is the share of them.
     """
 
+    has_cross_triggers = True
     identity_grid: Tensor
     noise_grid: Tensor
 
@@ -65,6 +66,11 @@ class WaNet(Attack):
         """Noise-mode copies of images: warped, with a fresh jitter at every pixel; rounded to 8 bits."""
         jitter = torch.rand(len(images), *self.grid.shape[1:], generator=generator).to(images.device) * 2 - 1
         return round_to_8_bits(_resample(images, (self.grid + jitter / self.image_shape[1]).clamp(-1, 1)))
+
+    @torch.no_grad()
+    def cross_triggered(self, images: Tensor) -> Tensor:
+        """Noise-mode copies (N, C, H, W) with the same jitter whenever they are asked for: they should keep their class."""
+        return self.jittered(images, torch.Generator().manual_seed(self.seed + 217645199))
 
     def poisoned_mask(self, labels: Tensor) -> Tensor:
         """No image is poisoned before training: each batch has its own."""

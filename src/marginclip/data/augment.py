@@ -1,6 +1,8 @@
-"""Batched augmentation on the device: a padded random crop and a horizontal flip, drawn for each image."""
+"""Batched augmentation on the device: a padded random crop, a rotation and a horizontal flip, drawn for each image."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +13,22 @@ from marginclip.errors import require
 
 
 class Augment:
-    """Pad by ``crop_padding`` zeros, cut a random window of the old size, flip half of the images when ``flip``."""
+    """Pad by ``crop_padding`` zeros, cut a random window of the old size, flip half of the images when ``flip``.
 
-    def __init__(self, *, crop_padding: int = 0, flip: bool = False) -> None:
+    With ``rotation`` in degrees, half of the images are turned by an angle between minus that and that, after the crop.
+    """
+
+    def __init__(self, *, crop_padding: int = 0, flip: bool = False, rotation: float | None = None) -> None:
         require(
             isinstance(crop_padding, int), f"dataset.augment.crop_padding must be a whole number of pixels, got {crop_padding}"
         )
         require(crop_padding >= 0, f"dataset.augment.crop_padding must not be negative, got {crop_padding}")
         require(isinstance(flip, bool), f"dataset.augment.flip must be true or false, got {flip!r}")
-        self.crop_padding, self.flip = crop_padding, flip
+        require(
+            rotation is None or 0 < rotation <= 180,
+            f"dataset.augment.rotation must be null or in (0, 180] degrees, got {rotation}",
+        )
+        self.crop_padding, self.flip, self.rotation = crop_padding, flip, rotation
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """New images of the same shape (N, C, H, W); ``generator`` is a CPU generator, the only source of randomness."""
@@ -33,7 +42,19 @@ class Augment:
             batch = torch.arange(count, device=images.device).view(-1, 1, 1)
             # Advanced indices around a slice come out first: (N, H, W, C), which is channels-last already.
             images = padded[batch, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+        if self.rotation is not None:
+            drawn = (2 * torch.rand(count, generator=generator) - 1) * math.radians(self.rotation)
+            images = rotated(images, send(drawn * (torch.rand(count, generator=generator) < 0.5), images.device))
         if self.flip:
             flipped = send(torch.rand(count, generator=generator) < 0.5, images.device)
             images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
         return images
+
+
+def rotated(images: Tensor, angles: Tensor) -> Tensor:
+    """Images (N, C, H, W) turned about their centre by ``angles`` (N,) in radians, anticlockwise; outside is black."""
+    _, _, height, width = images.shape
+    cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    rows = torch.stack([cosine, -sine * height / width, zero, sine * width / height, cosine, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(rows.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -57,10 +57,8 @@ def build_trainer(
     options["enable_progress_bar"] = False  # ours in its place
     if shown is not None and spec.enable_progress_bar:
         settings["callbacks"] = [*settings.get("callbacks", []), TrainingProgress(shown)]
-    options.setdefault(
-        "plugins", [LightningEnvironment()]
-    )  # we alone start processes: a scheduler's variables are about others
-    options["plugins"] = [WholeCheckpoints(), *options["plugins"]]
+    # We alone start processes: a scheduler's variables are about others.
+    options["plugins"] = [WholeCheckpoints(), *options.get("plugins", [LightningEnvironment()])]
     precision = precision_for(spec.precision, accelerator=spec.accelerator)
     with without_lightning_messages():
         trainer: L.Trainer = make(options, key="trainer", **({"precision": precision} | settings))
