@@ -32,7 +32,11 @@ def test_the_citation_is_of_this_version():
 
 
 def test_hosted_ci_does_what_ci_run_does():
-    hosted = {command.strip() for step in steps(ROOT / ".github" / "workflows" / "ci.yml") for command in step.get("run", "").splitlines()}
+    hosted = {
+        command.strip()
+        for step in steps(ROOT / ".github" / "workflows" / "ci.yml")
+        for command in step.get("run", "").splitlines()
+    }
     here = (ROOT / ".ci" / "run").read_text()
     for command in ('pip install -e ".[dev]" && pytest', "ruff check .", "ruff format --check .", "mypy", "sh .ci/lowest"):
         assert command in hosted

@@ -45,7 +45,9 @@ def test_every_document_is_a_page(site):
 
 
 def test_nothing_is_loaded_from_other_hosts(site):
-    loads = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\ssrc=["']?(?:https?:)?//|<link\b[^>]*\shref=["']?(?:https?:)?//""")
+    loads = re.compile(
+        r"""<(?:script|img|iframe|source)\b[^>]*\ssrc=["']?(?:https?:)?//|<link\b[^>]*\shref=["']?(?:https?:)?//"""
+    )
     assert [path.name for path in pages(site) if loads.search(path.read_text())] == []
     assert not any('class="mermaid"' in path.read_text() for path in pages(site))  # would load a script
     styles = "".join(path.read_text() for path in site.rglob("*.css"))

@@ -32,7 +32,9 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     """Turn links as the repository has them into links of the site; code blocks stay as they are."""
     place = source_of(page.file.src_uri)
     parts = FENCE.split(markdown)
-    return "".join(part if part.startswith("```") else LINK.sub(lambda link: relinked(link, place, page, files), part) for part in parts)
+    return "".join(
+        part if part.startswith("```") else LINK.sub(lambda link: relinked(link, place, page, files), part) for part in parts
+    )
 
 
 def source_of(uri: str) -> str:
