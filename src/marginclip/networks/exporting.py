@@ -102,8 +102,7 @@ def _logits(result: Any, program: fx.GraphModule, output: str | None) -> fx.Node
     """The node of the logits in the flat results of a program."""
     flat = list(result) if isinstance(result, (tuple, list)) else [result]
     spec: Any = getattr(program, "_out_spec", None) or getattr(program.graph._codegen, "pytree_info", None)
-    if isinstance(spec, tuple):
-        spec = spec.out_spec
+    spec = getattr(spec, "out_spec", spec)  # a code generator holds the shapes of inputs and results
     place: Any = flat if spec is None else pytree.tree_unflatten(flat, spec)
     if output is not None:
         place = place.get(output) if isinstance(place, dict) else getattr(place, output, None)
