@@ -15,6 +15,8 @@ from torch import Tensor
 
 from marginclip.errors import UserError, require
 
+LARGEST = 64 * 2**20  # pixels of an image file
+
 
 class ImageStore(Protocol):
     """What holds images: indexing with an int64 tensor (B,) gives uint8 images (B, C, H, W)."""
@@ -54,10 +56,13 @@ def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
     """One image file as uint8 (3, H, W), or (1, H, W) when ``grey``.
 
     The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is. 16-bit grey values are scaled to 8
-    bits. Raises :class:`UserError` for pixels of 32 bits, whose range is unknown.
+    bits. Raises :class:`UserError` for pixels of 32 bits, whose range is unknown, and for more than ``LARGEST`` of them.
     """
     kind = "L" if grey else "RGB"
-    with Image.open(path) as opened:
+    with Image.open(path) as opened:  # the header alone: pixels are decoded where they are asked for
+        require(
+            opened.width * opened.height <= LARGEST, f"'{path}' is {opened.width} x {opened.height} pixels, which are too many"
+        )
         wide = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
         require(
             wide or opened.mode not in ("I", "F"), f"'{path}' has 32-bit pixels of unknown range: save it with 8 or 16 bits"
@@ -107,6 +112,8 @@ def _try_decode(path: str, size: int, strict: bool, grey: bool) -> Tensor | str:
         image = decode(path, None if strict else size, grey=grey)
     except UserError as error:
         return str(error)
+    except Image.DecompressionBombError:
+        return f"'{path}' has too many pixels"
     except UnidentifiedImageError:
         return f"'{path}' is not an image"
     except (OSError, SyntaxError, ValueError) as error:
