@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from marginclip.files import read_json, write_json, write_tensors, write_whole
+from marginclip.files import read_json, write_all_whole, write_json, write_tensors, write_whole
 
 
 def full_disk(path):
@@ -80,3 +80,31 @@ def test_tensors_of_any_layout_survive(tmp_path):
     assert all(torch.equal(restored[name], value) for name, value in tensors.items())
     with safe_open(tmp_path / "t.safetensors", "pt") as opened:
         assert opened.metadata() == {"kind": "test"}
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_files_that_belong_together_stay_together_when_the_disk_is_full(fails, tmp_path):
+    paths = [tmp_path / "tensors", tmp_path / "description"]
+    for path in paths:
+        path.write_text("old")
+    writes = [lambda partial: partial.write_text("new"), lambda partial: partial.write_text("new")]
+    writes[fails] = full_disk
+    with pytest.raises(OSError, match="No space"):
+        write_all_whole(dict(zip(paths, writes, strict=True)))
+    assert [path.read_text() for path in paths] == ["old", "old"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_what_was_there_outlives_a_failure_of_every_step(step, error, tmp_path, monkeypatch):
+    write_json(tmp_path / "run.json", {"status": "done"})
+
+    def fail(*_):
+        raise OSError(error, "the disk says no")
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(OSError, match="the disk says no"):
+        write_json(tmp_path / "run.json", {"status": "failed"})
+    assert read_json(tmp_path / "run.json") == {"status": "done"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.json"]

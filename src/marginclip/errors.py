@@ -33,6 +33,11 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, with what a terminal would act on written as an escape: names of files can hold anything."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:

@@ -242,7 +242,7 @@ def nan_logits(path):
         (["dataset.augment.flip=maybe"], "dataset.augment.flip must be true or false, got 'maybe'"),
         (["model.blocks=3"], "model.blocks must be a list of one or more counts from 1 up, got 3"),
         (["defense.detector.folds=null"], "defense.detector.folds must be 0 (no cross-fitting) or at least 2, got None"),
-        (["defense.detector.theta=low"], "detector.theta must be in (0, 1), got low"),
+        (["defense.detector.theta=low"], "defense.detector.theta must be a number, got 'low'"),
         (["defense.start.share=0"], "defense.start.share must be positive, got 0"),
         (["defense.start.quantile=2"], "defense.start.quantile must be in (0, 1], got 2"),
         (["defense.start.constant=-1"], "defense.start.constant must be positive, got -1"),

@@ -130,6 +130,8 @@ def list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]
     files: list[ImageFile] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
+        circle = class_dir.is_symlink() and folder.resolve().is_relative_to(class_dir.resolve())
+        require(not circle, f"'{class_dir}' is a link to a folder that it lies in")
         found = sorted(_files(str(class_dir)), key=lambda file: file.path.split(os.sep))
         require(len(found) > 0, f"class '{class_dir.name}' has no images in '{class_dir}'")
         files += found
@@ -185,7 +187,7 @@ def _files(folder: str) -> Iterator[ImageFile]:
 def _side_of(path: str) -> int:
     try:
         width, height = pixels_of(path)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"'{path}' is not a readable image") from error
     require(
         width == height, f"'{path}' is {width} x {height} pixels, not square: set dataset.size to the side to scale images to"

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from marginclip.errors import UserError, require
 
+LARGEST = 64 * 2**20  # pixels of an image file
+
 
 class ImageStore(Protocol):
     """What holds images: indexing with an int64 tensor (B,) gives uint8 images (B, C, H, W)."""

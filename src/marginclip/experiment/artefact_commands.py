@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from marginclip.errors import UserError, require
+from marginclip.errors import UserError, printable, require
 from marginclip.experiment.checkpoints import load_checkpoint
 from marginclip.experiment.objects import make
 from marginclip.files import write_whole
@@ -36,7 +36,7 @@ def main(command: str, arguments: list[str]) -> int:
     try:
         return _scan(arguments) if command == "scan" else _export(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", file=sys.stderr)
     return 1

@@ -81,6 +81,8 @@ def _unwrap(content: Any, told: str) -> dict[str, Tensor]:
         content = inner
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
     require(bool(state), f"{told} holds no weights (a state_dict, plain or under one of {', '.join(WRAPPING_KEYS)})")
+    odd = next((key for key in state if not isinstance(key, str)), "")
+    require(odd == "", f"{told} holds weights under {str(odd)[:40]!r}, which is no word: a state_dict goes by names")
     return state
 
 
@@ -115,9 +117,19 @@ def _load_matching(model: nn.Module, state: dict[str, Tensor], told: str) -> Non
                 "of the checkpoint, whose names sort in its order"
             )
         raise UserError(f"{told} is of another architecture than the model ({detail}); check model and model.width")
+    for key, value in best.items():
+        fault = _fault(value, wanted[key])
+        require(fault is None, f"{told} holds {fault} in '{key}'")
     model.load_state_dict(best)
-    broken = [key for key, value in best.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    require(not broken, f"{told} holds NaN or infinite weights in '{broken[0] if broken else ''}'")
+
+
+def _fault(value: Tensor, wanted: Tensor) -> str | None:
+    """Why a tensor cannot take the place of a weight; None where it can."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "sparse, quantized or missing weights, not plain ones,"
+    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+        return f"weights of {str(value.dtype).removeprefix('torch.')} instead of {str(wanted.dtype).removeprefix('torch.')}"
+    return None if not value.is_floating_point() or torch.isfinite(value).all() else "NaN or infinite weights"
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from marginclip.errors import UserError
+from marginclip.errors import UserError, printable
 from marginclip.experiment.override_checks import check_overrides
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def run_job(config: DictConfig, task: Callable[..., str], own: tuple[str, ...] =
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         _note_outcome(outcome)
     if outcome["error"] is not None:
-        print(f"error: {outcome['error']}", file=sys.stderr)
+        print(f"error: {printable(outcome['error'])}", file=sys.stderr)
         _failures.append(outcome)
     else:
         print(outcome["record"], flush=True)

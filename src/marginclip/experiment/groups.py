@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from marginclip.errors import UserError, nearest, require
 from marginclip.experiment.objects import find_object, make
+from marginclip.experiment.setting_types import check_values
 from marginclip.identity import Identifies
 
 Settings = Mapping[str, Any]
@@ -33,6 +34,8 @@ class Choice:
         require(isinstance(content, Mapping), f"{group} must be a group of settings, got {content!r}")
         if content.get("_target_") is None:
             return None
+        target = content["_target_"]
+        require(isinstance(target, str), f"{group}._target_ must be the name of a class or a function, got {target!r}")
         settings = {key: value for key, value in content.items() if key != "name"}
         return cls(group, str(content.get("name") or str(content["_target_"]).rpartition(".")[2]), settings)
 
@@ -155,6 +158,7 @@ class TrainerSpec:
         further = {key: value for key, value in content.items() if key not in own and key != "_target_"}
         for key in ("_target_", "accelerator", "devices", "precision"):
             require(key in content, f"trainer needs the key '{key}': set it instead of deleting it")
+        check_values(known, "trainer", get_type_hints(cls, include_extras=True))
         return cls(target=content["_target_"], further=further, **known)
 
 
@@ -221,11 +225,13 @@ def filled(kind: Any, key: str, content: Settings) -> Any:
     for name in content:
         require(name in known, f"unknown key '{key}.{name}'{nearest(str(name), known)}")
     try:
-        return kind(**content)
+        made = kind(**content)
     except TypeError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{key} lacks a setting: it needs {', '.join(known)}") from error
+    check_values(content, key, get_type_hints(kind, include_extras=True))
+    return made
 
 
 def whole_number(value: Any, least: int) -> bool:

@@ -9,16 +9,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from marginclip.errors import UserError, first_line
+from marginclip.errors import UserError, first_line, require
 from marginclip.experiment.setting_types import check_types
 
 
 def find_object(target: str, key: str) -> Any:
     """The class or function that ``key._target_`` names; raises :class:`UserError` where there is none."""
     try:
-        return get_object(target)
+        found = get_object(target)
     except Exception as error:  # whatever a user's own module raises when it is imported
         raise UserError(f"{key}._target_='{target}' cannot be imported ({first_line(error.__cause__ or error)})") from error
+    require(callable(found), f"{key}._target_='{target}' must name a class or a function")
+    return found
 
 
 def make(settings: Mapping[str, Any], *positional: Any, key: str, **objects: Any) -> Any:

@@ -24,6 +24,10 @@ class Loss:
 
     def __init__(self, *, second_stage: SecondStage | None = None) -> None:
         require(
+            second_stage is None or isinstance(second_stage, SecondStage),
+            f"loss.second_stage must be a second stage of training or null, got {second_stage!r}",
+        )
+        require(
             second_stage is None or second_stage.loss.cosine == self.cosine,
             "loss.second_stage.loss must go on with the classifier of the first stage: gcl and ldam train a cosine one, mixup a linear one",
         )

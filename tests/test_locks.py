@@ -1,0 +1,100 @@
+"""One writer at a time in a folder, whatever host it is on; what killed ones left is removed; no lock that outlives its process."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from marginclip.errors import UserError
+from marginclip.files import partial_of, write_whole
+from marginclip.locks import locked
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(folder, ready):
+    with locked(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def append(folder, word):
+    """Read, wait and write, which loses words where two do it at once."""
+    with locked(folder):
+        file = folder / "words.txt"
+        before = file.read_text() if file.exists() else ""
+        time.sleep(0.05)
+        write_whole(file, lambda partial: partial.write_text(f"{before}{word}\n"))
+
+
+def test_two_processes_take_turns(tmp_path):
+    writers = [FORK.Process(target=append, args=(tmp_path / "new" / "run", number)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert sorted((tmp_path / "new" / "run" / "words.txt").read_text().split()) == ["0", "1", "2", "3"]
+
+
+def test_a_lock_ends_with_the_process_that_is_killed(tmp_path):
+    ready = FORK.Event()
+    holder = FORK.Process(target=hold, args=(tmp_path, ready))
+    holder.start()
+    assert ready.wait(60)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join(60)
+    with locked(tmp_path):
+        pass
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    left = [partial_of(tmp_path / "model.safetensors"), partial_of(tmp_path / "checkpoint" / "last.ckpt")]
+    kept = [tmp_path / "notes.partial", tmp_path / ".hidden", tmp_path / "model.safetensors"]
+    for path in left + kept:
+        path.write_text("half of")
+    with locked(tmp_path):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in kept)
+
+
+def test_partial_files_of_two_hosts_differ(tmp_path, monkeypatch):
+    """Of the same process number; and where the host names are the same, too, as in containers."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    names = set()
+    for host in ("node1", "node2", "node2"):
+        monkeypatch.setattr("platform.node", lambda host=host: host)
+        names.add(partial_of(tmp_path / "run.json"))
+    assert len(names) == 3
+    assert all(name.parent == tmp_path and name.name.endswith(".partial") for name in names)
+    path = tmp_path / "run.json"
+
+    def interrupted_by_the_other(partial):
+        partial.write_text("first")
+        write_whole(path, lambda other: other.write_text("second"))
+        assert partial.read_text() == "first"
+
+    write_whole(path, interrupted_by_the_other)
+    assert path.read_text() == "first"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, number):
+    def missing(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(UserError, match="is on a file system without file locks"), locked(tmp_path):
+        pytest.fail("the lock was taken")
+
+
+def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.open", read_only)
+    with pytest.raises(OSError, match="Read-only"), locked(tmp_path):
+        pytest.fail("the lock was taken")
