@@ -45,8 +45,8 @@ def names_in(page):
 
 def test_runs_sort_filter_and_show_other_columns(site, open_page, records):
     page = open_page(address(site, "runs.html"))
-    page.get_by_label("Setting").select_option("attack.name")
-    page.get_by_label("Value").select_option("badnet")
+    page.get_by_label("Setting", exact=True).select_option("attack.name")
+    page.get_by_label("Value", exact=True).select_option("badnet")
     wanted = {name: record for name, record in records.items() if record.choice("attack") == "badnet"}
     assert set(names_in(page)) == set(wanted)
     heading = page.locator("#runs-table th", has_text="ACC %").first
