@@ -146,12 +146,11 @@ def open_page(browser):
     assert complaints == []
 
 
-def spread(values):
-    """Mean and sample deviation, as a pivot writes them."""
-    text = f"{np.mean(values):.1f}"
-    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.1f}"
+@pytest.fixture
+def spread():
+    """Mean and, of two values or more, sample deviation."""
 
+    def spread(values):
+        return [np.mean(values)] if len(values) < 2 else [np.mean(values), np.std(values, ddof=1)]
 
-@pytest.fixture(name="spread")
-def _spread():
     return spread
