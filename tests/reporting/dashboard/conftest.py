@@ -70,7 +70,7 @@ def runs_dir(tmp_path_factory, synthetic):
     folder = tmp_path_factory.mktemp("runs")
     places = synthetic.write_runs(folder, 65)
     write_hostile(folder)
-    failed = RunRecord(status="failed", error="no memory", config={"attack": {"name": "badnet"}}, seed=0)
+    failed = RunRecord(status="failed", error="no memory", config={"attack": {"name": "wanet"}}, seed=0)
     failed.at(folder / "failed").write()
     (folder / "unreadable").mkdir()
     (folder / "unreadable" / "run.json").write_text("{")
