@@ -24,6 +24,10 @@ CLEAN, TRIGGERED, CROSSED = 0, 1, 2
 MAX_CONFUSION = 256  # classes up to which a confusion matrix is kept: more would be megabytes for a picture nobody can read
 
 
+# Column of a batch -> the outcome that a decision of that class is.
+OUTCOMES = {"labels": "clean_correct", "targets": "triggered_success", "sources": "triggered_restored"}
+
+
 class Evaluation(L.LightningModule):
     """Runs every network once over each test batch and scores everything that decides from its logits.
 
@@ -170,9 +174,6 @@ class Evaluation(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return None
-
-
-OUTCOMES = {"labels": "clean_correct", "targets": "triggered_success", "sources": "triggered_restored"}
 
 
 def _outcome_codes(alternatives: tuple[Tensor, Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -53,9 +53,6 @@ class Splits:
         return channels, height, width
 
 
-LARGEST = 64 * 2**20  # pixels of an image that is decoded
-
-
 def pixels_of(path: str | Path) -> tuple[int, int]:
     """Width and height that an image file claims; no pixel is decoded. Raises :class:`UserError` for more than ``LARGEST`` pixels, and for
     what is no regular file, such as a pipe, that would never end."""

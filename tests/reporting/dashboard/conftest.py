@@ -70,7 +70,7 @@ def runs_dir(tmp_path_factory, synthetic):
     folder = tmp_path_factory.mktemp("runs")
     places = synthetic.write_runs(folder, 65)
     write_hostile(folder)
-    failed = RunRecord(status="failed", error="no memory", config={"attack": {"name": "badnet"}}, seed=0)
+    failed = RunRecord(status="failed", error="no memory", config={"attack": {"name": "wanet"}}, seed=0)
     failed.at(folder / "failed").write()
     (folder / "unreadable").mkdir()
     (folder / "unreadable" / "run.json").write_text("{")
@@ -146,12 +146,11 @@ def open_page(browser):
     assert complaints == []
 
 
-def spread(values):
-    """Mean and sample deviation, as a pivot writes them."""
-    text = f"{np.mean(values):.1f}"
-    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.1f}"
+@pytest.fixture
+def spread():
+    """Mean and, of two values or more, sample deviation."""
 
+    def spread(values):
+        return [np.mean(values)] if len(values) < 2 else [np.mean(values), np.std(values, ddof=1)]
 
-@pytest.fixture(name="spread")
-def _spread():
     return spread

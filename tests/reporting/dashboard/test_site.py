@@ -136,7 +136,7 @@ def test_the_sheet_of_pictures_holds_every_tile(site):
 def test_a_page_of_a_run_is_small(site):
     """Five hundred of them stay under the 10 MB of a dashboard, with room for what all pages share."""
     sizes = [path.stat().st_size for path in (site / "run").glob("cifar10-*.html")]
-    assert sum(sizes) / len(sizes) < 16_000
+    assert sum(sizes) / len(sizes) < 17_500
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
 from marginclip.reporting.dashboard.overview import STATUSES, overview
-from marginclip.reporting.dashboard.pictures import Sheet, sheet
+from marginclip.reporting.dashboard.pictures import sheet
 from marginclip.reporting.dashboard.run_page import figure, run_content
 from marginclip.reporting.dashboard.runs import Run, read_runs
 from marginclip.reporting.dashboard.table import table
@@ -233,6 +233,3 @@ def _pages(
 
 def _render(environment: Environment, name: str, title: str, template: str, root: str = "", **content: Any) -> Page:
     return Page(name, title, Markup(environment.get_template(template).render(root=root, **content)))
-
-
-__all__ = ["Form", "Page", "Sheet", "make_environment", "write_dashboard"]

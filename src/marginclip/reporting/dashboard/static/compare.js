@@ -27,9 +27,11 @@ marginclip.pages.compare = (main, parameters) => {
     const runs = few();
     const differing = table.varying.filter((key) => new Set(runs.map((run) => table.setting(key, run))).size > 1);
     const numbers = runs.map((_, place) => String(place + 1));
-    find("settings").replaceChildren(runs.length < 2 ? element("p", {}, "Choose two runs or more.")
-      : differing.length ? grid(["setting", ...numbers], differing.map((key) => [key, ...runs.map((run) => charts.short(table.setting(key, run), 80))]), false)
-        : element("p", {}, "No setting differs."));
+    const lines = (keys) => grid(["setting", ...numbers], keys.map((key) => [key, ...runs.map((run) => charts.short(table.setting(key, run).replace("(absent)", "–"), 80))]), false);
+    const ofAll = differing.filter((key) => runs.every((run) => table.setting(key, run) !== "(absent)"));
+    const ofSome = differing.filter((key) => !ofAll.includes(key));
+    find("settings").replaceChildren(runs.length < 2 ? element("p", {}, "Choose two runs or more.") : ofAll.length ? lines(ofAll) : element("p", {}, "No setting that all of them have differs."),
+      ofSome.length ? element("details", {}, element("summary", {}, `${ofSome.length} settings that only some of them have`), lines(ofSome)) : "");
   }
 
   function showCurves() {

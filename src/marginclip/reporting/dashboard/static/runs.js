@@ -99,7 +99,7 @@ marginclip.pages.runs = (main, parameters) => {
   find("compare").addEventListener("click", () => (location.href = address("compare", { run: [...picked].map((run) => table.runs.slug[run]) })));
   marginclip.conditions(find("where"), table, where, update);
   marginclip.exporting.offer(find("export"), () => exported);
-  offerColumns();
+  find("columns").closest("details").addEventListener("toggle", offerColumns, { once: true });
   pick(-1, false);
   update();
 };
