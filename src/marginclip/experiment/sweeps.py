@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from marginclip.experiment.command import report_sweep, sweep_name, with_group
+from marginclip.experiment.command import plain, report_sweep, sweep_name, with_group
 
 
 class SweepReport(Callback):
@@ -19,6 +19,4 @@ class SweepReport(Callback):
         outcomes = report_sweep(sweep_dir)
         from marginclip.experiment.loggers.sweep import publish_sweep
 
-        loggers = OmegaConf.to_container(config.logger, resolve=True)
-        assert isinstance(loggers, dict)
-        publish_sweep(with_group(loggers, sweep_name(sweep_dir)), sweep_dir, outcomes)
+        publish_sweep(with_group(plain(config.logger), sweep_name(sweep_dir)), sweep_dir, outcomes)
