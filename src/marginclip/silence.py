@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from marginclip.signals import TERMINATED
@@ -87,8 +87,9 @@ def silent_trainer(max_epochs: int = 1, **settings: Any) -> L.Trainer:
 
     What it says while it fits is silenced by :func:`without_lightning_messages` around the call.
     """
+    alone: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}  # whatever a scheduler started beside it
     with without_lightning_messages():
-        return L.Trainer(max_epochs=max_epochs, **({"devices": 1, "plugins": [LightningEnvironment()]} | SILENT | settings))
+        return L.Trainer(max_epochs=max_epochs, **(alone | SILENT | settings))
 
 
 def nested_trainers(trainer: L.Trainer) -> Callable[[int], L.Trainer]:

@@ -11,9 +11,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from marginclip.experiment.command import OUTCOME, report_sweep, sweep_name, with_group
+from marginclip.experiment.command import OUTCOME, plain, report_sweep, sweep_name, with_group
 from marginclip.files import bytes_writer, write_json, write_whole
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,7 @@ class SweepReport(Callback):
         outcomes = report_sweep(sweep_dir)
         from marginclip.experiment.loggers.sweep import publish_sweep
 
-        loggers = OmegaConf.to_container(config.logger, resolve=True)
-        assert isinstance(loggers, dict)
-        publish_sweep(with_group(loggers, sweep_name(sweep_dir)), sweep_dir, outcomes)
+        publish_sweep(with_group(plain(config.logger), sweep_name(sweep_dir)), sweep_dir, outcomes)
 
 
 def asked_cells(config: DictConfig) -> list[str]:

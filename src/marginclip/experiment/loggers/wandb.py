@@ -71,7 +71,7 @@ class WandB(Destination):
         self.lightning.log_metrics(metrics)
         run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
         arrays = kept_arrays(record.folder)
-        run.log({name: wandb.Table(columns=columns, data=rows) for name, columns, rows in tables(record, arrays)})
+        run.log({name: wandb.Table(columns=list(columns), data=rows) for name, columns, rows in tables(record, arrays)})
         if examples := captioned_examples(record, arrays):
             run.log({"examples": [wandb.Image(image, caption=caption) for image, caption in examples]})
         run.tags = (*run.tags, f"status={record.status}")
@@ -82,7 +82,7 @@ class WandB(Destination):
         import wandb
 
         with wandb.init(name=f"sweep {self.group}", job_type="sweep", dir=str(sweep_dir), **self.settings()) as run:
-            run.log({name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables.items()})
+            run.log({name: wandb.Table(columns=list(columns), data=rows) for name, (columns, rows) in tables.items()})
 
     def close(self, status: str) -> None:
         """See :meth:`Destination.close`. A run that logged nothing leaves nothing."""
