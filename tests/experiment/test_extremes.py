@@ -1,6 +1,5 @@
 """The most extreme images of a detector, against a choice by hand."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,6 @@ from safetensors.torch import load_file
 
 from marginclip.experiment.extremes import MOST, extreme_images, small
 from marginclip.experiment.run import defend
-from marginclip.experiment.sweeps import asked_cells, note_asked
 
 
 def test_small_images_are_means_of_squares_and_never_enlarged():
@@ -59,20 +57,3 @@ def test_triggered_images_are_shown_with_their_trigger_and_clean_ones_without():
     assert found["extremes/mmdf/caught/images"].unique().tolist() == [255]
     assert found["extremes/mmdf/missed/labels"].tolist() == [9, 5]
     assert found["extremes/mmdf/missed/statistic"].tolist() == [0, 1]
-
-
-def test_a_sweep_notes_the_cells_that_it_asks_for(tmp_path):
-    def hydra(*task):
-        return SimpleNamespace(
-            hydra=SimpleNamespace(sweeper=SimpleNamespace(params={"seed": "range(2)"}), overrides=SimpleNamespace(task=task))
-        )
-
-    cells = asked_cells(hydra("attack=badnet,blend", "training.epochs=3"))
-    assert cells == [
-        "seed=0 attack=badnet training.epochs=3", "seed=0 attack=blend training.epochs=3",
-        "seed=1 attack=badnet training.epochs=3", "seed=1 attack=blend training.epochs=3",
-    ]  # fmt: skip
-    note_asked(tmp_path / "new", cells)
-    assert json.loads((tmp_path / "new" / "sweep.json").read_text()) == {"asked": cells}
-    note_asked(tmp_path / "none", asked_cells(hydra("attack=glob(b*)")))
-    assert not (tmp_path / "none").exists()

@@ -1,5 +1,6 @@
 """Sweeps in two stages: the distinct victims, each once, then the cells that need them."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from marginclip.experiment import victims_first
-from marginclip.experiment.victims_first import asked_cells, first_stage, needed_victims
+from marginclip.experiment.victims_first import asked_cells, first_stage, needed_victims, note
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["dataset=digits", "trainer=exact", "model.width=4", "logger=none"]
@@ -39,6 +40,12 @@ def test_cells_are_those_of_hydras_sweeper_in_its_order(sweep):
     assert [cell[-3:] for cell in cells] == [
         [f"attack={attack}", f"seed={seed}", "model.mean=[0.1,0.2]"] for attack in ("badnet", "blend") for seed in (0, 1)
     ]
+
+
+def test_a_sweep_notes_the_cells_that_it_asks_for(sweep, tmp_path):
+    note(tmp_path / "new", asked_cells(sweep("attack=badnet,blend")))
+    asked = json.loads((tmp_path / "new" / "sweep.json").read_text())["asked"]
+    assert [cell.split()[-1] for cell in asked] == ["attack=badnet", "attack=blend"]
 
 
 def test_what_an_experiment_sweeps_is_part_of_the_cells(sweep):

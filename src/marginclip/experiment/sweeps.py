@@ -1,31 +1,20 @@
-"""Hydra callbacks of a multirun: what is asked for before the first job; failed cells, a summary and a paper's table after the last."""
+"""Hydra callbacks for the end of a multirun: failed cells, a summary for the loggers, and a table of the paper beside ours."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from marginclip.experiment.command import OUTCOME, plain, report_sweep, sweep_name, with_group
-from marginclip.files import bytes_writer, write_json, write_whole
-
-log = logging.getLogger(__name__)
-ASKED = "sweep.json"
+from marginclip.files import bytes_writer, write_whole
 
 
 class SweepReport(Callback):
-    """Runs in the launching process, before the first job and after the last."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # any other decides as it goes on
-            note_asked(Path(config.hydra.sweep.dir), asked_cells(config))
+    """Runs once in the launching process, after the last job."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         sweep_dir = Path(config.hydra.sweep.dir)
@@ -33,29 +22,6 @@ class SweepReport(Callback):
         from marginclip.experiment.loggers.sweep import publish_sweep
 
         publish_sweep(with_group(plain(config.logger), sweep_name(sweep_dir)), sweep_dir, outcomes)
-
-
-def asked_cells(config: DictConfig) -> list[str]:
-    """The overrides of every job of a multirun, in the order in which they are numbered, as Hydra's own sweeper splits them.
-
-    Empty for a sweep over ``glob(...)``, which only the sweeper itself can look up.
-    """
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-    if any(isinstance(each.value(), Glob) for each in overrides):
-        return []
-    batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    return [" ".join(cell) for batch in batches for cell in batch]
-
-
-def note_asked(sweep_dir: Path, cells: list[str]) -> None:
-    """Write ``sweep.json``: what was asked for, so that what is missing can be told later. Without cells there is nothing to write."""
-    if not cells:
-        return
-    try:
-        write_json(sweep_dir / ASKED, {"asked": cells})
-    except OSError as error:
-        log.warning("what this sweep asks for could not be noted: %s", error)
 
 
 class PublishedTable(Callback):
