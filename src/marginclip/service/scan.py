@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marginclip.data.images import decode
+from marginclip.data.images import LARGEST, decode
 from marginclip.errors import UserError, require
 from marginclip.service.artefact import Artefact
 
-LARGEST = 64 * 2**20  # pixels of an image file that is to be resized
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
