@@ -61,6 +61,14 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         assert all(path.exists() for path in kept)
 
 
+def test_folders_below_that_have_a_writer_of_their_own_are_left_alone(tmp_path):
+    with locked(tmp_path / "run"):
+        writing = partial_of(tmp_path / "run" / "run.json")
+        writing.write_text("half of")
+        with locked(tmp_path):
+            assert writing.exists()
+
+
 def test_partial_files_of_two_hosts_differ(tmp_path, monkeypatch):
     """Of the same process number; and where the host names are the same, too, as in containers."""
     monkeypatch.setattr("os.getpid", lambda: 7)

@@ -51,10 +51,9 @@ def partial_of(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in ``folder`` and its sub-folders that killed processes left; to be called by its only writer."""
-    for pattern in (".*.partial", "*/.*.partial"):
-        for partial in folder.glob(pattern):
-            partial.unlink(missing_ok=True)
+    """Remove the temporary files in ``folder`` that killed processes left; to be called by its only writer."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> Path:

@@ -21,7 +21,7 @@ MISSING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` where it is missing, and be its only writer inside; waits for another one, and says for which.
+    """Make ``folder`` where it is missing, and be its only writer inside; waits for another one, and says so.
 
     The lock is that of the operating system: it ends with the process that holds it, however that ends. What killed processes left
     half written in the folder is removed first. Raises :class:`UserError` on a file system that has no such locks.
@@ -34,7 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
         log.info("waiting for another process that writes '%s'", folder)
         _acquire(lock, folder, timeout=-1)
     try:
-        remove_leftovers(folder)
+        for place in (folder, *(below for below in folder.iterdir() if below.is_dir() and not (below / LOCK).exists())):
+            remove_leftovers(place)  # folders below with a lock have a writer of their own
         yield
     finally:
         lock.release()

@@ -1,7 +1,7 @@
 """A tiny run, killed at many points and then finished, as a program: ``python attempts.py FOLDER``.
 
 It imports everything once and forks a child for each attempt, which is far cheaper than a new Python. It leaves in FOLDER the run that
-was never killed, ``through``, the runs that were, ``killed-*``, and ``results.json`` with the points and the exit statuses.
+was never killed, ``through``, the runs that were, ``killed-*``, one that two processes did at once, ``together``, and the exit statuses.
 """
 
 import json
@@ -127,6 +127,9 @@ def main(folder):
             statuses = kill_and_finish(content, folder / f"killed-{number}", *points[number])
             write_json(folder / f"result-{number}.json", {"point": points[number], "statuses": statuses})
 
+    both = [in_child(lambda: attempt(content, folder / "together")) for _ in range(2)]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both]
+    write_json(folder / "together.json", statuses)
     for child in [in_child(lambda share=share: work(share)) for share in (0, 1)]:
         os.waitpid(child, 0)
 

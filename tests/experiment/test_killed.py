@@ -34,6 +34,8 @@ def test_a_killed_run_ends_as_if_it_was_not(tmp_path):
     through = contents(tmp_path / "through")
     parts = {"model.safetensors", "victim.json", "bounds.safetensors", "arrays.safetensors", "run.json"}
     assert {Path(name).name for name in through} >= parts
+    assert json.loads((tmp_path / "together.json").read_text()) == [0, 0], done.stderr
+    assert contents(tmp_path / "together") == through, "two processes did the same run at once"
     results = [json.loads(path.read_text()) | {"name": path.stem} for path in tmp_path.glob("result-*.json")]
     assert len(results) >= 20
     for result in results:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TERM, INT = signal.SIGTERM, signal.SIGINT
 WORDS = [
     "dataset=digits", "trainer=exact", "trainer.enable_progress_bar=false", "logger=none", "model.width=2", "model.blocks=[1]",
@@ -40,34 +41,33 @@ main()
 
 def run(folder, number, place, *words):
     return subprocess.run(
-        [sys.executable, "-c", CODE, str(int(number)), place, "defend", *WORDS, *words],
+        [sys.executable, "-c", CODE, str(int(number)), place, "defend", *words, *WORDS],
         cwd=folder, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("number", "place", "sweep"),
-    [(TERM, "load", []), (INT, "load", []), (INT, "12", []), (TERM, "12", ["-m", "seed=0,1"]), (INT, "30", ["-m", "seed=0,1"])],
-)
-def test_a_signal_ends_a_command_in_one_sentence(tmp_path, number, place, sweep):
-    """Eight steps an epoch, sixteen a run: step 12 is in the second epoch, step 30 in that of the second run."""
-    done = run(tmp_path, number, place, *sweep)
+def check(done, number):
+    """It ended in one sentence, with the status of the signal."""
     assert done.returncode == 128 + number, done.stderr
     word = {TERM: "terminated", INT: "interrupted"}[number]
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert told == [f"error: {word}; the same command goes on from the last checkpoint"]
     assert "Traceback" not in done.stderr
-    kept = list(tmp_path.glob("runs/victims/*/checkpoint/last.ckpt"))
-    assert len(kept) == (place != "load")
-    assert len(list(tmp_path.glob("runs/*/run.json"))) == (place == "30")
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path):
-    assert run(tmp_path, INT, "30", "-m", "seed=0,1").returncode == 130
+def test_a_signal_before_training_ends_a_run(tmp_path):
+    check(run(tmp_path, INT, "load"), INT)
+
+
+def test_a_signal_during_training_ends_a_sweep_which_goes_on(tmp_path):
+    """Eight steps an epoch, sixteen a run: step 28 is in the second epoch of the second run."""
+    sweep = ("-m", "seed=0,1")
+    check(run(tmp_path, TERM, "28", *sweep), TERM)
+    assert len(list(tmp_path.glob("runs/victims/*/checkpoint/last.ckpt"))) == 1
     (first,) = tmp_path.glob("runs/*/run.json")
-    before = first.stat().st_mtime_ns
-    assert run(tmp_path, INT, "9", "-m", "seed=0,1").returncode == 0, "one epoch was left: eight steps"
-    assert first.stat().st_mtime_ns == before
+    written = first.stat().st_mtime_ns
+    assert run(tmp_path, TERM, "9", *sweep).returncode == 0, "one epoch was left, eight steps"
+    assert first.stat().st_mtime_ns == written
     assert [json.loads(path.read_text())["status"] for path in tmp_path.glob("runs/*/run.json")] == ["done", "done"]
 
 

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Setting:
         return content
 
 
+@cache
 def settings() -> list[Setting]:
     """Every numeric key of every option, once for each class or group that takes it."""
     found: dict[tuple[str, str], Setting] = {}

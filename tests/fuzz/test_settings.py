@@ -1,6 +1,7 @@
 """A sample of the fuzz over every number of conf/; the whole is ``python tests/fuzz/settings.py``."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ PROGRAM = Path(__file__).with_name("settings.py")
 @pytest.fixture(scope="module")
 def fuzz():
     spec = importlib.util.spec_from_file_location("fuzz_settings", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["fuzz_settings"] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
