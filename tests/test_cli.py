@@ -44,7 +44,7 @@ def test_version_help_and_a_command_that_does_not_exist(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert (
         done.stderr
-        == "error: unknown command 'defned'; did you mean 'defend'? (there are defend, train, audit, repair, scan, export, report)\n"
+        == "error: unknown command 'defned'; did you mean 'defend'? (there are defend, train, audit, repair, scan, export, report, status, dashboard)\n"
     )
 
 
@@ -106,7 +106,7 @@ def test_ones_own_option_stands_in_the_place_of_ours(tmp_path):
 @pytest.mark.parametrize(
     ("line", "answers"),
     [
-        ("marginclip ", "defend train audit repair scan export report"),
+        ("marginclip ", "defend train audit repair scan export report status dashboard"),
         ("marginclip de", "defend"),
         ("marginclip defend attack=b", "attack=badnet attack=blend attack=blend_full"),
         ("marginclip train attack=wa", "attack=wanet"),

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from marginclip.cli import WITH_HYDRA, _as_options
-from marginclip.experiment import artefact_commands
+from marginclip.experiment import artefact_commands, dashboard, status
 from marginclip.experiment.override_checks import check_overrides
 from marginclip.reporting import __main__ as reporting
 
@@ -25,7 +25,12 @@ BLOCK = re.compile(
     flags=re.S | re.M,
 )
 OWN_TESTS = ("adding-",)  # tests/test_adding.py writes these pages' files and runs their commands
-RUN_ELSEWHERE = ("README.md", "your-model.md", "audit.md")  # their Python is run by tests/test_docs.py
+RUN_ELSEWHERE = (
+    "README.md",
+    "your-model.md",
+    "audit.md",
+    "walk-through.md",
+)  # by tests/test_docs.py, tests/test_walk_through.py
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
 
@@ -65,9 +70,14 @@ def test_commands_of_marginclip_take_these_arguments(command, arguments, tmp_pat
         assert {word for word in given if word.startswith("-")} <= {"-m", "--help"}
         return
     monkeypatch.chdir(tmp_path)
-    status = reporting.main(arguments) if command == "report" else artefact_commands.main(command, arguments)
-    assert status == 1
-    assert arguments[0] in capsys.readouterr().err
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if "--output" in arguments:
+        arguments = [word for word in arguments if word != "--output" and not word.endswith(".json")]
+    programs = {"report": reporting.main, "status": status.main, "dashboard": dashboard.main}
+    code = programs[command](arguments) if command in programs else artefact_commands.main(command, arguments)
+    assert code == 1
+    assert "error: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

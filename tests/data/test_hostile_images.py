@@ -52,7 +52,7 @@ def load(root, **settings):
     ("make", "name", "message"),
     [
         (huge_png, "x.png", "x.png' has too many pixels"),
-        (lambda path: huge_png(path, 9_000), "x.png", "x.png' is 9000 x 9000 pixels, which are too many"),
+        (lambda path: huge_png(path, 9_000), "x.png", "x.png' has 9000 x 9000 pixels, which are too many"),
         (truncated_jpeg, "x.jpg", "x.jpg' is corrupt"),
         (lambda path: path.write_bytes(b""), "x.png", "x.png' is not an image"),
         (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500)), "x.png", "x.png' is"),

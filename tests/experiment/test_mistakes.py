@@ -73,7 +73,7 @@ def complain(overrides, name="defend"):
         (["attack=adaptive", "attack.base=blend"], ["'attack.base' is a group of settings", "attack@attack.base=..."]),
         (["defense=null"], ["'defense=null' leaves the run without defense; use defense=none"]),
         (["defense=mmdf,null"], ["'defense=null' leaves the run without defense; use defense=none"]),
-        (["model=null"], ["leaves the run without model; there are import, resnet18, "]),
+        (["model=null"], ["leaves the run without model; there are exported, huggingface, import, "]),
         (["~detect"], ["'~detect' leaves the run without detect; use detect=none"]),
     ],
 )
