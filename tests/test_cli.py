@@ -43,8 +43,8 @@ def test_version_help_and_a_command_that_does_not_exist(tmp_path):
     done = call("defned", "attack=badnet", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert (
-        done.stderr
-        == "error: unknown command 'defned'; did you mean 'defend'? (there are defend, train, audit, repair, scan, export, report, status, dashboard)\n"
+        done.stderr == "error: unknown command 'defned'; did you mean 'defend'? "
+        "(there are defend, train, audit, repair, scan, export, report, status, dashboard)\n"
     )
 
 

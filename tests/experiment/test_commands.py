@@ -90,5 +90,8 @@ def test_a_mistake_is_one_sentence_at_once(command, tmp_path, script):
 def test_help_lists_the_groups(command):
     done = command("defend", "--help")
     assert done.returncode == 0
-    listed = "adaptive, badnet, blend, blend_full, chessboard, clean_label, input_aware, input_aware_small, low_frequency, none, one_pixel, sinusoid, wanet"
+    listed = (
+        "adaptive, badnet, blend, blend_full, chessboard, clean_label, input_aware, input_aware_small, low_frequency, none, one_pixel, "
+        "sinusoid, wanet"
+    )
     assert f"attack: {listed}" in done.stdout
