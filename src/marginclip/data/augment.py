@@ -12,6 +12,10 @@ from marginclip.devices import send
 from marginclip.errors import require
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class Augment:
     """Pad by ``crop_padding`` zeros, cut a random window of the old size, flip half of the images when ``flip``.
 
@@ -20,12 +24,13 @@ class Augment:
 
     def __init__(self, *, crop_padding: int = 0, flip: bool = False, rotation: float | None = None) -> None:
         require(
-            isinstance(crop_padding, int), f"dataset.augment.crop_padding must be a whole number of pixels, got {crop_padding}"
+            isinstance(crop_padding, int) and not isinstance(crop_padding, bool),
+            f"dataset.augment.crop_padding must be a whole number of pixels, got {crop_padding}",
         )
         require(crop_padding >= 0, f"dataset.augment.crop_padding must not be negative, got {crop_padding}")
         require(isinstance(flip, bool), f"dataset.augment.flip must be true or false, got {flip!r}")
         require(
-            rotation is None or 0 < rotation <= 180,
+            rotation is None or (_is_number(rotation) and 0 < rotation <= 180),
             f"dataset.augment.rotation must be null or in (0, 180] degrees, got {rotation}",
         )
         self.crop_padding, self.flip, self.rotation = crop_padding, flip, rotation
