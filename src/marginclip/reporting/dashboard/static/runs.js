@@ -64,7 +64,8 @@ marginclip.pages.runs = (main, parameters) => {
         element("td", { class: "wide run" }, element("a", { href: address(`run/${table.runs.slug[run]}`) }, marginclip.charts.short(table.runs.name[run], 90))),
         ...listed.map((column) => shown(column, value(column, run, row)))))));
     find("table").replaceChildren(made);
-    drawn = enhance(made, { columnDefs: [{ targets: 0, orderable: false, searchable: false }] });
+    const layout = { topStart: null, topEnd: null, top: "search", bottomStart: "info", bottomEnd: rows.length > 50 ? "paging" : null };
+    drawn = enhance(made, { searching: true, info: true, layout, columnDefs: [{ targets: 0, orderable: false, searchable: false }] });
     marginclip.left.pop();
     remember("runs", { ...(method === OWN ? {} : { method }), where: where.map((pair) => JSON.stringify(pair)), column: listed });
   }
