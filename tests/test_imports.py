@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 ARROWS = {
     "allocator": set(),
     "errors": set(),
+    "durations": set(),
     "signals": set(),
     "silence": {"signals"},
     "locks": {"errors", "files"},
@@ -32,6 +33,7 @@ ARROWS = {
     "training": {"attacks", "clipping", "networks", "losses", "maxmargin", "metrics", "errors"},
     "evaluation": {"maxmargin", "metrics", "errors"},
     "service": {
+        "durations",
         "clipping",
         "data",
         "defenses",

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from marginclip.durations import duration
 from marginclip.experiment import progress
-from marginclip.experiment.progress import Display, Lines, Task, duration, task, tracked
+from marginclip.experiment.progress import Display, Lines, Task, task, tracked
 from marginclip.experiment.progress_bars import Bars
 
 

@@ -6,10 +6,8 @@ from torch import nn
 
 from marginclip.defenses import MMAC, MMOM, AscentPlan, FineTune
 from marginclip.defenses.clipping.passes import Passes, passes_of, passes_with_folds
-from marginclip.experiment.time_left import TimeLeft
 from marginclip.networks.memory import memory_limited_to
-from marginclip.service.estimate import Speed, duration, in_words, measure
-from marginclip.silence import silent_trainer
+from marginclip.service.estimate import Speed, in_words, measure
 
 
 def counted(defense, model, images, labels):
@@ -80,20 +78,3 @@ def test_a_measured_speed_is_one_of_this_network(model, clean):
     assert in_words(speed, Passes(1, 1, 1)).startswith(
         "this takes about 1 s and 0.0 GiB beside what is in use (memory_gib limits"
     )
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (40.4, "40 s"), (100, "2 min"), (12_600, "3.5 h")])
-def test_durations_are_rounded(seconds, words):
-    assert duration(seconds) == words
-
-
-def test_progress_goes_to_the_standard_error(model, clean, capsys):
-    defense = MMAC(steps=4, extra_steps=0, check_every=2, ascent=AscentPlan(starts_per_class=1))
-    left = TimeLeft(8, every=0.0)
-    for _ in range(2):
-        defense.fit(model, *clean, make_trainer=lambda epochs: silent_trainer(epochs, callbacks=[left]))
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = err.splitlines()
-    assert [line.partition(",")[0] for line in lines] == [f"{done} of about 8 steps" for done in range(1, 8)]
-    assert all(line.endswith(" left") for line in lines)

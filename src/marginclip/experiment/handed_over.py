@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.stages import load_model, make_methods
-from marginclip.experiment.time_left import TimeLeft
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
 from marginclip.locks import locked
@@ -78,7 +76,7 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     )
     return audit(
         setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=methods.defense,
-        seed=spec.seed, make_trainer=_trainers(spec), progress=tell,
+        seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
     )  # fmt: skip
 
 
@@ -109,13 +107,12 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     methods, setup, images, labels = _given(spec)
     detector = spec.defense.detector
     folds = 2 if detector is None or detector.folds == 0 else detector.folds
-    further = []
     passes = passes_with_folds(methods.defense, len(images), len(setup.classes), folds)
     if passes is not None:
         _say(in_words(measure(setup.model, images), passes))
-        further = [TimeLeft((1 + folds) * methods.defense.steps)]
     return Artefact.fit(
-        setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed, make_trainer=_trainers(spec, further),
+        setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed,
+        make_trainer=_trainers(spec, methods.defense.label),
         folds=folds, detector=None if detector is None else detector.settings,
         model_settings=_with_whole_path(spec.model.settings), model_path=str(Path(str(spec.weights)).resolve()),
         tolerance=tolerance,
@@ -156,9 +153,11 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
     return methods, setup, images.to(device_of(spec.trainer)), labels
 
 
-def _trainers(spec: RunSpec, callbacks: Sequence[L.Callback] = ()) -> Any:
+def _trainers(spec: RunSpec, shown: str) -> Any:
+    """Makes Trainers of so many epochs whose progress is ``shown`` under a name."""
+
     def make_trainer(epochs: int) -> L.Trainer:
-        return build_trainer(spec.trainer, max_epochs=epochs, callbacks=list(callbacks), **SILENT)
+        return build_trainer(spec.trainer, max_epochs=epochs, shown=shown, **SILENT)
 
     return make_trainer
 

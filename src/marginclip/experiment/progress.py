@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from marginclip.durations import duration
+
 INTERVAL = 60.0  # seconds between two lines
 
 
@@ -130,11 +132,3 @@ def tracked(name: str, unit: str = "steps") -> Callable[[range], Iterable[int]]:
                 made.advance(number + 1)
 
     return track
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: ``40 s``, ``12 min``, ``3 h 20 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from marginclip.experiment.progress import Display, Task, duration
+from marginclip.durations import duration
+from marginclip.experiment.progress import Display, Task
 
 
 class Bars(Display):

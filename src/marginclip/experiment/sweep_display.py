@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from marginclip.experiment.progress import INTERVAL, Display, Lines, duration
+from marginclip.durations import duration
+from marginclip.experiment.progress import INTERVAL, Display, Lines
 from marginclip.experiment.progress_bars import Bars
 from marginclip.experiment.sweep_state import ASKED, SweepState, sweep_state
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marginclip.experiment.progress import duration
+from marginclip.durations import duration
 from marginclip.experiment.signs_of_life import is_alive, sign_of
 
 ASKED, OUTCOME, VICTIMS = "sweep.json", "outcome.json", "victims"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import require
 from marginclip.models.activations import make_activation
+from marginclip.models.checks import check_stages
 from marginclip.models.normalize import make_normalize
 
 
@@ -78,13 +79,7 @@ class ResNet(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        require(num_classes >= 2, f"a classifier needs at least 2 classes, got {num_classes}")
-        counts = list(blocks) if isinstance(blocks, Sequence) else []
-        require(
-            len(counts) > 0 and all(isinstance(count, int) and count >= 1 for count in counts),
-            f"model.blocks must be a list of one or more counts from 1 up, got {counts or blocks}",
-        )
-        require(width >= 1, f"model.width must be at least 1, got {width}")
+        check_stages(num_classes, blocks, width)
         require(shortcut in ("projection", "pad"), f"model.shortcut must be 'projection' or 'pad', got '{shortcut}'")
         self.normalize = make_normalize(in_channels, mean, std)
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginclip.errors import require
 from marginclip.models.activations import make_activation
+from marginclip.models.checks import check_stages
 from marginclip.models.normalize import make_normalize
 
 
@@ -33,12 +33,7 @@ class VGG(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        require(num_classes >= 2, f"a classifier needs at least 2 classes, got {num_classes}")
-        require(
-            len(blocks) > 0 and min(blocks) >= 1,
-            f"model.blocks must be a list of one or more counts from 1 up, got {[*blocks]}",
-        )
-        require(width >= 1, f"model.width must be at least 1, got {width}")
+        check_stages(num_classes, blocks, width)
         self.normalize = make_normalize(in_channels, mean, std)
         layers = list[nn.Module]()
         channels = in_channels

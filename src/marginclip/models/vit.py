@@ -14,7 +14,7 @@ from marginclip.models.normalize import make_normalize
 class ViT(nn.Module):
     """Torchvision's vision transformer (Dosovitskiy et al. 2021) for images of ``image_size`` in patches of ``patch_size`` pixels.
 
-    The default is ViT-Small (12 layers, 6 heads, 384 channels) with 8 x 8 patches of a 32-pixel image. Takes images
+    The default is ViT-Small (12 layers, 6 heads, 384 channels) on a 32-pixel image in 8 x 8 patches of 4 pixels. Takes images
     (N, in_channels, image_size, image_size) in [0, 1] and returns logits (N, num_classes).
     """
 

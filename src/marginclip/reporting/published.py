@@ -51,10 +51,15 @@ Published = dict[tuple[Cell, str, str], Figure]  # by cell, row and metric
 Runs = dict[tuple[Cell, str], list[RunRecord]]  # by cell and row
 
 
+def figures() -> list[dict[str, str]]:
+    """All figures of the first paper, as the lines of ``published.csv``."""
+    with FILE.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 def published(table: str) -> Published:
     """The paper's figures; raises :class:`UserError` for a table that is not known."""
-    with FILE.open(newline="") as lines:
-        every = list(csv.DictReader(lines))
+    every = figures()
     names = sorted({line["table"] for line in every})
     chosen = [line for line in every if line["table"] == table]
     if not chosen:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses.clipping.passes import Passes
+from marginclip.durations import duration
 from marginclip.networks.memory import OVERHEAD, kept_for_backward, memory_budget
 
 LONG_ENOUGH, MOST_TIMED = 0.3, 32  # seconds, images
@@ -59,17 +60,10 @@ def measure(model: nn.Module, images: Tensor) -> Speed:
     return Speed(forward / len(batch), backward / len(batch), kept, fixed, budget)
 
 
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def in_words(speed: Speed, passes: Passes) -> str:
     """One sentence: the time and the memory."""
     return (
-        f"this takes about {duration(speed.seconds(passes))} and {speed.memory(passes) / 2**30:.1f} GiB beside what is in use "
+        f"this takes about {duration(max(1.0, speed.seconds(passes)))} and {speed.memory(passes) / 2**30:.1f} GiB beside what is in use "
         f"(memory_gib limits a step to {speed.budget / 2**30:.1f} GiB)"
     )
 
