@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from marginclip.errors import UserError
 from marginclip.files import remove_leftovers
@@ -27,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
     half written in the folder is removed first. Raises :class:`UserError` on a file system that has no such locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         _acquire(lock, folder, timeout=0)
     except Timeout:
@@ -41,18 +40,15 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(lock: FileLock, folder: Path, timeout: float) -> None:
+def _acquire(lock: BaseFileLock, folder: Path, timeout: float) -> None:
     try:
-        with warnings.catch_warnings():  # filelock's, before it takes a lock that would outlive a killed process
-            warnings.simplefilter("ignore")
-            lock.acquire(timeout=timeout)
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and (isinstance(error, Timeout) or error.errno not in MISSING):
+        lock.acquire(timeout=timeout)
+    except NotImplementedError as error:
+        raise _without_locks(folder) from error
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in MISSING:
             raise
         raise _without_locks(folder) from error
-    if isinstance(lock, SoftFileLock):
-        lock.release()
-        raise _without_locks(folder)
 
 
 def _without_locks(folder: Path) -> UserError:
