@@ -21,6 +21,7 @@ from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import run_spec
 from marginclip.experiment.stages import load_model
 from marginclip.experiment.trainers import build_trainer
+from marginclip.files import write_whole
 from marginclip.service import audit
 from marginclip.silence import SILENT, silence_lightning
 
@@ -38,6 +39,7 @@ VICTIMS = [
     ("attack=wanet training.epochs=50 seed=1", "poisoned"),
     ("attack=none imbalance=exponential imbalance.ratio=20 seed=0", "imbalanced"),
     ("attack=none imbalance=step imbalance.ratio=20 seed=0", "imbalanced"),
+    *((f"attack=badnet imbalance=exponential imbalance.ratio=10 seed={seed}", "poisoned and imbalanced") for seed in (0, 1)),
 ]
 
 
@@ -54,37 +56,55 @@ def obtained(options: str, runs_dir: str, *, clean_per_class: int = 50) -> tuple
     return setup, spec
 
 
+def audited(options: str, runs_dir: str) -> dict[str, Any]:
+    """The audit of one victim, with its true target class."""
+    setup, spec = obtained(options, runs_dir)
+    found = audit(
+        setup.model, *setup.data.clean_set(), seed=spec.seed,
+        make_trainer=lambda epochs: build_trainer(spec.trainer, max_epochs=epochs, **SILENT),
+    )  # fmt: skip
+    return {"true_target": setup.target_class, **found.to_dict()}
+
+
+def row(options: str, found: dict[str, Any]) -> str:
+    """A line of the table."""
+    reached, margins = found["reach"], found["maximum_margins"]
+    target = "" if found["true_target"] is None else f", {found['true_target']}"
+    return (
+        f"| {options} | {found['verdict']['kind']} | {reached['suspect']}{target} | {reached['p_value']:.2g} | class {margins['suspect']}: "
+        f"{margins['p_value']:.2g}, {margins['published_p_value']:.2g} | {sum(found['seconds'].values()):.0f} |"
+    )
+
+
+def save(audits: dict[str, Any], output: Path) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text(json.dumps(audits))
+
+    write_whole(output, write)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--only", default="", help="audit only victims whose options contain this")
-    parser.add_argument("--output", help="a JSON file for the whole of every audit")
+    parser.add_argument("--output", default="verdicts.json", help="the whole of every audit; what is there is not done again")
     given = parser.parse_args()
     silence_lightning()
+    output = Path(given.output)
+    audits = json.loads(output.read_text()) if output.exists() else {}
     counts: Counter[tuple[str, str]] = Counter()
-    audits = {}
     print("| victim | verdict | class, true target | p by reach | p of MM-BD, published | s |\n|---|---|---|---|---|---|")
     for options, wanted in VICTIMS:
         if given.only not in options:
             continue
-        setup, spec = obtained(options, given.runs_dir)
-        found = audit(
-            setup.model, *setup.data.clean_set(), seed=spec.seed,
-            make_trainer=lambda epochs, spec=spec: build_trainer(spec.trainer, max_epochs=epochs, **SILENT),  # type: ignore[misc]
-        )  # fmt: skip
-        verdict, reached, margins = found.verdict, found.reached, found.margins
-        counts[wanted, verdict.kind] += 1
-        audits[options] = found.to_dict()
-        target = "" if setup.target_class is None else f", {setup.target_class}"
-        print(
-            f"| {options} | {verdict.kind} | {reached.suspect}{target} | {reached.p_value:.2g} | class {margins.suspect}: "
-            f"{margins.p_value:.2g}, {margins.uncalibrated_p_value:.2g} | {sum(found.seconds.values()):.0f} |", flush=True,
-        )  # fmt: skip
-        if given.output:
-            Path(given.output).write_text(json.dumps(audits))
+        if options not in audits:
+            audits[options] = audited(options, given.runs_dir)
+            save(audits, output)
+        counts[wanted, audits[options]["verdict"]["kind"]] += 1
+        print(row(options, audits[options]), flush=True)
     kinds = ("nothing", "poisoned", "imbalanced")
     print(f"\n| the victim is | {' | '.join(f'said: {kind}' for kind in kinds)} |\n|---|{'---|' * len(kinds)}")
-    for wanted in kinds:
+    for wanted in dict.fromkeys(wanted for _, wanted in VICTIMS):
         print(f"| {wanted} | {' | '.join(str(counts[wanted, kind]) for kind in kinds)} |")
 
 

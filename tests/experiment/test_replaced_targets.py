@@ -1,9 +1,11 @@
 """A class in the place of an option's own gets the settings that it takes, and no others."""
 
 import pytest
+from torch import nn
 
 from marginclip.errors import UserError
-from marginclip.experiment.replaced_targets import arguments_of, fit_to_targets
+from marginclip.experiment.objects import arguments_of, hands_on, make_model
+from marginclip.experiment.replaced_targets import fit_to_targets
 
 MODEL = {
     "name": "resnet18",
@@ -63,3 +65,30 @@ def test_a_target_that_is_not_there_is_one_sentence():
         fit_to_targets(
             {"model": MODEL | {"_target_": "marginclip.models.Nothing"}}, ["model._target_=marginclip.models.Nothing"]
         )
+
+
+class Fixed(nn.Module):
+    """A network whose sizes are written into it."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+class Sized(nn.Linear):
+    def __init__(self, num_classes, **others):
+        super().__init__(4, num_classes, **others)
+
+
+def test_a_network_is_given_the_sizes_that_it_takes():
+    network = make_model({"_target_": "torchvision.models.resnet18"}, num_classes=7, in_channels=3)
+    assert network.fc.out_features == 7
+    assert make_model({"_target_": f"{__name__}.Sized"}, num_classes=7, in_channels=3).out_features == 7
+    assert isinstance(make_model({"_target_": f"{__name__}.Fixed"}, num_classes=7, in_channels=3), Fixed)
+    own = make_model({"_target_": "marginclip.models.ResNet", "blocks": [1], "width": 4}, num_classes=7, in_channels=2)
+    assert own.conv1.in_channels == 2
+    assert hands_on(lambda **others: None) and not hands_on(Fixed) and not hands_on(lambda one: None)
+
+
+def test_channels_that_a_network_cannot_take_are_one_sentence():
+    with pytest.raises(UserError, match=r"^model: .*in_channels"):
+        make_model({"_target_": "torchvision.models.resnet18"}, num_classes=7, in_channels=1)

@@ -16,7 +16,7 @@ from torch import nn
 
 from marginclip.errors import UserError, printable, require
 from marginclip.experiment.checkpoints import load_checkpoint
-from marginclip.experiment.objects import make
+from marginclip.experiment.objects import make_model
 from marginclip.files import write_whole
 from marginclip.service import Artefact, ScannedImage, export, read_artefact, scan
 from marginclip.service.artefact import Description
@@ -73,7 +73,7 @@ def _model(description: Description, folder: str, model_path: str | None, *, tru
     channels = description.image_shape[0]
     if settings.get("path") == description.model_path:  # the model brings its weights: from where they are now
         settings = {**settings, "path": path}
-    model: nn.Module = make(settings, key="model", num_classes=len(description.classes), in_channels=channels)
+    model = make_model(settings, num_classes=len(description.classes), in_channels=channels)
     if getattr(model, "loaded_from", None) != path:
         load_checkpoint(path, model, key="--model" if model_path else "model_path")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from marginclip.errors import UserError, first_line, require
 from marginclip.experiment.setting_types import check_types
@@ -44,6 +46,53 @@ def make(settings: Mapping[str, Any], *positional: Any, key: str, **objects: Any
         if isinstance(reason, (TypeError, ValueError, LookupError, OSError, MisconfigurationException)):
             raise UserError(f"{key}: {first_line(reason)}") from error
         raise
+
+
+def make_model(settings: Mapping[str, Any], *, num_classes: int, in_channels: int) -> nn.Module:
+    """The network of plain ``settings``; ``num_classes`` and ``in_channels`` are given to a target that takes arguments of these names.
+
+    A target that hands unnamed arguments on, such as ``torchvision.models.resnet18``, is given ``num_classes``, and ``in_channels`` where
+    it is not the usual 3.
+    """
+    target = find_object(str(settings["_target_"]), "model")
+    taken = arguments_of(target)
+    if hands_on(target):
+        taken |= {"num_classes"} if in_channels == 3 else {"num_classes", "in_channels"}
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    model: nn.Module = make(settings, key="model", **{name: size for name, size in sizes.items() if name in taken})
+    return model
+
+
+def arguments_of(target: Any) -> set[str]:
+    """The names of the arguments of a function or class, those of its base classes among them where it hands others on."""
+    names = set[str]()
+    for parameters in _signatures(target):
+        names |= {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    return names
+
+
+def hands_on(target: Any) -> bool:
+    """Whether the last in line takes arguments that nobody names: ``**kwargs`` of a function, or of a class without a further base."""
+    signatures = _signatures(target)
+    return bool(signatures) and any(each.kind is each.VAR_KEYWORD for each in signatures[-1])
+
+
+def _signatures(target: Any) -> list[list[inspect.Parameter]]:
+    """The parameters of a function; of a class, also those of its bases, as far as each constructor hands unnamed ones on."""
+    constructors = (
+        [vars(base)["__init__"] for base in target.__mro__ if base not in (nn.Module, object) and "__init__" in vars(base)]
+        if inspect.isclass(target)
+        else [target]
+    )
+    found: list[list[inspect.Parameter]] = []
+    for constructor in constructors:
+        try:
+            found.append(list(inspect.signature(constructor).parameters.values()))
+        except (TypeError, ValueError):  # made in C: it does not say
+            break
+        if not any(each.kind is each.VAR_KEYWORD for each in found[-1]):
+            break
+    return found
 
 
 def without_names(settings: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from marginclip.experiment.objects import find_object
+from marginclip.experiment.objects import arguments_of, find_object
 
 log = logging.getLogger(__name__)
 # Keys for the code around the objects of groups.
@@ -43,20 +42,3 @@ def _fitted(content: Mapping[str, Any], path: Sequence[str], key: str, given: Ma
             "%s._target_=%s does not take %s: these settings of the option are left out", key, target, ", ".join(others)
         )
     return {name: value for name, value in content.items() if name not in others}
-
-
-def arguments_of(target: Any) -> set[str]:
-    """The names of the arguments of a function or class, those of its base classes among them where it hands others on."""
-    constructors = (
-        [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)] if inspect.isclass(target) else [target]
-    )
-    names = set[str]()
-    for constructor in constructors:
-        try:
-            parameters = inspect.signature(constructor).parameters.values()
-        except (TypeError, ValueError):  # made in C: it does not say
-            break
-        names |= {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-            break
-    return names

@@ -13,6 +13,7 @@ from marginclip.attacks import Attack
 from marginclip.data import Augment, ImageData, Splits
 from marginclip.data.clean import automatic_sizes
 from marginclip.errors import UserError, first_line, require
+from marginclip.experiment.objects import make_model
 from marginclip.experiment.spec import RunSpec
 from marginclip.losses import Loss
 
@@ -130,7 +131,7 @@ def clean_sizes(spec: RunSpec, labels: Tensor, wanted: int | None) -> tuple[int 
 def build_model(spec: RunSpec, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """A fresh model, initialised from the seed, checked to take images of the data set's shape."""
     L.seed_everything(spec.seed, verbose=False)
-    model: nn.Module = spec.model.make(num_classes=num_classes, in_channels=image_shape[0])
+    model = make_model(spec.model.settings, num_classes=num_classes, in_channels=image_shape[0])
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *image_shape))
