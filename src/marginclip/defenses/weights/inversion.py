@@ -54,8 +54,17 @@ class CostSchedule:
 
 @dataclass(frozen=True)
 class InversionPlan:
-    """How triggers are inverted: at most ``passes`` of ``batches_per_pass`` batches of ``batch_size`` clean images, each for every
-    class; Adam of ``learning_rate`` with ``betas``. ``cost``, ``threshold``, ``patience``: see :class:`CostSchedule`.
+    """How triggers are inverted: all classes in one batch, each with a mask, a pattern and a weight of the mask's size of its own.
+
+    Args:
+        passes: passes at most.
+        batches_per_pass: batches in a pass.
+        batch_size: clean images in a batch, each for every class.
+        learning_rate: of Adam.
+        betas: of Adam.
+        cost: first weight of the mask's size; see :class:`CostSchedule`.
+        threshold: share of the images that a trigger must send to its class.
+        patience: passes running before the weight moves.
     """
 
     passes: int = 100
