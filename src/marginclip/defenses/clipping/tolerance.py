@@ -19,8 +19,8 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Cost:
-    """What a repair costs on images that it has not seen: the accuracy ``before`` and ``after`` in [0, 1], the out-of-fold ``logits``
-    (N, K), and the share of the way to the clean maxima that its bounds were ``relaxed`` by, in [0, 1]."""
+    """What a repair costs on images that it has not seen: the accuracy ``before`` and ``after`` in [0, 1] and the out-of-fold
+    ``logits`` (N, K). ``relaxed`` says how far its bounds were moved towards the clean maxima, in [0, 1]."""
 
     before: float
     after: float
