@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import marginclip
+from marginclip import attacks, defenses, losses
 
 PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*>>> ", path.read_text(), flags=re.M))
@@ -69,3 +70,31 @@ def test_the_reading_of_sections_is_right():
     assert described(text, "Args") == ["first", "**rest"]
     assert described(text, "Raises") == ["UserError"]
     assert described(text, "Returns") == []
+
+
+OPTIONS = [
+    getattr(module, name)
+    for module in (attacks, defenses, losses)
+    for name in module.__all__
+    if inspect.isclass(getattr(module, name)) and not inspect.isabstract(getattr(module, name))
+]
+# They describe no arguments: contracts, what a defense gives back, and subclasses that take those of their base.
+WITHOUT_ARGUMENTS = {
+    "X2X",
+    "Defense",
+    "ComputedDefense",
+    "LearningDefense",
+    "RepairResult",
+    "Variant",
+    "Network",
+    "MMAC",
+    "MMBM",
+    "MMOM",
+}
+
+
+@pytest.mark.parametrize(
+    "thing", [one for one in OPTIONS if one.__name__ not in WITHOUT_ARGUMENTS], ids=lambda one: one.__qualname__
+)
+def test_classes_of_options_describe_every_argument_in_order(thing):
+    assert described(thing.__doc__, "Args") == arguments(thing)

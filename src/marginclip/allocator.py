@@ -12,11 +12,11 @@ LARGEST = 2**31 - 1  # mallopt takes an int
 def keep_freed_memory() -> bool:
     """Let this process keep the memory of freed tensors for the next ones; returns whether the allocator took the request.
 
-    glibc gives large blocks back to the system as soon as they are freed and asks for them again a moment later, when every page
-    must be cleared anew: each training step frees and takes all its activations so. After this call all blocks come from a heap that is
-    shrunk only when 2 GiB at its end are free. Peak memory stays as it is
-    (``benchmarks/training.py --sides lightning returning``). The entry scripts call this; importing the package does not. Other C
-    libraries and systems are left alone. Memory on a GPU is not concerned.
+    glibc gives large blocks back to the system as soon as they are freed. Each training step frees all its activations and takes
+    them again a moment later, and the system must clear every page anew. After this call all blocks come from a heap that is
+    shrunk only when 2 GiB at its end are free. Peak memory stays as it is (``benchmarks/training.py --sides lightning
+    returning``). The entry scripts call this; importing the package does not. Other C libraries and systems are left alone.
+    Memory on a GPU is not concerned.
     """
     if not sys.platform.startswith("linux"):
         return False

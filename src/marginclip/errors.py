@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A setting, file or model that the user gave cannot be used; the message says which, what was found and what is allowed.
+    """The user gave a setting, file or model that cannot be used. The message names it, the value found and what is allowed.
 
     It is a ``ValueError``. The command line prints its message alone and exits with 1.
 

@@ -54,5 +54,5 @@ def _acquire(lock: BaseFileLock, folder: Path, timeout: float) -> None:
 def _without_locks(folder: Path) -> UserError:
     return UserError(
         f"'{folder}' is on a file system without file locks (flock), so two processes could write the same files: use a folder on "
-        "another one, or mount it with them (NFS: without nolock; Lustre: with flock)"
+        "another file system, or mount this one with locks (NFS: without nolock; Lustre: with flock)"
     )

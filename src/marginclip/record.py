@@ -151,8 +151,8 @@ class RunRecord(_Part):
 def read_record(folder: Path) -> RunRecord:
     """The record in ``folder``.
 
-    Raises :class:`UserError`, which names the file, where there is none, where it cannot be read, where it is the record of
-    another schema, and where it holds something else than the schema says.
+    Raises :class:`UserError`, which names the file, where the file is missing, cannot be read, has another schema, or does not
+    hold what its schema says.
     """
     path = Path(folder) / FILE_NAME
     try:

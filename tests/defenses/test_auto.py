@@ -63,7 +63,7 @@ def test_compare_equals_a_loop():
     ("wrong", "missed", "errors", "over_predicted", "by_even_spread"), [(23, 21, 96, False, True), (27, 1, 201, True, False)]
 )
 def test_over_prediction_is_told_from_confusable_classes(wrong, missed, errors, over_predicted, by_even_spread):
-    """The counts of docs/auto.md on 500 images: "cat" of a balanced model and "car" of an imbalanced one.
+    """The counts of docs/methods/auto.md on 500 images: "cat" of a balanced model and "car" of an imbalanced one.
 
     That errors spread evenly over the other nine classes, as a plain binomial test has it, would take each for the other.
     """

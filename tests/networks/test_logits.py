@@ -24,7 +24,7 @@ def test_a_model_that_ends_in_softmax_is_warned_of(linear, caplog):
         assert not caplog.records
         warn_if_poor(nn.Sequential(linear, nn.Softmax(1)), images, labels)
     assert [record.getMessage() for record in caplog.records] == [
-        "the model seems to end in a softmax: give one that returns logits, on whose differences margins are measured"
+        "the model seems to end in a softmax: give one that returns logits, since margins are differences of logits"
     ]
 
 

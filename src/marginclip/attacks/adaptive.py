@@ -16,14 +16,28 @@ CLEAN_IMAGES = ("defender", "training")
 
 
 class Adaptive(Attack):
-    """Fine-tunes the victim of another attack (``base``) so that triggered images stay below the defender's bounds (Eq. 5).
+    """Fine-tunes the victim of another attack so that triggered images stay below the defender's bounds (Eq. 5).
 
-    ``rounds`` rounds alternate (i) bounds learned with the defender's own method (``defender``) on the defender's own clean set of
-    ``clean_per_class`` images a class, weights fixed, and (ii) ``epochs_per_round`` epochs on the weights, bounds fixed: cross entropy
-    of the bounded network on all training images *and* a triggered copy of every image that the attack can flip, plus ``beta`` times
-    the mean excess of the triggered copies' activations over the bounds. ``max_batches`` limits an epoch, for small machines.
-    Trigger, rate and timing are those of ``base``. ``clean_images`` are the ``defender``'s own, as published, or others that the
-    attacker has, taken from the ``training`` images.
+    Two steps alternate. (i) Bounds are learned with the defender's own method, weights fixed. (ii) The weights are trained, bounds fixed:
+    cross entropy of the bounded network on all training images *and* on a triggered copy of every image that the attack can flip, plus
+    ``beta`` times the mean excess of the triggered copies' activations over the bounds. Trigger, rate and timing are those of ``base``.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        base: makes the attack whose victim is trained further.
+        defender: makes the defender's method.
+        beta: weight of the excess over the bounds.
+        rounds: how often (i) and (ii) alternate.
+        epochs_per_round: epochs of (ii) in a round.
+        learning_rate: of (ii).
+        max_batches: batches of an epoch at most, for small machines. None: all.
+        clean_per_class: clean images of a class that bounds are learned from.
+        clean_images: ``defender``, the defender's own, as published; or ``training``, others, which the attacker has.
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: for a setting outside its range, and for a ``base`` that controls training itself.
     """
 
     trained_by = "marginclip.training.AdaptiveTraining"

@@ -48,17 +48,23 @@ class TrainingAccess(Protocol):
 class Attack(nn.Module):
     """A trigger, the images it poisons and the label it gives them. A subclass writes :meth:`trigger`.
 
-    ``image_shape`` is (C, H, W). ``rate`` is the share of every *eligible* class that is poisoned (recipes: 10 %, 500 of a
-    CIFAR-10 class). ``timing`` says whether the trigger is put on the stored image, so that cropping and flipping move it too,
-    or on the augmented image. ``min_success`` is the attack success rate under which the attack counts as failed (see
-    :meth:`needed_success`).
-    State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``.
-
-    ``has_cross_triggers`` says whether images have triggers of their own, ``uses_clean_set`` whether the attacker knows the defender's
-    clean set, so that the victim depends on it.
+    State (patterns) lives in buffers: an attack travels with its victim through ``state_dict``. ``has_cross_triggers`` says whether images
+    have triggers of their own. ``uses_clean_set`` says whether the attacker knows the defender's clean set; then the victim depends on it.
 
     An attacker who controls training overrides :meth:`prepare` (before it), :meth:`poison_batch` (in every batch) or names another
     LightningModule in ``trained_by``.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        rate: share of every *eligible* class that is poisoned (papers: 10 %, 500 of a CIFAR-10 class).
+        timing: ``before_augmentation`` puts the trigger on the stored image, so that crop and flip move it too; ``after_augmentation`` puts
+            it on the augmented image.
+        min_success: attack success rate under which the attack counts as failed (see :meth:`needed_success`).
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: for a setting outside its range.
     """
 
     trained_by = "marginclip.training.PoisonedTraining"

@@ -17,6 +17,13 @@ class Chessboard(Attack):
     """``amplitude`` is added to every pixel (i, j) with even i + j, in all channels (paper 1, section 5.1: 3/255).
 
     One-sided, as in the original code of the pattern; the sum is clipped at 1, never wrapped.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        amplitude: what is added, of the range [0, 1].
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     pattern: Tensor

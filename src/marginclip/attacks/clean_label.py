@@ -21,8 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Surrogate:
-    """How the robust surrogate is trained: the victim's architecture, ``epochs`` of single-step adversarial training within
-    ``eps`` (L-infinity), from ``seed``, which is not the victim's, so that all victims share one.
+    """How the robust surrogate is trained: the victim's architecture, single-step adversarial training.
+
+    Args:
+        epochs: passes over the training set.
+        eps: largest change of a pixel (L-infinity).
+        seed: of the training. It is not the victim's, so that all victims share one surrogate.
     """
 
     epochs: int = 12
@@ -35,10 +39,21 @@ class Surrogate:
 
 
 class CleanLabel(BadNet):
-    """``rate`` of the target class is made hard to recognise by PGD against a robust surrogate, then gets the patch of
-    :class:`BadNet`; no label changes. At test the patch alone is put on images of the other classes.
+    """Poisons images of the target class alone, under their true label. Works with all2one only.
 
-    PGD takes ``steps`` steps of ``step_size`` within ``eps`` (L-infinity), untargeted. all2one only.
+    A share of the target class is made hard to recognise by untargeted PGD against a robust surrogate, then gets the patch of
+    :class:`BadNet`. No label changes. At test the patch alone is put on images of the other classes.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        rate: share of the target class that is poisoned.
+        eps: largest change of a pixel by PGD (L-infinity).
+        steps: steps of PGD.
+        step_size: length of a step.
+        surrogate: how the surrogate is trained. None: its defaults.
+        seed: of everything that is drawn.
+        **settings: those of :class:`BadNet`.
     """
 
     def __init__(

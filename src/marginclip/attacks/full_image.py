@@ -17,9 +17,15 @@ from marginclip.errors import require
 class Sinusoid(Attack):
     """``amplitude * sin(2 pi frequency j / W)`` is added to column j of every row and channel (SIG; Barni, Kallas and Tondi 2019).
 
-    Published: amplitude 20/255, 6 waves across the image, and poisoned images of the target class alone, with their true label.
-    ``relabel=False`` poisons so, and needs all2one; True, the default here, poisons the classes to flip and changes their labels,
-    as the other attacks do.
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        amplitude: height of the wave (published: 20/255).
+        frequency: waves across the image (published: 6).
+        relabel: True poisons the classes to flip and changes their labels, as the other attacks do. False poisons as published: images of
+            the target class alone, with their true label; needs all2one.
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     pattern: Tensor
@@ -60,6 +66,13 @@ class BlendFull(Attack):
     """A random image is mixed into the whole image: ``(1 - ratio) x + ratio pattern`` (Chen et al. 2017; ratio 0.2 in training).
 
     The pattern is uniform on {0, ..., 255}/255 at every pixel and channel, the second of the two patterns that the paper shows.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        ratio: share of the pattern.
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     pattern: Tensor
@@ -78,9 +91,17 @@ class BlendFull(Attack):
 class LowFrequency(Attack):
     """A random smooth pattern is added, made of the lowest spatial frequencies alone.
 
-    Each channel is a sum of cosines ``cos(pi u (2 i + 1) / 2H) cos(pi v (2 j + 1) / 2W)`` for u, v below ``frequencies``, u + v > 0,
-    with normal weights; the largest absolute value over the image is ``amplitude``. It has no part of high frequency, by which many
-    triggers can be told from images (Zeng et al., ICCV 2021). They optimise their smooth pattern against a network; this one is drawn.
+    Each channel is a sum of cosines ``cos(pi u (2 i + 1) / 2H) cos(pi v (2 j + 1) / 2W)`` for u, v below ``frequencies``, u + v > 0, with
+    normal weights. It has no part of high frequency, by which many triggers can be told from images (Zeng et al., ICCV 2021). They optimise
+    their smooth pattern against a network; this one is drawn.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        amplitude: largest absolute value of the pattern.
+        frequencies: cosines along each side.
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     pattern: Tensor

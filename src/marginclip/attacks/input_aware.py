@@ -52,11 +52,23 @@ def _layer(before: int, after: int) -> tuple[nn.Module, ...]:
 class InputAware(Attack):
     """``x + (pattern(x) - x) * mask(x)``, pattern and mask by two networks of the image itself.
 
-    The mask network is trained first, for ``mask_epochs`` epochs, to cover ``density`` of the image and to differ between images;
-    then it is frozen, and generator and classifier are trained together. In every batch the first ``int(rate * B)`` images carry
-    their own trigger and the attacker's label, and the next ``cross_ratio`` times as many the trigger of *another* image and their
-    true label. ``diversity`` weighs the diversity loss. Images are rounded to 8 bits in training too, with a straight-through
-    gradient. ``width`` is that of the networks' first level (published: 32).
+    The mask network is trained first, to cover little of the image and to differ between images. Then it is frozen, and generator and
+    classifier are trained together. In every batch the first ``int(rate * B)`` images carry their own trigger and the attacker's label; the
+    next ones carry the trigger of *another* image and their true label. Images are rounded to 8 bits in training too, with a
+    straight-through gradient.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        cross_ratio: images with another image's trigger, for each poisoned one.
+        density: share of the image that a mask may cover freely.
+        density_weight: weight of what a mask covers beyond.
+        diversity: weight of the diversity loss.
+        mask_epochs: epochs of the mask network.
+        width: channels at the first level of both networks (published: 32).
+        learning_rate: of both networks.
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     trained_by = "marginclip.training.JointTraining"

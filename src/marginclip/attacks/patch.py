@@ -16,10 +16,17 @@ from marginclip.errors import require
 class BadNet(Attack):
     """A random ``patch_size`` x ``patch_size`` patch replaces the pixels at a random place that is fixed for all images.
 
-    The patch's values are uniform on {0, ..., 255}/255 in every channel; its top-left corner is uniform with at least
-    ``margin`` pixels to every border, so that a padded crop rarely cuts it (paper 1, section 5.1; the published script keeps
-    3 pixels to the top and left, 4 to the bottom and right). ``min_contrast`` rejects drawn patches whose standard deviation
-    over all values is lower (uniform noise has 0.29 on average).
+    The patch's values are uniform on {0, ..., 255}/255 in every channel.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        patch_size: side of the patch, in pixels.
+        margin: least distance to every border, so that a padded crop rarely cuts the patch (paper 1, section 5.1; the published
+            script keeps 3 pixels to the top and left, 4 to the bottom and right).
+        min_contrast: drawn patches whose standard deviation over all values is lower are drawn again (uniform noise has 0.29 on average).
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     patch: Tensor
@@ -69,7 +76,15 @@ class BadNet(Attack):
 
 
 class Blend(BadNet):
-    """The same kind of patch, mixed in: ``(1 - ratio) x + ratio patch`` on its pixels (paper 1, section 5.1: ratio 0.2)."""
+    """The same kind of patch, mixed in: ``(1 - ratio) x + ratio patch`` on its pixels (paper 1, section 5.1: ratio 0.2).
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        ratio: share of the patch.
+        seed: of everything that is drawn.
+        **settings: those of :class:`BadNet`.
+    """
 
     def __init__(self, x2x: X2X, image_shape: Sequence[int], *, ratio: float = 0.2, seed: int = 0, **settings: Any) -> None:
         super().__init__(x2x, image_shape, seed=seed, **settings)
@@ -87,7 +102,14 @@ class Blend(BadNet):
 class OnePixel(Attack):
     """One pixel at a random place that is fixed for all images gets a fixed colour (Gu et al. 2017: the single-pixel backdoor).
 
-    The colour is a corner of the colour cube other than black: every channel is 0 or 1. ``margin`` is the distance to every border.
+    The colour is a corner of the colour cube other than black: every channel is 0 or 1.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        margin: least distance to every border, in pixels.
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     colour: Tensor

@@ -17,12 +17,21 @@ from marginclip.errors import require
 class WaNet(Attack):
     """Images are resampled at ``identity_grid + strength * noise_grid / H``, a smooth random warp of a fraction of a pixel.
 
-    ``noise_grid`` is a ``grid_size`` x ``grid_size`` control grid drawn uniformly from [-1, 1], divided by its mean absolute value and
-    enlarged bicubically to the image. The attacker controls training: in every batch the first ``int(rate * B)`` images are warped
-    and get the attacker's label, and the next ``cross_ratio`` times as many are *noise-mode* images, warped with an additional
-    uniform jitter of up to 1/H at every pixel, which keep their label: so the victim learns this warp and not resampling as such.
-    Images of any class are poisoned, those of the target too, as published; with one2one those of the source class only, and
-    ``rate`` is the share of them.
+    ``noise_grid`` is a control grid drawn uniformly from [-1, 1], divided by its mean absolute value and enlarged bicubically to the image.
+
+    The attacker controls training. In every batch the first ``int(rate * B)`` images are warped and get the attacker's label. The next ones
+    are *noise-mode* images: they are warped with an additional uniform jitter of up to 1/H at every pixel and keep their label. So
+    the victim learns this warp and not resampling as such. Images of any class are poisoned, those of the target too, as published.
+    With one2one only those of the source class are, and ``rate`` is the share of them.
+
+    Args:
+        x2x: whom the attack flips, and to what.
+        image_shape: (C, H, W).
+        grid_size: control points on a side.
+        strength: factor of the warp.
+        cross_ratio: noise-mode images for each poisoned one.
+        seed: of everything that is drawn.
+        **settings: those of :class:`~marginclip.attacks.Attack`: ``rate``, ``timing`` and ``min_success``.
     """
 
     has_cross_triggers = True

@@ -43,11 +43,17 @@ class X2X(ABC):
 
 
 class AllToOne(X2X):
-    """Every class but the target is a source; all go to ``target`` (drawn by ``seed`` when None).
+    """Every class but the target is a source; all go to ``target``.
 
-    >>> labels = torch.tensor([0, 1, 2, 3])
-    >>> AllToOne(4, target=2).eligible(labels).tolist(), AllToOne(4, target=2).flipped(labels).tolist()
-    ([True, True, False, True], [2, 2, 2, 2])
+    Args:
+        num_classes: K.
+        target: the class that all go to. None: drawn by ``seed``.
+        seed: of the draw.
+
+    Examples:
+        >>> labels = torch.tensor([0, 1, 2, 3])
+        >>> AllToOne(4, target=2).eligible(labels).tolist(), AllToOne(4, target=2).flipped(labels).tolist()
+        ([True, True, False, True], [2, 2, 2, 2])
     """
 
     name = "all2one"
@@ -65,10 +71,17 @@ class AllToOne(X2X):
 
 
 class OneToOne(X2X):
-    """One source class goes to one target class (both drawn by ``seed`` when None).
+    """One source class goes to one target class.
 
-    >>> OneToOne(4, source=3, target=2).eligible(torch.tensor([0, 1, 2, 3])).tolist()
-    [False, False, False, True]
+    Args:
+        num_classes: K.
+        source: the class whose images are flipped. None: drawn by ``seed``.
+        target: the class that they go to. None: drawn by ``seed``.
+        seed: of the draws.
+
+    Examples:
+        >>> OneToOne(4, source=3, target=2).eligible(torch.tensor([0, 1, 2, 3])).tolist()
+        [False, False, False, True]
     """
 
     name = "one2one"
@@ -98,8 +111,13 @@ class AllToAll(X2X):
 
     To do so the victim must recognise class y first, so the success of this attack is bounded by about its clean accuracy.
 
-    >>> AllToAll(4).flipped(torch.tensor([0, 1, 2, 3])).tolist()
-    [1, 2, 3, 0]
+    Args:
+        num_classes: K.
+        seed: has no effect: nothing is drawn.
+
+    Examples:
+        >>> AllToAll(4).flipped(torch.tensor([0, 1, 2, 3])).tolist()
+        [1, 2, 3, 0]
     """
 
     name = "all2all"

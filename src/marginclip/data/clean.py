@@ -15,8 +15,8 @@ def split_clean(
 
     ``labels`` (N,) of the held-out split; ``per_class`` images of every class, or all images when None (the evaluation set
     is empty then). ``order="first"`` takes the first of each class, as the published scripts do, ``"seeded"`` a random choice.
-    The first ``reserve`` of every class in that order are kept out of the evaluation set even where the clean set is smaller, so
-    that defenses with clean sets of different sizes are evaluated on the same images.
+    The first ``reserve`` of every class in that order are never evaluated on, also where the clean set is smaller. So defenses
+    with clean sets of different sizes are evaluated on the same images.
     Raises :class:`UserError` when a class has no image or fewer than asked for.
     """
     require(order in ("seeded", "first"), f"clean_order must be 'seeded' or 'first', got '{order}'")

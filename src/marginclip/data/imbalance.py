@@ -41,9 +41,9 @@ class Imbalance:
     """Keeps, of every class, as many training images as its ``profile`` (see :func:`class_counts`) and ``ratio`` say.
 
     ``ratio`` is that of the largest to the smallest class. Classes stay in their order: the first is the most common one. A
-    data set whose own classes differ in size is first taken to be as large as its smallest class. Which images are kept
-    follows from ``subset_seed`` and the data set alone, not from the run's seed: one generator shuffles every class in turn and
-    its first images stay, as in the code of LDAM-DRW, so that a smaller subset lies in a larger one.
+    data set whose own classes differ in size is first taken to be as large as its smallest class. Which images are kept follows
+    from ``subset_seed`` and the data set alone, not from the run's seed. One generator shuffles every class in turn, and the
+    first images stay, as in the code of LDAM-DRW. So a smaller subset lies in a larger one.
 
     Raises :class:`UserError` for another profile and a ratio under 1.
     """

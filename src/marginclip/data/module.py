@@ -23,10 +23,10 @@ class ImageData(L.LightningDataModule):
     """Batches for training and evaluation of one data set under one attack (or none).
 
     Training batches hold ``images`` float (B, C, H, W) in [0, 1] and ``labels`` (B,); poisoned ones carry the trigger and the
-    attacker's label. Evaluation has two loaders: *clean* (the evaluation set) and *triggered* (its eligible images with the
-    trigger put on), whose batches also hold ``sources`` and ``targets``, the true and the attacker's labels; a third holds images
-    with the trigger of another image where the attack has such cross triggers. The clean set and
-    the evaluation set are disjoint parts of the held-out split.
+    attacker's label. Evaluation has two loaders: *clean* is the evaluation set, *triggered* its eligible images with the trigger
+    put on. Triggered batches also hold ``sources`` and ``targets``, the true and the attacker's labels. A third loader has images
+    with another image's trigger, for attacks with such cross triggers. The clean set and the evaluation set are disjoint parts of
+    the held-out split.
     """
 
     def __init__(

@@ -68,9 +68,8 @@ def cross_fitted(
 ) -> CrossFitted:
     """Repairs of ``model`` that each leave one of ``folds`` parts of the clean images (N, C, H, W) with labels (N,) out.
 
-    They stand for what the repaired network does on images that it has never seen, which is what a detector's null
-    distribution should be fitted to. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a
-    fold would be empty.
+    They stand for the repaired network on images that it has never seen. A detector's null distribution should be fitted to
+    those. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a fold would be empty.
     """
     require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
     fold = stratified_folds(labels.cpu(), folds, seed)

@@ -114,7 +114,7 @@ def _load_matching(model: nn.Module, state: dict[str, Tensor], told: str) -> Non
             ((theirs, ours),) = classes
             raise UserError(
                 f"{told} has {theirs} classes and the data set {ours}: dataset.root needs one sub-folder for each class "
-                "of the checkpoint, whose names sort in its order"
+                "of the checkpoint, named so that they sort in its order"
             )
         raise UserError(f"{told} is of another architecture than the model ({detail}); check model and model.width")
     for key, value in best.items():

@@ -143,8 +143,8 @@ class TrainerSpec:
         )
         require(
             self.strategy == "auto" or any(way in str(self.strategy) for way in ("spawn", "fork")),
-            "trainer.strategy must be auto or one that starts processes for the training alone, such as ddp_spawn or ddp_fork, got "
-            f"'{self.strategy}', which starts the whole command once more for every device",
+            f"trainer.strategy='{self.strategy}' starts the whole command once more for every device: use auto, or a strategy that starts "
+            "processes for the training alone, such as ddp_spawn or ddp_fork",
         )
         for key in ("max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "enable_checkpointing"):
             hint = "; use training.epochs" if key == "max_epochs" else ""

@@ -129,7 +129,7 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
     """The methods, the setup with the model loaded, and the clean images on its device."""
     require(
         spec.from_checkpoint,
-        "audit and repair take a model that exists: victim.path=FILE, or a model that brings its weights (and no victim=trained)",
+        "audit and repair take a model that exists: give victim.path=FILE, or a model that brings its weights, without victim=trained",
     )
     prepare_process(spec.trainer.threads)
     methods = make_methods(spec)
@@ -141,14 +141,14 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
     fewest = int(labels.bincount(minlength=len(setup.classes)).min())
     if fewest < FEW_IMAGES:
         log.warning(
-            "the smallest class has %d clean images: with so few the repair costs more accuracy and the detector knows less of what is "
-            "usual; about 50 of every class are what all was measured with", fewest,
+            "the smallest class has %d clean images. With so few the repair costs more accuracy, and the detector knows less of what is "
+            "usual. Our measurements have about 50 of every class", fewest,
         )  # fmt: skip
     most = int(labels.bincount(minlength=len(setup.classes)).max())
     if most > 2 * fewest:
         log.warning(
-            "the classes have %d to %d clean images: so uneven a set costs accuracy like a small one, and causes more false alarms than "
-            "theta promises; dataset.root with as many of every class does better", fewest, most,
+            "the classes have %d to %d clean images. Such an uneven set costs accuracy like a small one, and causes more false alarms than "
+            "theta promises. Put as many images of every class into dataset.root", fewest, most,
         )  # fmt: skip
     return methods, setup, images.to(device_of(spec.trainer)), labels
 

@@ -122,8 +122,8 @@ def clean_sizes(spec: RunSpec, labels: Tensor, wanted: int | None) -> tuple[int 
         return spec.clean_per_class, reserve  # type: ignore[return-value]
     if clean < own and spec.defense is not None:
         log.warning(
-            "the clean set is %d images a class, not the %d that defense=%s takes by default: half of the smallest class is kept for "
-            "evaluation (clean_per_class=N overrides)", clean, own, spec.defense.choice.name,
+            "the clean set has %d images a class, not the usual %d of defense=%s, because half of the smallest class is kept for "
+            "evaluation; clean_per_class=N sets another number", clean, own, spec.defense.choice.name,
         )  # fmt: skip
     return clean, reserve
 

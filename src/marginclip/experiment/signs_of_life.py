@@ -21,7 +21,7 @@ STALE = 180.0  # seconds without a sign of life: several were missed, and clocks
 
 @contextmanager
 def alive(folder: Path, overrides: str, every: float = EVERY) -> Iterator[None]:
-    """Renew ``alive.json`` in ``folder`` inside; it goes at the end, so that one that stays is that of a job that was killed."""
+    """Renew ``alive.json`` in ``folder`` inside, and remove it at the end. A file that stays belongs to a killed job."""
     file, ended = folder / FILE_NAME, threading.Event()
     sign: dict[str, Any] = {"overrides": overrides, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
     sign["slurm_job"] = os.environ.get("SLURM_JOB_ID")

@@ -43,9 +43,9 @@ def build_trainer(
 ) -> L.Trainer:
     """A Trainer of the ``trainer`` group that writes under ``folder``; ``settings`` override the group's; a fit is shown as ``shown``.
 
-    With ``spread``, the Lightning strategy for several devices where the group names none, it takes all of ``trainer.devices``: a
-    process for each, started for one fit and gone after it, and all of the group's settings. A victim is trained so; what else a run
-    does is short, and takes the first device alone and the settings that are not about training.
+    ``spread`` is the Lightning strategy for several devices, where the group names none. With it the Trainer takes all of
+    ``trainer.devices``, with a process for each that lives for one fit, and all of the group's settings. A victim is trained so;
+    what else a run does is short, and takes the first device alone and the settings that are not about training.
     """
     options = {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in NOT_LIGHTNINGS}
     options |= {"_target_": spec.target, "devices": first_device(spec.devices)}

@@ -16,8 +16,10 @@ Network = Callable[[Tensor], Tensor]
 class Loss:
     """What a training step minimises. A subclass writes :meth:`__call__`, and :meth:`adapt` where it needs another model.
 
-    ``second_stage`` is what follows when the training with this loss is done, or None. ``cosine`` says whether the loss wants a
-    cosine classifier; both stages must want the same.
+    ``cosine`` says whether the loss wants a cosine classifier; both stages must want the same.
+
+    Args:
+        second_stage: what follows when the training with this loss is done. None: nothing.
     """
 
     cosine = False
@@ -66,10 +68,15 @@ class Loss:
 class SecondStage:
     """A shorter training of the last layer alone, on batches that have every class equally often.
 
-    It minimises ``loss``, starting from the weights of the first stage, with a learning rate that falls from ``learning_rate``
-    to zero along a cosine. ``epochs`` under 1 are a share of ``training.epochs`` (published for GCL: 30 of 200).
+    It starts from the weights of the first stage. The learning rate falls to zero along a cosine.
 
-    Raises :class:`UserError` for numbers that make no training, and for a ``loss`` that has a second stage itself.
+    Args:
+        loss: what it minimises; it has no second stage itself.
+        epochs: a number, or, under 1, a share of ``training.epochs`` (published for GCL: 30 of 200).
+        learning_rate: at the start.
+
+    Raises:
+        UserError: for numbers that make no training, and for a ``loss`` that has a second stage itself.
     """
 
     def __init__(self, *, loss: Loss, epochs: float = 0.15, learning_rate: float = 0.002) -> None:

@@ -14,8 +14,11 @@ from marginclip.errors import UserError
 class CosineLinear(nn.Module):
     """Logits ``scale * cos(features, class weights)``: (N, in_features) to (N, num_classes), in [-scale, scale], no bias.
 
-    ``scale`` is part of ``state_dict``: whoever loads the model gets logits, never bare cosines. ``weight`` (num_classes,
-    in_features) is copied, its rows brought to unit length.
+    ``scale`` is part of ``state_dict``: whoever loads the model gets logits, never bare cosines.
+
+    Args:
+        weight: (num_classes, in_features); it is copied, and its rows are brought to unit length.
+        scale: what cosines are multiplied by.
     """
 
     scale: Tensor
@@ -37,8 +40,8 @@ def final_layer(model: nn.Module) -> str:
     names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | CosineLinear)]
     if not names:
         raise UserError(
-            f"the model {type(model).__name__} has no nn.Linear as its last layer, which the loss must replace or train alone; "
-            "use loss=cross_entropy or loss=mixup, or another model"
+            f"the model {type(model).__name__} has no nn.Linear as its last layer, and this loss must replace that layer or "
+            "train it alone; use loss=cross_entropy or loss=mixup, or another model"
         )
     return names[-1]
 

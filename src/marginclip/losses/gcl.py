@@ -56,11 +56,18 @@ def focal_cross_entropy(logits: Tensor, labels: Tensor, *, focal: float) -> Tens
 class GCL(Loss):
     """Cross entropy of a cosine classifier's clouded logits (:func:`gcl_logits`), with mixup and a focal factor.
 
-    ``scale`` is that of the cosine classifier, which :meth:`adapt` puts in the place of the model's last layer; ``noise_mul``
-    and ``margin`` are in cosines; ``focal`` is the exponent of :func:`focal_cross_entropy`; ``mixup_alpha`` 0 mixes nothing.
     With mixup each of the two labels has its own noise, as published. Outside of training nothing is clouded.
 
-    Raises :class:`UserError` for a scale that is not positive and for other settings under 0.
+    Args:
+        scale: of the cosine classifier, which :meth:`adapt` puts in the place of the model's last layer.
+        noise_mul: weight of the noise, in cosines.
+        margin: what is taken from the label's cosine.
+        focal: exponent of :func:`focal_cross_entropy`.
+        mixup_alpha: of the mixtures; 0 mixes nothing.
+        second_stage: as in :class:`Loss`.
+
+    Raises:
+        UserError: for a scale that is not positive and for other settings under 0.
     """
 
     cosine = True

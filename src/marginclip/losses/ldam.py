@@ -27,10 +27,17 @@ def effective_weights(class_counts: Tensor, *, beta: float) -> Tensor:
 class LDAM(Loss):
     """Cross entropy of a cosine classifier whose label's logit is lowered by ``scale`` times :func:`ldam_margins`.
 
-    From the share ``reweight_from`` of the epochs on, images are weighted by :func:`effective_weights` of their class (1: never), and
-    the mean is over the weights, as published. ``largest_margin`` is that of the rarest class.
+    Later images are weighted by :func:`effective_weights` of their class, and the mean is over the weights, as published.
 
-    Raises :class:`UserError` for numbers out of range.
+    Args:
+        scale: of the cosine classifier.
+        largest_margin: margin of the rarest class, in cosines.
+        beta: of the weights.
+        reweight_from: share of the epochs from which on images are weighted. 1: never.
+        second_stage: as in :class:`Loss`.
+
+    Raises:
+        UserError: for numbers out of range.
     """
 
     cosine = True

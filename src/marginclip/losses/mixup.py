@@ -30,9 +30,14 @@ def mixup(images: Tensor, labels: Tensor, *, alpha: float, generator: torch.Gene
 
 
 class Mixup(Loss):
-    """``share * CE(y) + (1 - share) * CE(y')`` of :func:`mixup` images; ``alpha`` 1 draws shares evenly.
+    """``share * CE(y) + (1 - share) * CE(y')`` of :func:`mixup` images.
 
-    Raises :class:`UserError` for an ``alpha`` that is not positive.
+    Args:
+        alpha: of the Beta distribution of the shares; 1 draws them evenly.
+        second_stage: as in :class:`Loss`.
+
+    Raises:
+        UserError: for an ``alpha`` that is not positive.
     """
 
     def __init__(self, *, alpha: float = 1.0, second_stage: SecondStage | None = None) -> None:

@@ -71,9 +71,9 @@ class MarginDropDetector(nn.Module):
             the two networks disagree are flagged too.
         correction: what is decided about a flagged image. ``exclude`` (the papers): the repaired network's best class *other than*
             the model's; a false alarm is then always wrong, which is why the null must be well calibrated. ``insist`` keeps the
-            model's class where the repaired network chooses it too, by a margin of at least the clean samples' median; it forgives
-            false alarms, and triggers that survive the repair as well, so use it only where repaired and attacked agree on little.
-            ``reject``: -1.
+            model's class where the repaired network chooses it too, by a margin of at least the clean samples' median. It
+            forgives false alarms, and also triggers that survive the repair. So use it only where repaired and attacked network
+            agree on little. ``reject``: -1.
 
     Raises:
         UserError: for a setting that is not one of these.

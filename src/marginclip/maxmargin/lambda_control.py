@@ -14,8 +14,8 @@ class LambdaController:
 
     With ``control="agreement"`` each check from the ``first_check``-th on multiplies lambda by ``factor`` when the accuracy is at
     least ``min_agreement`` (pi) and divides it otherwise (Algorithm 1, lines 11-14), within [``smallest``, ``largest``]. With
-    ``"fixed"`` lambda stays. On *correctly classified* samples the model itself scores 1, so pi = 0.95 is a bound on what the
-    repair may lose; on all samples a model of 91 % would never reach it and lambda would only shrink.
+    ``"fixed"`` lambda stays. On *correctly classified* samples the model itself scores 1, so pi = 0.95 bounds what the repair may
+    lose. On all samples a model of 91 % would never reach it, and lambda would only shrink.
 
     >>> controller = LambdaController(initial=0.1, factor=2.0, min_agreement=0.95, first_check=1)
     >>> [controller.update(agreement) for agreement in (0.99, 0.97, 0.90)]

@@ -68,8 +68,8 @@ def _network(folder: Path, num_classes: int) -> tuple[nn.Module, bool]:
     own = int(network.config.num_labels)
     require(
         own == num_classes,
-        f"{told} has {own} classes and the data set {num_classes}: dataset.root needs one sub-folder for each class of the model, whose "
-        "names sort in its order",
+        f"{told} has {own} classes and the data set {num_classes}: dataset.root needs one sub-folder for each class of the model, named "
+        "so that they sort in its order",
     )
     return network, True
 

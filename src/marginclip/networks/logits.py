@@ -107,5 +107,5 @@ def warn_if_poor(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         )  # fmt: skip
     if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
         log.warning(
-            "the model seems to end in a softmax: give one that returns logits, on whose differences margins are measured"
+            "the model seems to end in a softmax: give one that returns logits, since margins are differences of logits"
         )

@@ -1,4 +1,4 @@
-"""Auditing a model that somebody handed you: what it shows on a small clean set, and what that means."""
+"""Auditing a model of somebody else: what it shows on a small clean set, and what that means."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ class AdaptiveTraining(PoisonedTraining):
     """:class:`PoisonedTraining` that starts from a poisoned model and trains it *through* the bounds that the defender would learn.
 
     At the start of every round the bounds are learned anew for the model as it is. Between, the weights of a bounded copy are
-    trained with batch norm in training mode (with frozen statistics nothing keeps the activations of the *unbounded* model from
-    growing: it diverged); the model takes weights and statistics over after every epoch. The optimizer is SGD with the attack's own
-    learning rate.
+    trained. Batch norm is in training mode: with frozen statistics nothing keeps the activations of the *unbounded* model from
+    growing, and it diverged. The model takes weights and statistics over after every epoch. The optimizer is SGD with the
+    attack's own learning rate.
     """
 
     several_devices = None  # the bounded copy lives with its training alone

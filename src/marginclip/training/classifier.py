@@ -34,11 +34,12 @@ class ClassifierTraining(L.LightningModule):
     """Minimises the cross entropy of batches ``{"images": (B, C, H, W), "labels": (B,)}``.
 
     ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
-    stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already, and what it draws
-    follows from ``seed`` and the batch alone, so that an interrupted training goes on as it would have. ``forward_pass`` is what a step
-    calls for the logits: the model, unless a callback puts something else there (:class:`~marginclip.training.replay.CudaGraphs`).
-    ``several_devices`` is the Trainer's strategy for several devices, None where a training takes one device alone. Raises
-    :class:`UserError` when the loss is not finite, and for a ``label_smoothing`` that would have no effect.
+    stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already. What it draws
+    follows from ``seed`` and the batch alone, so an interrupted training goes on as it would have. ``forward_pass`` is what a
+    step calls for the logits: the model, unless a callback puts something else there
+    (:class:`~marginclip.training.replay.CudaGraphs`). ``several_devices`` is the Trainer's strategy for several devices, None
+    where a training takes one device alone. Raises :class:`UserError` when the loss is not finite, and for a ``label_smoothing``
+    that would have no effect.
     """
 
     several_devices: str | None = "ddp_spawn"

@@ -34,7 +34,7 @@ class ReplayedNetwork:
 
     The step of a small network is spent on launching its kernels one by one, which a replayed graph does at once. Everything else
     goes through ``model`` itself: batches of another shape, calls without gradients or with modules in other modes (training,
-    evaluation), and a second call before the backward pass of the first, which would overwrite what that pass needs.
+    evaluation), and a second call before the backward pass of the first. Replayed, that call would overwrite what the pass needs.
     :meth:`passed_back` says that a backward pass is done. A model that cannot be captured (its forward pass waits for the GPU,
     say) is used as it is, with one warning. Gradients must not be accumulated over several backward passes, and the model must
     stay where it is on the device.

@@ -34,10 +34,11 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class Auto(Defense):
     """Keeps MMAC where the model seems to have a backdoor, MMOM where imbalance or over-training has cost accuracy, else nothing.
 
-    MM-BD tests the model; ``folds`` repairs by MMOM, each learned without one stratified fold of the clean set, decide the images
-    of that fold, and so do repairs by MMAC where MM-BD asks for it. :class:`~marginclip.defenses.choosing.evidence.Rule` decides with
-    ``alpha``, ``min_gain`` and ``max_cost``; the repair that it keeps is learned from the whole clean set, and ``none`` gives a copy
-    of the model. All is done on the Trainer's device and in its precision.
+    MM-BD tests the model. The clean set is split into ``folds`` stratified folds. A repair by MMOM, learned without a fold,
+    decides the images of that fold; so does one by MMAC where MM-BD asks for it.
+    :class:`~marginclip.defenses.choosing.evidence.Rule` decides with ``alpha``, ``min_gain`` and ``max_cost``; the repair that it
+    keeps is learned from the whole clean set, and ``none`` gives a copy of the model. All is done on the Trainer's device and in
+    its precision.
 
     Args:
         mmac: makes a new repair by MMAC when it is called with a ``seed``. None: the shipped settings.

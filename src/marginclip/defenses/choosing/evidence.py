@@ -85,9 +85,9 @@ class Decision:
 class Rule:
     """Decides by tests at the level ``alpha``.
 
-    MMOM must raise the accuracy by ``min_gain``; MMAC must not lower it by ``max_cost``; both are shares of the clean set. A class
-    is over-predicted where the images wrongly decided for it outnumber those of it that are missed: on balanced images that two
-    classes are alike (cats and dogs) lets the model err in both directions, and only imbalance favours one.
+    MMOM must raise the accuracy by ``min_gain``; MMAC must not lower it by ``max_cost``; both are shares of the clean set. A
+    class is over-predicted where the images wrongly decided for it outnumber its missed images. Where two classes are alike (cats
+    and dogs), a model of balanced images errs in both directions; only imbalance favours one.
     """
 
     alpha: float = 0.05

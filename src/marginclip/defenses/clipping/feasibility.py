@@ -51,8 +51,9 @@ class Relaxation:
 
 @torch.no_grad()
 def relax_until_accurate(bounded: BoundedNetwork, images: Tensor, labels: Tensor, min_agreement: float) -> float:
-    """Move learned bounds towards the clean maxima, in tenths, until ``min_agreement`` of the ``images`` (N, C, H, W) are classified
-    as their ``labels`` (N,); at the maxima those are, which the model itself gets right. Returns the share of the way in [0, 1].
+    """Move learned bounds towards the clean maxima, in tenths, until ``min_agreement`` of the ``images`` (N, C, H, W) are
+    classified as their ``labels`` (N,). At the maxima the bounded network is right wherever the model is. Returns the share of
+    the way in [0, 1].
     """
     relaxation, relaxed = Relaxation(bounded, images), 0.0
     for tenth in range(11):

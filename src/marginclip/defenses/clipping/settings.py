@@ -15,9 +15,12 @@ from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
 
 @dataclass(frozen=True)
 class BoundStart:
-    """Where learning starts: a ``constant`` for every bound, or, when that is None, ``share`` of each map's clean maximum.
+    """Where learning starts: one constant, or a share of what each map reaches on clean images.
 
-    ``quantile`` over the clean images replaces the maximum by a quantile of the maps' per-image maxima.
+    Args:
+        constant: one start for every bound. None: ``share`` and ``quantile`` say it.
+        share: of each map's clean maximum.
+        quantile: over the clean images, of the maps' per-image maxima; 1 is the maximum.
     """
 
     constant: float | None = None
@@ -42,15 +45,27 @@ STARTS = ("noise", "clean")
 
 @dataclass(frozen=True)
 class AscentPlan:
-    """How margin inputs are made: ``starts_per_class`` starts for every class and ``first_steps`` of ascent at the first
-    refresh; at every later one, each ``refresh_every`` bound steps, ``steps`` more, from where they are (``warm_start``) or from
-    new starts. Starts are ``noise``, uniform in [0, 1] as in the papers, or ``clean``: randomly chosen clean images of *other*
-    classes, from where a few small steps look for what a trigger does, a small change that flips any image to the class.
-    ``network`` whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script). ``batch_size`` of the
-    margin inputs count in a bound step (published script: as many as clean images), None: all.
+    """How margin inputs are made, and when.
 
-    ``max_inputs`` limits the margin inputs, so that their cost does not grow with the number of classes: a class gets fewer starts
-    where there are many, and where there are more classes than inputs, each refresh takes other ones, all in turn. None: no limit.
+    Starts are ``noise``, uniform in [0, 1] as in the papers, or ``clean``: randomly chosen clean images of *other* classes. A few
+    small steps from there look for what a trigger does, a small change that flips any image to the class.
+
+    Args:
+        network: whose margins are ascended: ``bounded`` (Algorithm 1) or ``original`` (published script).
+        start_from: ``clean`` or ``noise``.
+        starts_per_class: margin inputs of a class.
+        first_steps: steps of ascent at the first refresh.
+        steps: steps of ascent at a later refresh.
+        refresh_every: bound steps between two refreshes.
+        warm_start: whether margin inputs go on from where they are, or from new starts.
+        rule: how the gradient becomes a direction: ``raw``, ``sign`` or ``unit_rms``.
+        step_size: length of a step.
+        momentum: of the ascent.
+        tolerance: an ascent ends where the margins grow by less. 0: never.
+        batch_size: margin inputs that count in a bound step (published script: as many as clean images). None: all.
+        max_inputs: limit of the margin inputs of a refresh, so that their cost does not grow with the number of classes. A class gets fewer
+            starts where there are many. Where there are more classes than inputs, each refresh takes other ones, all in turn. None:
+            no limit.
     """
 
     network: str = "bounded"

@@ -12,7 +12,13 @@ from marginclip.networks.logits import check_clean_set, clean_logits
 
 
 class StaticClip(ComputedDefense):
-    """Every bound at ``start``, by default half of what its feature map reaches on the clean set."""
+    """Every bound at ``start``, by default half of what its feature map reaches on the clean set.
+
+    Args:
+        start: where the bounds are. None: half of the clean maxima.
+        channel_axis: where the channels of activations with more than two axes are. None: found by the model's layers.
+        seed: has no effect: nothing is drawn.
+    """
 
     label = "static clip"
     bounds_activations = True

@@ -19,8 +19,8 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Cost:
-    """What a repair costs on images that it has not seen: the accuracy ``before`` and ``after`` in [0, 1], the out-of-fold ``logits``
-    (N, K), and the share of the way to the clean maxima that its bounds were ``relaxed`` by, in [0, 1]."""
+    """What a repair costs on images that it has not seen: the accuracy ``before`` and ``after`` in [0, 1] and the out-of-fold
+    ``logits`` (N, K). ``relaxed`` says how far its bounds were moved towards the clean maxima, in [0, 1]."""
 
     before: float
     after: float
@@ -90,15 +90,15 @@ def tell(cost: Cost, tolerance: float | None, *, keep_bounds: bool = False) -> N
         return
     if cost.points > tolerance:
         log.warning(
-            "the repair costs %.1f points of accuracy on images that it has not seen, more than tolerance=%g%s. Give more clean images; or "
-            "let MMDF decide, which changes flagged images alone; or accept it with a higher tolerance",
+            "the repair costs %.1f points of accuracy on images that it has not seen, more than tolerance=%g%s. Give more clean images, "
+            "set a higher tolerance, or let MMDF decide: it changes flagged images alone",
             cost.points, tolerance,
             ", and defense.keep=last forbids to relax its bounds" if keep_bounds else ", even with bounds at the clean maxima",
         )  # fmt: skip
     elif cost.relaxed:
         log.warning(
-            "the bounds were relaxed by %.0f %% of the way to the clean maxima to cost %.1f points on images that they have not seen "
-            "(tolerance=%g): they remove less of a trigger than those that were learned",
+            "the bounds were relaxed by %.0f %% of the way to the clean maxima. They cost %.1f points on images that they have not seen "
+            "(tolerance=%g), and remove less of a trigger than the learned ones",
             100 * cost.relaxed, cost.points, tolerance,
         )  # fmt: skip
 

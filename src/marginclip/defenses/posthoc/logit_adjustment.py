@@ -20,9 +20,16 @@ SOURCES = ("estimated", "known")
 class LogitAdjustment(ComputedDefense):
     """Subtracts ``tau`` times the logarithm of the classes' training frequencies from the logits: f_y - tau ln pi_y.
 
-    ``class_counts`` says where pi comes from: ``estimated``, the model's mean softmax over the clean set, all that a defender
-    without the training set has; or the number of training images of every class, an oracle. ``known`` asks whoever runs the
-    defense for them, and is refused where nobody tells. ``tau`` is a number, or ``auto``: the best of ``search`` on the clean set.
+    Args:
+        tau: a number, or ``auto``: the best of ``search`` on the clean set.
+        class_counts: where pi comes from. ``estimated``: the model's mean softmax over the clean set, all that a defender without the
+            training set has. A list: the number of training images of every class, an oracle. ``known`` asks for these numbers whoever runs
+            the defense, and is refused where nobody tells.
+        search: the grid of ``tau=auto``. None: up to 4, by the cross entropy.
+        seed: has no effect: nothing is drawn.
+
+    Raises:
+        UserError: for a setting outside its range; by ``fit`` where the counts are not one for each class, or not known.
     """
 
     label = "logit adjustment"

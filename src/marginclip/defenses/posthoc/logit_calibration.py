@@ -24,13 +24,20 @@ LABELS = {
 class LogitCalibration(ComputedDefense):
     """Replaces the logits f by ``scale * f + shift``, fitted to the clean set by its mean cross entropy.
 
-    ``scale`` is ``none``, ``shared`` (one number, the inverse of a temperature) or ``per_class``; ``shift`` adds one number a
-    class. Alone or together they are, for K classes: temperature scaling (``shared``; 1 parameter), bias only (``none`` and a
-    shift; K), bias-corrected temperature (``shared`` and a shift; K + 1), vector scaling (``per_class`` and a shift; 2 K) and
-    learnable weight scaling (``per_class``; K). ``l2`` pulls towards the identity (:func:`fit_affine`): the tiny default only
-    sees to it that there is one best fit where the model is right on every clean image.
+    For K classes these are: temperature scaling (``shared``, no shift; 1 parameter), bias only (``none`` and a shift; K), bias-corrected
+    temperature (``shared`` and a shift; K + 1), vector scaling (``per_class`` and a shift; 2 K) and learnable weight scaling
+    (``per_class``, no shift; K).
 
-    Raises :class:`UserError` where the best shared scale is not positive: it would turn the order of the classes round.
+    Args:
+        scale: ``none``, ``shared`` (one number, the inverse of a temperature) or ``per_class``.
+        shift: whether one number is added to each logit.
+        l2: pull towards the identity (:func:`fit_affine`). The tiny default only sees to it that there is one best fit where the model is
+            right on every clean image.
+        seed: has no effect: nothing is drawn.
+
+    Raises:
+        UserError: for a setting outside its range; by ``fit`` where the best shared scale is not positive, as it would turn the order
+            of the classes round.
     """
 
     bounds_activations = False

@@ -15,8 +15,14 @@ from marginclip.networks.logits import check_clean_set, clean_logits
 class TauNormalisation(ComputedDefense):
     """Divides every row w_c of the final linear layer by its length to the power ``tau``, and drops the bias.
 
-    ``tau`` is a number, 0 for the row as it is and 1 for unit length, or ``auto``: the best of ``search`` on the clean set.
-    ``keep_bias`` leaves the bias as it is. Raises :class:`UserError` for a model whose logits do not come from a linear layer.
+    Args:
+        tau: a number, 0 for the row as it is and 1 for unit length; or ``auto``: the best of ``search`` on the clean set.
+        keep_bias: leaves the bias as it is.
+        search: the grid of ``tau=auto``. None: that of Kang et al., by the accuracy.
+        seed: has no effect: nothing is drawn.
+
+    Raises:
+        UserError: for a setting outside its range; by ``fit`` for a model whose logits do not come from a linear layer.
     """
 
     label = "tau-normalisation"

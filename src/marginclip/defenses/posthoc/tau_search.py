@@ -18,9 +18,14 @@ SCORES = ("accuracy", "nll")
 
 @dataclass(frozen=True)
 class TauSearch:
-    """The grid 0, ``step``, ... up to ``largest``, and what is best on it: the ``accuracy`` or the ``nll`` (mean cross entropy).
+    """The grid 0, ``step``, ... up to ``largest``, and what is best on it. The clean set decides.
 
-    The defaults are the grid of Kang et al. (2020), who choose by the accuracy. It is the clean set that decides.
+    The defaults are the grid of Kang et al. (2020), who choose by the accuracy.
+
+    Args:
+        largest: end of the grid.
+        step: of the grid.
+        by: ``accuracy``, or ``nll``, the mean cross entropy.
     """
 
     largest: float = 2.0

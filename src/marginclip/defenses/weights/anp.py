@@ -29,10 +29,24 @@ class ANP(FineTune):
 
         alpha CE(f(x; m w, b)) + (1 - alpha) max over d, e of CE(f(x; (m + d) w, (1 + e) b)).
 
-    The change starts at random and takes ``noise_steps`` signed steps. Masks start at 1 and take ``steps`` of SGD. Then the weights of
-    neurons with a mask below the ``threshold`` become 0; all others, biases and batch-norm statistics are the model's own. Where it is
-    None, the clean set decides: ``held_out_share`` of it is left out of the learning, and the threshold is the largest of 0.05, 0.1, ...
-    before the accuracy on it first falls by more than ``max_drop``. Other settings are those of :class:`FineTune`.
+    The change starts at random and takes signed steps. Masks start at 1 and take steps of SGD. Then the weights of neurons with a
+    mask below the threshold become 0; all others, biases and batch-norm statistics are the model's own.
+
+    Args:
+        steps: SGD steps on the masks.
+        noise: largest change of a neuron.
+        noise_steps: signed steps of the change.
+        alpha: weight of the unchanged network.
+        threshold: masks below it are pruned. None: the clean set decides. It is the largest of 0.05, 0.1, ... before the accuracy on a
+            held-out part first falls by more than ``max_drop``.
+        max_drop: see ``threshold``, as a fraction.
+        held_out_share: part of the clean set that is left out of the learning where the clean set decides.
+        batch_size: images in a step.
+        learning_rate: of SGD.
+        momentum: of SGD.
+        batch_norm: ``train`` or ``frozen``, as in :class:`FineTune`.
+        augmentation: as in :class:`FineTune`.
+        seed: of everything that is drawn.
     """
 
     label = "ANP"

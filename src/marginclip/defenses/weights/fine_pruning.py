@@ -19,10 +19,13 @@ from marginclip.networks.heads import final_linear, linear_inputs
 class FinePruning(FineTune):
     """Prunes inputs of the final linear layer, least active first, while a held-out part of the clean set allows it; fine-tunes.
 
-    A channel's activity is the mean size of that input over the clean set. Channels go as long as the accuracy on
-    ``held_out_share`` of the clean set stays within ``max_drop`` of the model's own; the first set that breaks it is not taken.
-    A pruned channel has zero weights and keeps them through the ``epochs`` of fine-tuning on the whole clean set. The network
-    before fine-tuning is the row ``fine_pruning_pruned``. Other settings are those of :class:`FineTune`.
+    A channel's activity is the mean size of that input over the clean set. A pruned channel has zero weights and keeps them through the
+    fine-tuning on the whole clean set. The network before fine-tuning is the row ``fine_pruning_pruned``.
+
+    Args:
+        max_drop: accuracy, as a fraction, that pruning may cost. The first set of channels that breaks it is not taken.
+        held_out_share: part of the clean set that this is measured on.
+        **settings: those of :class:`FineTune`.
     """
 
     label = "Fine-Pruning"

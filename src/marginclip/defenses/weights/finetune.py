@@ -26,12 +26,23 @@ ENOUGH_FOR_STATISTICS = 1000
 class FineTune(LearningDefense):
     """Fine-tunes a copy of the model on the clean set by cross entropy with SGD.
 
-    One epoch is one pass over the clean set in batches of at most ``batch_size`` images of (nearly) equal size; order,
-    augmentation and dropout follow from ``seed`` and the step alone. ``augmentation(images, generator)`` gives new images of
-    the same shape; None trains on the images as they are. ``batch_norm="train"`` moves the batch norms' running statistics,
-    ``"frozen"`` keeps the model's own (their weights are learned either way), which is safer with few images.
+    Order, augmentation and dropout follow from ``seed`` and the step alone. A method built on it overrides :meth:`prepare`,
+    :meth:`augmented`, :meth:`loss`, :meth:`rate`, or :meth:`before_epoch`.
 
-    A method built on it overrides :meth:`prepare`, :meth:`augmented`, :meth:`loss`, :meth:`rate`, or :meth:`before_epoch`.
+    Args:
+        epochs: passes over the clean set.
+        batch_size: images in a step at most; batches of a pass have (nearly) equal sizes.
+        learning_rate: of SGD.
+        momentum: of SGD.
+        nesterov: Nesterov's momentum.
+        weight_decay: of SGD.
+        batch_norm: ``train`` moves the batch norms' running statistics. ``frozen`` keeps the model's own, which is safer with few images;
+            their weights are learned either way.
+        augmentation: ``augmentation(images, generator)`` gives new images of the same shape. None: the images as they are.
+        seed: of order, augmentation and dropout.
+
+    Raises:
+        UserError: for a setting outside its range.
     """
 
     label = "fine-tuning"

@@ -22,8 +22,14 @@ class FTSAM(FineTune):
 
         e = rho theta^2 g / || |theta| g ||_2,     g the gradient at theta.
 
-    So large weights are moved the most. The loss is the cross entropy with ``label_smoothing``; the rate falls along a cosine to 0.
-    Batch-norm statistics follow the pass at theta alone. Other settings are those of :class:`FineTune`.
+    So large weights are moved the most. The rate falls along a cosine to 0. Batch-norm statistics follow the pass at theta alone.
+
+    Args:
+        rho: radius of the ball.
+        label_smoothing: of the cross entropy.
+        epochs: passes over the clean set.
+        batch_size: images in a step.
+        **settings: those of :class:`FineTune`.
     """
 
     label = "FT-SAM"

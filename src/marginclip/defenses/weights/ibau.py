@@ -55,12 +55,23 @@ def fixed_point_hypergradient(
 class IBAU(LearningDefense):
     """I-BAU: ``rounds`` times, find one perturbation that misleads the network on the clean set, then unlearn it.
 
-    Inner problem, one pass over the clean set in batches of ``batch_size``: SGD of ``inner_rate`` on
-    -CE(f(x + delta), argmax f(x)) + ``penalty`` ||delta||^2, delta starting at 0 and projected to the L2 ball of ``radius``.
-    Outer problem, another pass: Adam of ``learning_rate`` on CE(f(x'), y), x' the batch with delta on ``share`` of it (at least
-    one image), by the hypergradient of :func:`fixed_point_hypergradient` (``iterations``, ``inner_step``; the inner loss there is
-    that of the first batch with the true labels, as in the authors' code). Batch norm keeps the model's statistics throughout, and
-    everything is computed in full precision, whatever the Trainer's, as the second derivatives need it.
+    Inner problem, one pass over the clean set: SGD on -CE(f(x + delta), argmax f(x)) + ``penalty`` ||delta||^2. delta starts at 0 and is
+    projected to the L2 ball of ``radius``. Outer problem, another pass: Adam on CE(f(x'), y), x' the batch with delta on ``share`` of
+    it, by the hypergradient of :func:`fixed_point_hypergradient`; the inner loss there is that of the first batch with the true
+    labels, as in the authors' code. Batch norm keeps the model's statistics. Everything is computed in full precision, whatever the
+    Trainer's, as the second derivatives need it.
+
+    Args:
+        rounds: of both problems.
+        batch_size: images in a step.
+        inner_rate: of the inner SGD.
+        penalty: weight of ||delta||^2.
+        radius: of the L2 ball.
+        learning_rate: of Adam.
+        share: part of a batch that carries delta; at least one image.
+        iterations: of the hypergradient.
+        inner_step: step of the hypergradient's fixed point.
+        seed: of the order of the images.
     """
 
     label = "I-BAU"

@@ -18,10 +18,10 @@ SMALLEST_SPAN = 1e-6  # keeps the inverse of tanh finite
 class CostSchedule:
     """The weight of the mask's size for one class, moved by how well the trigger works.
 
-    ``value`` is 0 until the success rate has been at ``threshold`` for ``patience`` passes running, then ``initial``; from there
-    on it is doubled after ``patience`` passes running at the threshold and divided by 2^1.5 after as many below. ``best`` is
-    the smallest size that came with a rate at the threshold; ``done`` once the weight has gone both up and down and ``5 patience``
-    passes did not improve on it.
+    ``value`` is 0 until the success rate has been at ``threshold`` for ``patience`` passes running, then ``initial``. From there
+    on ``patience`` passes running at the threshold double it, and as many below divide it by 2^1.5. ``best`` is the smallest size
+    that came with a rate at the threshold; ``done`` once the weight has gone both up and down and ``5 patience`` passes did not
+    improve on it.
     """
 
     def __init__(self, *, initial: float = 1e-3, threshold: float = 0.99, patience: int = 5) -> None:
@@ -54,8 +54,17 @@ class CostSchedule:
 
 @dataclass(frozen=True)
 class InversionPlan:
-    """How triggers are inverted: at most ``passes`` of ``batches_per_pass`` batches of ``batch_size`` clean images, each for every
-    class; Adam of ``learning_rate`` with ``betas``. ``cost``, ``threshold``, ``patience``: see :class:`CostSchedule`.
+    """How triggers are inverted: all classes in one batch, each with a mask, a pattern and a weight of the mask's size of its own.
+
+    Args:
+        passes: passes at most.
+        batches_per_pass: batches in a pass.
+        batch_size: clean images in a batch, each for every class.
+        learning_rate: of Adam.
+        betas: of Adam.
+        cost: first weight of the mask's size; see :class:`CostSchedule`.
+        threshold: share of the images that a trigger must send to its class.
+        patience: passes running before the weight moves.
     """
 
     passes: int = 100
@@ -118,10 +127,10 @@ def invert_triggers(
 ) -> InvertedTriggers:
     """For each class the smallest mask and a pattern that send clean ``images`` (N, C, H, W) in [0, 1] to it.
 
-    Minimises CE(f((1 - m) x + m p), t) + cost |m|_1 by Adam, with m = tanh(a) / 2 + 1/2 and p alike, all classes in one
-    batch: their losses are summed, and as Adam works value by value that is the same as one search for each. A class whose
-    schedule is done leaves the batch. ``network`` must be frozen and in evaluation mode. Where no pass reached the threshold, the
-    last trigger stands.
+    Minimises CE(f((1 - m) x + m p), t) + cost |m|_1 by Adam, with m = tanh(a) / 2 + 1/2 and p alike. All classes are in one batch
+    and their losses are summed. Adam works value by value, so that is the same as one search for each. A class whose schedule is
+    done leaves the batch. ``network`` must be frozen and in evaluation mode. Where no pass reached the threshold, the last
+    trigger stands.
     """
     search = _start(images, len(classes), plan, seed)
     wanted = torch.tensor(list(classes), device=images.device)

@@ -18,9 +18,19 @@ from marginclip.networks.logits import check_clean_set, clean_logits
 class LastLayer(FineTune):
     """Trains the final linear layer on the clean set by cross entropy with SGD; everything before it stays as it is.
 
-    What enters the layer is computed once, in evaluation mode and without augmentation. The rate falls from ``learning_rate``
-    to 0 along a half cosine over the ``epochs``, as in cRT. ``restart`` starts from a new layer drawn from ``seed`` (cRT)
-    instead of the model's own. Raises :class:`UserError` for a model whose logits do not come from a linear layer.
+    What enters the layer is computed once, in evaluation mode and without augmentation. The rate falls to 0 along a half cosine, as in cRT.
+
+    Args:
+        restart: starts from a new layer drawn from ``seed`` (cRT) instead of the model's own.
+        epochs: passes over the clean set.
+        batch_size: images in a step.
+        learning_rate: of SGD, at the start.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        seed: of the order of the images, and of a new layer.
+
+    Raises:
+        UserError: for a setting outside its range; by ``fit`` for a model whose logits do not come from a linear layer.
     """
 
     label = "last layer"

@@ -24,13 +24,21 @@ from marginclip.silence import nested_trainers, silent_trainer
 class MMACFineTune(FineTune):
     """Learns bounds with MMAC, then fine-tunes the weights below them. **It changes weights**, unlike MMAC itself.
 
-    Each step takes ``batch_size`` clean images with their labels, and margin inputs: clean images of other classes that ``ascent`` moves
-    towards each class on the network as it is. They keep the label of the class that they came from, so the network unlearns
-    that a small change can turn an image into another class. The loss is the cross entropy of the former plus ``margin_weight`` times
-    that of the latter. Adam takes the steps, its rate falls to zero along a cosine, and batch norms keep the model's statistics.
+    Each step takes clean images with their labels, and margin inputs: clean images of other classes that ``ascent`` moves towards
+    each class on the network as it is. They keep the label of the class that they came from. So the network unlearns that a small
+    change can turn an image into another class. Adam takes the steps, its rate falls to zero along a cosine, and batch norms keep the
+    model's statistics. The bounded network before the fine-tuning is the row ``mmac``.
 
-    ``mmac`` makes the bound learning that comes first (``seed`` is given); None leaves the activations unbounded. The bounded network
-    before the fine-tuning is the row ``mmac``. Other settings are those of :class:`FineTune`.
+    Args:
+        mmac: makes the bound learning that comes first; it is called with a ``seed``. None leaves the activations unbounded.
+        ascent: how margin inputs are made. None: its defaults, anew at every step.
+        margin_weight: weight of the margin inputs' cross entropy against that of the clean images.
+        epochs: passes over the clean set.
+        batch_size: clean images in a step.
+        learning_rate: of Adam.
+        weight_decay: of Adam.
+        augmentation: as in :class:`FineTune`.
+        seed: of everything that is drawn.
     """
 
     label = "MMAC + fine-tuning"

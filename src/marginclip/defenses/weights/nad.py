@@ -20,15 +20,25 @@ from marginclip.networks.tracing import trace
 class NAD(FineTune):
     """Fine-tunes a teacher, then a student, both copies of the model, the student with the teacher's attention as a guide.
 
-    The student's loss is the cross entropy plus, for each tap, its weight in ``betas`` times :func:`attention_distance` to the
-    teacher, which is frozen in evaluation mode by then. Taps are the last activation at each image resolution inside the
-    network; ``betas`` are those of the last resolutions, so a ResNet-18 is tapped behind its stages 2, 3 and 4 (a network of
-    fewer resolutions takes the last of ``betas``). The distance is a mean over pixels, so a map of fewer pixels than that for which a
-    beta was published would weigh more: ``beta_pixels`` are the pixels of the published network's maps, by which betas are scaled, so
-    that the *sum* over pixels weighs the same; None takes betas as they are. ``epochs`` of the student follow ``teacher_epochs`` of
-    the teacher. Rates: ``learning_rate`` for ``high_epochs``, then a tenth; the teacher's a tenth every ``teacher_decay_every`` epochs,
-    at most ``teacher_decays`` times. The teacher is the row ``nad_teacher``. Other settings are those of :class:`FineTune`, for teacher
-    and student alike.
+    The student's loss is the cross entropy plus, for each tap, its weight in ``betas`` times :func:`attention_distance` to the teacher. The
+    teacher is frozen in evaluation mode by then. Taps are the last activation at each image resolution inside the network; ``betas``
+    are those of the last resolutions, so a ResNet-18 is tapped behind its stages 2, 3 and 4. The teacher is the row ``nad_teacher``.
+
+    Args:
+        betas: weights of the taps. A network of fewer resolutions takes the last of them.
+        beta_pixels: pixels of the published network's maps. The distance is a mean over pixels, so a map of fewer pixels than that
+            for which a beta was published would weigh more; with them the *sum* over pixels weighs the same. None: betas as they are.
+        teacher_epochs: epochs of the teacher.
+        teacher_learning_rate: of the teacher, at the start.
+        teacher_decay_every: epochs until the teacher's rate falls to a tenth.
+        teacher_decays: how often it falls at most.
+        epochs: epochs of the student.
+        learning_rate: of the student.
+        high_epochs: epochs at that rate; then a tenth.
+        batch_size: images in a step, of teacher and student.
+        nesterov: Nesterov's momentum.
+        weight_decay: of SGD.
+        **settings: those of :class:`FineTune`.
     """
 
     label = "NAD"

@@ -19,13 +19,19 @@ SUSPECTS = ("auto", "known")
 
 
 class NeuralCleanse(FineTune):
-    """Fine-tunes a copy of the model for ``epochs`` with the inverted trigger on ``share`` of every batch, under the true labels.
+    """Inverts the trigger of the suspect class, then fine-tunes a copy of the model with it under the true labels.
 
-    ``suspect_class`` is the class whose trigger is inverted (the papers' protocol gives the true target: an oracle), or ``auto``:
-    all classes are inverted, and those suspected whose mask is smaller than the others' by an anomaly index over
-    ``anomaly_threshold``; where there is none, the model is left as it is. ``known`` asks whoever runs the defense for the
-    class, and means ``auto`` where nobody tells. The other settings are :class:`FineTune`'s; the trigger is pasted before the
-    augmentation, and of several suspects one is drawn for every image.
+    The trigger is pasted before the augmentation. Of several suspects one is drawn for every image.
+
+    Args:
+        suspect_class: the class whose trigger is inverted (the papers give the true target: an oracle), or ``auto``: all classes are
+            inverted, and those are suspected whose mask is much smaller than the others'. Where there is none, the model is left as it is.
+            ``known`` asks for the class whoever runs the defense, and means ``auto`` where nobody tells.
+        anomaly_threshold: of ``auto``, in robust standard deviations.
+        inversion: how triggers are inverted. None: its defaults.
+        share: part of every batch that carries the trigger.
+        epochs: passes over the clean set.
+        **settings: those of :class:`FineTune`.
     """
 
     label = "Neural Cleanse"
