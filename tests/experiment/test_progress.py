@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -51,6 +52,30 @@ def test_short_tasks_after_each_other_have_lines_too(clock, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
+def test_a_task_that_does_not_advance_has_lines_too(capsys):
+    progress.use(Lines(interval=0.02))
+    with task("evaluation"):
+        for _ in range(500):
+            time.sleep(0.01)
+            if "evaluation" in (said := capsys.readouterr().err):
+                break
+    assert said.startswith("evaluation\n")
+    time.sleep(0.05)
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().err == "", "the lines end with the task"
+
+
+def test_a_task_that_counts_nothing_gives_way_to_one_inside_it():
+    shown = Display(lambda: "1 of 2 cells done")
+    progress.use(shown)
+    with task("repair"):
+        assert (str(shown), shown.doing) == ("1 of 2 cells done | repair", "repair")
+        with task("MMAC", 9):
+            assert shown.doing == "MMAC: 0 of 9 steps"
+    assert str(shown) == "1 of 2 cells done"
+
+
 def test_nothing_where_nobody_asked(capsys):
     with task("training", 3) as made:
         made.advance(3)
@@ -72,7 +97,9 @@ def test_an_unknown_total_has_no_time_left(clock):
     made = Task("waiting", None)
     clock[0] += 5
     assert made.seconds_left is None
-    assert str(made) == "waiting: 0 steps"
+    assert str(made) == "waiting"
+    made.advance(2)
+    assert str(made) == "waiting: 2 steps"
 
 
 @pytest.mark.parametrize(
@@ -146,3 +173,4 @@ def test_a_training_detector_folds_and_mmbd_are_shown(configure, monkeypatch):
     assert "MMAC: 4 of 64 batches" in text, "the extra steps count until they turn out not to be needed"
     assert "detector: 1 of 2 folds" in text
     assert "detector: 0 of 2 folds | repair without a fold: 0 of" in text
+    assert "evaluation" in seen

@@ -6,6 +6,7 @@ The library is silent. A command chooses the display of its process with :func:`
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ class Task:
         _process.display.changed()
 
     @property
+    def counted(self) -> bool:
+        """Whether it counts steps."""
+        return self.total is not None or self.done > 0
+
+    @property
     def seconds_left(self) -> float | None:
         """At the speed so far; None where that is not known."""
         made = self.done - self.begun_at
@@ -45,7 +51,7 @@ class Task:
         of = f" of {self.total}" if self.total is not None else ""
         left = self.seconds_left
         parts = [
-            f"{self.name}: {self.done}{of} {self.unit}",
+            f"{self.name}: {self.done}{of} {self.unit}" if self.counted else self.name,
             *([] if left is None else [f"about {duration(left)} left"]),
             self.note,
         ]
@@ -71,26 +77,59 @@ class Display:
         """Show it no longer."""
         self.tasks.remove(task)
 
+    @property
+    def shown(self) -> list[Task]:
+        """The tasks that tell something: one that counts no steps is left out while another goes on inside it."""
+        tasks = list(self.tasks)
+        return [task for task in tasks if task.counted or task is tasks[-1]]
+
+    @property
+    def doing(self) -> str:
+        """The tasks in words, without what they are part of; empty where there are none."""
+        return " | ".join(map(str, self.shown))
+
     def __str__(self) -> str:
         heading = [self.heading()] if self.heading is not None else []
-        return " | ".join([*heading, *map(str, self.tasks)])
+        return " | ".join(part for part in (*heading, self.doing) if part)
 
 
 class Lines(Display):
-    """A line on the standard error every ``interval`` seconds."""
+    """A line on the standard error every ``interval`` seconds while there is a task, even one that does not advance."""
 
     def __init__(self, heading: Callable[[], str] | None = None, interval: float = INTERVAL) -> None:
         super().__init__(heading)
         self.interval = interval
         self.last: float | None = None  # None before the first task
+        self.ended: threading.Event | None = None  # ends the thread that looks at the clock; None while there is no task
+        self.lock = threading.Lock()
+
+    def begin(self, task: Task) -> None:
+        """See :meth:`Display.begin`."""
+        super().begin(task)
+        if self.ended is None:
+            self.ended = threading.Event()
+            threading.Thread(target=self._look, args=(self.ended,), daemon=True).start()
+
+    def end(self, task: Task) -> None:
+        """See :meth:`Display.end`."""
+        super().end(task)
+        if not self.tasks and self.ended is not None:
+            self.ended.set()
+            self.ended = None
 
     def changed(self) -> None:
         """See :meth:`Display.changed`."""
-        now = time.monotonic()
-        if self.last is not None and now - self.last >= self.interval:
-            print(self, file=sys.stderr, flush=True)
-        if self.last is None or now - self.last >= self.interval:
-            self.last = now
+        with self.lock:
+            now = time.monotonic()
+            due = self.last is not None and now - self.last >= self.interval
+            if due or self.last is None:
+                self.last = now
+            if due:
+                print(self, file=sys.stderr, flush=True)
+
+    def _look(self, ended: threading.Event) -> None:
+        while not ended.wait(self.interval / 10):
+            self.changed()
 
 
 @dataclass

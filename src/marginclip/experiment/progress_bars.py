@@ -46,10 +46,14 @@ class Bars(Display):
     def drawn(self) -> RenderableType:
         """All of it at this moment."""
         bars = Table.grid(padding=(0, 1))
-        for task in list(self.tasks):
+        for task in self.shown:
             of = "" if task.total is None else f"/{task.total}"
             left = task.seconds_left
-            told = [f"{task.done}{of} {task.unit}", "" if left is None else f"{duration(left)} left", task.note]
+            told = [
+                f"{task.done}{of} {task.unit}" if task.counted else "",
+                "" if left is None else f"{duration(left)} left",
+                task.note,
+            ]
             bars.add_row(task.name, ProgressBar(task.total, task.done, width=24, pulse=task.total is None), *told)
         return Group(self.table(), bars) if self.table is not None else bars
 

@@ -14,6 +14,7 @@ import torch
 
 from marginclip.devices import gpu_wanted
 from marginclip.errors import UserError
+from marginclip.experiment import progress
 from marginclip.experiment.recipe import run_folder, run_identity
 from marginclip.experiment.spec import RunSpec
 from marginclip.precision import precision_for
@@ -48,9 +49,10 @@ def opened_record(spec: RunSpec) -> RunRecord:
 
 @contextmanager
 def phase(record: RunRecord, name: str) -> Iterator[None]:
-    """Note the seconds that the block takes under ``name``."""
+    """Show that the block goes on, and note the seconds that it takes under ``name``."""
     started = time.perf_counter()
-    yield
+    with progress.task(name):
+        yield
     record.seconds[name] = round(record.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
 

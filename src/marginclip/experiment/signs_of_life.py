@@ -29,7 +29,7 @@ def alive(folder: Path, overrides: str, every: float = EVERY) -> Iterator[None]:
     def renew() -> None:
         while True:
             with suppress(OSError):  # a full disk ends no run
-                write_json(file, sign | {"seen": time.time(), "doing": str(progress.display())})
+                write_json(file, sign | {"seen": time.time(), "doing": progress.display().doing})
             if ended.wait(every):
                 return
 

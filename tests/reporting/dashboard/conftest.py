@@ -40,6 +40,7 @@ def write_hostile(folder):
             "dataset": {"name": EVIL},
             "attack": {"name": EVIL, EVIL: LONG},
             "defense": {"name": EVIL},
+            "model": {"name": LONG},
             "__proto__": {"x": "1"},
         },
         identity={"attack": {"name": EVIL}},
@@ -62,6 +63,17 @@ def write_hostile(folder):
     found |= {f"extremes/{EVIL}/missed/{key}": values for key, values in extreme.items()}
     stages = {f"activations/<i>{EVIL[:30]}/{key}": torch.rand(3) for key in ("clean_max", "upper")}
     save_file(scores | found | stages | {"examples/targets": torch.zeros(4).long()}, place / "arrays.safetensors")
+
+
+@pytest.fixture
+def two_seeds(tmp_path, synthetic):
+    """The records of two made-up runs of one setting, which differ in their seed alone, in a folder of the test's own."""
+    (first,) = synthetic.write_runs(tmp_path / "runs", 1)
+    second = shutil.copytree(first, first.with_name(first.name.replace("seed0", "seed1")))
+    records = [read_record(place) for place in (first, second)]
+    records[1].seed = records[1].config["seed"] = records[1].identity["seed"] = 1
+    records[1].write()
+    return records
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +103,14 @@ def hostile_text():
 
 
 @pytest.fixture(scope="session")
+def long_text():
+    """Ten thousand letters that the hostile run has as names."""
+    return LONG
+
+
+@pytest.fixture(scope="session")
 def records(runs_dir):
-    """The records of the made-up runs by the name of their folder, with their arrays' scores."""
+    """The records of the made-up runs by the name of their folder."""
     return {place.name: read_record(place) for place in sorted(runs_dir.glob("cifar10-*"))}
 
 

@@ -4,18 +4,25 @@ import base64
 import hashlib
 import json
 import re
+import time
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from marginclip.errors import UserError
+from marginclip.record import read_record
 from marginclip.reporting.__main__ import main
 from marginclip.reporting.dashboard import write_dashboard
+from marginclip.reporting.dashboard.repeat import repeat_command
 from marginclip.reporting.dashboard.runs import read_runs
 from marginclip.reporting.dashboard.sweeps import read_sweeps
 from marginclip.reporting.dashboard.victims import victims
+
+RUN = "cifar10-resnet18-badnet-mmdf-seed0"
 
 
 class Reader(HTMLParser):
@@ -30,6 +37,9 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+    def handle_endtag(self, tag):
+        self.text += " " if tag in ("th", "td", "p", "h2", "h3", "li", "pre", "summary") else ""
 
 
 def read(path):
@@ -120,6 +130,97 @@ def test_sweeps_and_victims_by_hand(runs_dir):
     first = victims(runs)[0]
     assert first.name == "cifar10-resnet18-badnet-seed0"
     assert sorted(run.record.choice("defense") for run in first.runs) == ["finetune", "ibau", "mmdf", "nad", "static_clip"]
+
+
+def test_a_cell_that_runs_or_that_a_later_sweep_did_is_not_missing(tmp_path, synthetic):
+    (place,) = synthetic.write_runs(tmp_path, 1)
+    first, later = tmp_path / "sweeps" / "1", tmp_path / "sweeps" / "2"
+    outcome = {"error": None, "record": str(place / "run.json")}
+    for folder, asked in ((first, ["seed=0", "seed=1", "seed=2", "seed=3"]), (later, ["seed=1", "seed=3"])):
+        folder.mkdir(parents=True)
+        (folder / "sweep.json").write_text(json.dumps({"asked": asked}))
+    for job, content in (
+        (first / "1", {"outcome.json": {"overrides": "seed=1", "error": "a full disk", "record": None}}),
+        (first / "2", {"alive.json": {"seen": time.time() - 5}}),
+        (first / "3", {"alive.json": {"seen": time.time() - 3600}}),
+        (later / "0", {"outcome.json": outcome | {"overrides": "seed=1"}}),
+    ):
+        job.mkdir()
+        for name, values in content.items():
+            (job / name).write_text(json.dumps(values))
+    earlier, _ = read_sweeps(tmp_path, read_runs(tmp_path)[0])
+    assert [cell.status for cell in earlier.cells] == ["missing", "done", "running", "missing"]
+    assert [cell.number for cell in earlier.cells] == [0, 1, 2, 3]
+    assert earlier.cells[1].run.record.folder == place
+
+
+def test_the_overview_tells_mixed_settings_versions_and_devices(tmp_path, two_seeds):
+    """Two seeds of one row, of which one has another rate, another torch and another device."""
+    _, other = two_seeds
+    other.config["attack"]["rate"] = other.identity["attack"]["rate"] = 0.25
+    other.versions["torch"], other.device.name = "2.5.0", "another"
+    other.write()
+    index = write_dashboard(tmp_path / "runs", tmp_path / "site", pictures=False)
+    text = " ".join(read(index).text.split())
+    _, _, told = text.partition("Mixed settings")
+    notes, _, made_with = told.partition("Versions and devices")
+    assert notes.count("attack.rate") >= 1 and "differ in their seed alone" not in notes
+    assert "torch 2.6.0 1, 2.5.0 1 mixed" in made_with
+    assert "device cpu: made up, 1 thread 1, cpu: another, 1 thread 1 mixed" in made_with
+    assert re.search(r"lightning 2\.6\.0 2(?! mixed)", made_with)
+
+
+def test_the_page_of_a_run_holds_what_its_record_does(site, records):
+    record = records[RUN]
+    text = " ".join(read(site / "run" / f"{RUN}.html").text.split())
+    own, given = record.metrics["mmdf"], record.metrics["none"]
+    (figures,) = re.findall(r"Figures method (.*?) Small: the paper's", text)
+    assert f"no defense {100 * given['acc']:.1f}" in figures and f"MMDF {100 * own['acc']:.1f}" in figures
+    for number, name in enumerate(record.classes):
+        shares = " ".join(f"{100 * record.per_class[row][number]:.1f}" for row in ("none", "mmdf"))
+        assert f" {name} {shares} " in text
+    arrays = load_file(record.folder / "arrays.safetensors")
+    stage = "004_layer4_act"
+    medians = " ".join(
+        f"{np.median(arrays[f'activations/{stage}/{key}']):.4g}" for key in ("clean_max", "triggered_max", "upper")
+    )
+    above = float(np.mean(arrays[f"activations/{stage}/clean_max"] > arrays[f"activations/{stage}/upper"]))
+    assert f" {stage} 16 {medians} {100 * above:.1f} " in text
+    assert f"Do it again {repeat_command(record)} Copy" in text
+    assert "Resolved configuration seed: 0 clean_per_class: auto dataset: name: cifar10" in text
+    data = json.loads((site / "run" / f"{RUN}.html").read_text().partition('class="data">')[2].partition("</script>")[0])
+    curve = next(each for each in data["learning"] if each["unit"] == "λ")
+    assert curve["values"] == [pytest.approx(entry["lambda"], rel=1e-3) for entry in record.history]
+    victim = "cifar10-resnet18-badnet-seed0"
+    first = records[RUN.replace("mmdf", "finetune")].metrics["none"]  # the first of its runs, by name
+    row = text_of_row(site / "victims.html", victim)
+    assert row.startswith(f"{victim} cifar10, resnet18, badnet all2one 0 trained {100 * first['acc']:.1f} 99.0 5 ")
+
+
+def text_of_row(path, name):
+    """The text of the row of a table that begins with a name."""
+    (found,) = re.findall(rf'<tr><th scope="row">{re.escape(name)}</th>.*?</tr>', path.read_text(encoding="utf-8"), flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", found).split())
+
+
+def test_the_most_extreme_images_have_their_statistic(tmp_path, synthetic):
+    """Twenty-four flagged and twenty-four missed images, in the order of the arrays, and the ninth of each by its pixels."""
+    (place,) = synthetic.write_runs(tmp_path / "runs", 1)
+    arrays = load_file(place / "arrays.safetensors")
+    statistic = {"caught": np.linspace(30, 20, 24, dtype=np.float32), "missed": np.linspace(-3, 2, 24, dtype=np.float32)}
+    images = np.arange(48, dtype=np.uint8).reshape(48, 1, 1, 1) * np.ones((1, 3, 8, 8), np.uint8)
+    for start, (group, values) in zip((0, 24), statistic.items(), strict=True):
+        found = {"images": images[start : start + 24], "statistic": values, "labels": np.full(24, 3)}
+        arrays |= {f"extremes/mmdf/{group}/{key}": each for key, each in found.items()}
+    save_file(arrays, place / "arrays.safetensors")
+    site = write_dashboard(tmp_path / "runs", tmp_path / "site").parent
+    (path,) = (site / "run").glob("*.html")
+    tiles = re.findall(r"<span>cat <b>([^<]*)</b></span>", path.read_text())
+    assert tiles == [f"{value:.3g}" for group in statistic.values() for value in group]
+    assert len(re.findall(r"<h3>Triggered images that were (?:flagged|missed)", path.read_text())) == 2
+    sheet = np.asarray(Image.open(next((site / "pictures").iterdir())))
+    assert sheet.shape == (4 * 8, 12 * 8, 3)
+    assert (sheet[0, 8 * 8].tolist(), sheet[2 * 8, 8 * 8].tolist()) == ([8] * 3, [32] * 3)
 
 
 def test_slugs_are_plain_and_differ(runs_dir):

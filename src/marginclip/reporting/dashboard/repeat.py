@@ -98,7 +98,7 @@ def _parts(group: str, option: str, content: dict[str, Any]) -> tuple[list[str],
     """The options of the groups within a group, where its file names such, and what their files give."""
     words: list[str] = []
     found: Leaves = {}
-    named = _defaults(CONF / group / f"{option}.yaml")
+    named = _defaults(group, option)
     for part in PARTS.get(group, ()):
         if part not in named:
             continue
@@ -124,9 +124,10 @@ def _given(path: Path, prefix: tuple[str, ...] = ()) -> Leaves:
     return {(*prefix, *key): value for key, value in leaves(content).items() if key}
 
 
-def _defaults(path: Path) -> dict[str, str]:
-    """The groups that an option's file names in its list of defaults, with their options."""
-    entries = _read(path).get("defaults", []) if path.is_file() else []
+def _defaults(group: str, option: str) -> dict[str, str]:
+    """The groups that an option's file names in its list of defaults, with their options; a name can be any text, so none is a path."""
+    path = next((path for path in (CONF / group).glob("*.yaml") if path.stem == option), None)
+    entries = [] if path is None else _read(path).get("defaults", [])
     return {str(group): str(option) for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
 
 

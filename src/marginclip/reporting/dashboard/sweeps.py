@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import yaml
 
 from marginclip.reporting.dashboard.runs import Run
 
-ASKED, OUTCOME = "sweep.json", "outcome.json"
+ASKED, OUTCOME, ALIVE = "sweep.json", "outcome.json", "alive.json"
+STALE = 180.0  # seconds without a sign of life after which a job counts as killed
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,17 @@ class Sweep:
 def read_sweeps(runs_dir: Path, runs: list[Run]) -> list[Sweep]:
     """The sweeps below ``runs_dir``, in the order of their paths.
 
-    A cell without an outcome is ``missing``: it was not reached, or was interrupted. A sweep of a version that did not note its cells
-    is known by the jobs that it began.
+    A cell without an outcome is ``running`` while its job gives signs of life, else ``missing``: it was not reached, or was interrupted.
+    What another sweep with the same overrides has done counts as done here, too. A sweep of a version that did not note its cells is
+    known by the jobs that it began.
     """
     by_name = {run.record.folder.name: run for run in runs}
     folders = {path.parent for path in runs_dir.rglob(ASKED)} | {path.parent.parent for path in runs_dir.rglob(OUTCOME)}
-    return [_read(folder, str(folder.relative_to(runs_dir)), by_name) for folder in sorted(folders)]
+    sweeps = [_read(folder, str(folder.relative_to(runs_dir)), by_name) for folder in sorted(folders)]
+    done = {cell.overrides: cell for sweep in sweeps for cell in sweep.of("done", "attack_failed", "removed") if cell.overrides}
+    for sweep in sweeps:
+        sweep.cells = [_or_done(cell, done.get(cell.overrides)) for cell in sweep.cells]
+    return sweeps
 
 
 def _read(folder: Path, place: str, by_name: dict[str, Run]) -> Sweep:
@@ -61,13 +68,26 @@ def _read(folder: Path, place: str, by_name: dict[str, Run]) -> Sweep:
     for number in range(len(names)) if names else begun:
         outcome = _content(folder / str(number) / OUTCOME)
         text = names[number] if names else _overrides(folder / str(number), outcome)
-        sweep.cells.append(_cell(number, text, outcome, by_name))
+        sweep.cells.append(_cell(folder / str(number), number, text, outcome, by_name))
     return sweep
 
 
-def _cell(number: int, overrides: str, outcome: dict[str, Any] | None, by_name: dict[str, Run]) -> Cell:
+def _or_done(cell: Cell, elsewhere: Cell | None) -> Cell:
+    """A cell as another sweep has done it, where it came to nothing itself."""
+    if elsewhere is None or cell.status not in ("missing", "running", "failed"):
+        return cell
+    return replace(elsewhere, number=cell.number)
+
+
+def _lives(job: Path) -> bool:
+    sign = _content(job / ALIVE)
+    seen = None if sign is None else sign.get("seen")
+    return isinstance(seen, (int, float)) and time.time() - seen < STALE
+
+
+def _cell(folder: Path, number: int, overrides: str, outcome: dict[str, Any] | None, by_name: dict[str, Run]) -> Cell:
     if outcome is None:
-        return Cell(number, overrides, "missing")
+        return Cell(number, overrides, "running" if _lives(folder) else "missing")
     if outcome.get("error") is not None:
         return Cell(number, overrides, "failed", error=str(outcome["error"]))
     path = Path(str(outcome.get("record") or ""))

@@ -35,7 +35,7 @@ def table(runs: list[Run], curves: dict[str, list[list[float]]]) -> dict[str, An
         "identity": sorted({key for run in runs for key, _ in flat(run.record.identity)}),
         "rows": _rows(runs, published),
         "published": [{"source": each.source, "metrics": each.metrics} for each in published],
-        "metrics": [{"name": name, "less": less, "share": name != NATS} for name, less in METRICS.items()],
+        "metrics": [{"name": name, "less": less, "share": name not in ("AUC", NATS)} for name, less in METRICS.items()],
         "seconds": [run.record.seconds for run in runs],
         "curves": [curves.get(run.slug) for run in runs],
     }

@@ -9,6 +9,7 @@ marginclip.pages.compare = (main, parameters) => {
   let drawn = [];
 
   const name = (run) => table.runs.name[run];
+  const linked = (run, most) => element("a", { href: address(`run/${table.runs.slug[run]}`) }, charts.short(name(run), most));
   const few = () => chosen.slice(0, MOST);
 
   function grid(head, rows, numeric) {
@@ -18,7 +19,7 @@ marginclip.pages.compare = (main, parameters) => {
 
   function showChosen() {
     find("chosen").replaceChildren(...chosen.map((run, place) => element("li", { class: "chip" },
-      element("a", { href: address(`run/${table.runs.slug[run]}`) }, charts.short(name(run), 70)), " ",
+      linked(run, 70), " ",
       element("button", { type: "button", "aria-label": `Remove ${charts.short(name(run), 70)}`, onclick: () => (chosen.splice(place, 1), update()) }, "×"))));
     find("status").textContent = chosen.length ? `${chosen.length} runs are chosen${chosen.length > MOST ? `, of which the first ${MOST} are drawn` : ""}.` : "No run is chosen. Add some here, or choose them on the page Runs.";
   }
@@ -37,7 +38,10 @@ marginclip.pages.compare = (main, parameters) => {
   function showCurves() {
     const known = few().map((run, place) => [run, place]).filter(([run]) => table.curves[run]);
     find("roc").closest("section").classList.toggle("nothing", known.length === 0);
-    if (known.length) drawn.push(charts.roc(find("roc"), known.map(([run, place]) => charts.rocLine(table.curves[run], `${place + 1} ${name(run)}`, place))));
+    if (!known.length) return;
+    drawn.push(charts.roc(find("roc"), known.map(([run, place]) => charts.rocLine(table.curves[run], `${place + 1} ${name(run)}`, place))));
+    const points = known.flatMap(([run, place]) => table.curves[run].map(([threshold, x, y]) => [String(place + 1), threshold.toPrecision(4), (100 * x).toFixed(2), (100 * y).toFixed(1)]));
+    find("roc-table").replaceChildren(grid(["run", "threshold", "FPR %", "TPR %"], points, true));
   }
 
   function showSeconds() {
@@ -95,7 +99,7 @@ marginclip.pages.compare = (main, parameters) => {
         onClick: (_, found) => found.length && (location.href = address(`run/${table.runs.slug[found[0].element.$context.raw.run]}`)),
       },
     }));
-    find("front").replaceChildren(grid(["run", "method", "ACC %", "ASR %"], best.map((point) => [charts.short(name(point.run), 80), point.method, point.x.toFixed(1), point.y.toFixed(1)]), true));
+    find("front").replaceChildren(grid(["run", "method", "ACC %", "ASR %"], best.map((point) => [linked(point.run, 80), point.method, point.x.toFixed(1), point.y.toFixed(1)]), true));
   }
 
   function update() {

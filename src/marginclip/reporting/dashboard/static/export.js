@@ -1,7 +1,7 @@
-// A table as Markdown, LaTeX or CSV. A cell is a text, a number, null, or {mean, deviation, count}.
+// A table as Markdown, LaTeX or CSV. A cell is a text, a number, null, or {mean, deviation, count, digits}; CSV has all digits.
 "use strict";
 marginclip.exporting = (() => {
-  const spread = (cell, plusMinus) => (cell.deviation === null ? cell.mean.toFixed(1) : `${cell.mean.toFixed(1)}${plusMinus}${cell.deviation.toFixed(1)}`);
+  const spread = ({ mean, deviation, digits }, plusMinus) => (deviation === null ? mean.toFixed(digits) : `${mean.toFixed(digits)}${plusMinus}${deviation.toFixed(digits)}`);
   const isSpread = (cell) => cell !== null && typeof cell === "object";
   const text = (cell, plusMinus) => (cell === null ? "–" : isSpread(cell) ? spread(cell, plusMinus) : String(cell));
 

@@ -69,6 +69,7 @@ marginclip.pages.pivot = (main, parameters) => {
     return one === null ? null : { source: table.published[one].source, figures: table.published[one].metrics[metric] };
   }
 
+  const headed = (name, scope) => element("th", { scope, title: name.length > 60 ? name : null }, marginclip.charts.short(name, 60));
   const digits = (metric) => (metric === "AUC" || metric === "NLL" ? 3 : 1);
 
   function cell(entries, rowKey, columnKey, metric, range) {
@@ -110,17 +111,17 @@ marginclip.pages.pivot = (main, parameters) => {
       const line = [rowName];
       const made = names[1].map((columnName) => {
         const [shown, spread, differing, source] = cell(found.get(JSON.stringify([rowName, columnName])), rowKey, columnKey, metric, range);
-        line.push(spread);
+        line.push(spread && { ...spread, digits: digits(metric) });
         if (source) sources.add(source);
         if (differing.length) notes.push(`${marginclip.charts.short(rowName)}, ${marginclip.charts.short(columnName)}: the runs differ in ${differing.slice(0, 6).join(", ")}${differing.length > 6 ? ` and ${differing.length - 6} more` : ""}`);
         return shown;
       });
       exported.rows.push(line);
-      return element("tr", {}, element("th", { scope: "row" }, rowName), ...made);
+      return element("tr", {}, headed(rowName, "row"), ...made);
     });
     find("table").replaceChildren(
       element("caption", {}, `${metric}${unit ? ` (${unit})` : ""}: mean ± sample deviation, n runs`),
-      element("thead", {}, element("tr", {}, element("th", { scope: "col" }, `${rowKey} \\ ${columnKey}`), ...names[1].map((name) => element("th", { scope: "col" }, name)))),
+      element("thead", {}, element("tr", {}, element("th", { scope: "col" }, `${rowKey} \\ ${columnKey}`), ...names[1].map((name) => headed(name, "col")))),
       element("tbody", {}, ...body));
     find("scale").replaceChildren(...(means.length > 1 ? [`${range[0].toFixed(digits(metric))}`, element("span"), `${range[1].toFixed(digits(metric))} ${unit}`] : []));
     find("note").textContent = means.length === 0 ? "No finished run has this figure under these conditions."

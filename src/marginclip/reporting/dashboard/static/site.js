@@ -56,6 +56,12 @@ window.marginclip = (() => {
       language: { search: "Search", info: "_START_ to _END_ of _TOTAL_", infoFiltered: "(of _MAX_)", infoEmpty: "none", emptyTable: "none", zeroRecords: "none" },
       ...options,
     });
+    // DataTables sorts by Enter alone; a button answers to the space bar as well.
+    table.tHead.addEventListener("keydown", (event) => {
+      if (event.key !== " " || !event.target.matches(".dt-column-order")) return;
+      event.preventDefault();
+      event.target.click();
+    });
     left.push(() => made.destroy());
     return made;
   }
