@@ -62,7 +62,14 @@ def test_it_leaves_the_model_and_says_what_it_did(found, poisoned, look):
     before = {name: value.clone() for name, value in poisoned.state_dict().items()}
     parts = []
     look(poisoned, progress=parts.append)
-    assert parts == ["maximum margins", "reach of every class", "mmom out of fold", "mmac out of fold", "mmac"]
+    assert parts == [
+        "maximum margins",
+        "reach of every class",
+        "mmom out of fold",
+        "mmac out of fold",
+        "mmac",
+        "reach under the bounds",
+    ]
     assert all(torch.equal(value, before[name]) for name, value in poisoned.state_dict().items())
     assert set(found.seconds) == set(parts)
 
@@ -72,6 +79,7 @@ def test_its_numbers_are_plain(found):
     assert content["found"]["images"] == 80
     assert content["suspicious_images"]["images"] == 60
     assert content["reach"]["suspect"] == TARGET
+    assert len(content["reach_under_bounds"]["statistics"]) == 4
     assert len(content["maximum_margins"]["statistics"]) == 4
     assert sum(content["found"]["changed_to"]) == sum(content["found"]["changed_from"]) == content["found"]["changed"]
 
@@ -116,39 +124,55 @@ def statistics_with(largest, *, at=9):
     return MaximumMarginTest(seed=0).judge(statistics)
 
 
+UNDONE = statistics_with(4.0)
 CLASSES = tuple(f"c{number}" for number in range(10))
 
 
 def test_a_class_within_reach_looks_poisoned_and_two_tests_make_it_sure():
-    verdict = judge(findings(), statistics_with(60.0), statistics_with(40.0), CLASSES)
+    verdict = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
     assert (verdict.kind, verdict.target, verdict.suspicious) == ("poisoned", "c9", True)
     assert verdict.headline.startswith('looks poisoned (target class "c9", p = 0.000')
     assert verdict.confidence == "high: two tests agree"
     assert not verdict.against
-    alone = judge(findings(), statistics_with(6.0), statistics_with(40.0), CLASSES)
+    alone = judge(findings(), statistics_with(6.0), statistics_with(40.0), UNDONE, CLASSES)
     assert alone.kind == "poisoned"
     assert alone.confidence == "moderate: one test of two"
     assert any("MM-BD finds nothing" in line for line in alone.against)
 
 
+def test_a_class_that_stands_first_under_the_bounds_too_is_no_case_for_bounds():
+    undone = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
+    assert any(
+        'take "c9" to 4.0, the furthest of the others to 6.6 logits: it stands no longer first' in line
+        for line in undone.reasons
+    )
+    assert any("flagged images show the trigger" in line for line in undone.advice)
+    left = judge(findings(), statistics_with(60.0), statistics_with(40.0), statistics_with(7.0), CLASSES)
+    assert any('take "c9" to 7.0, the furthest of the others to 6.6 logits: it stands first' in line for line in left.reasons)
+    assert any("Bounds may not undo this trigger" in line for line in left.advice)
+    assert not any("flagged images show the trigger" in line for line in left.advice)
+
+
 def test_mm_bd_alone_accuses_nobody():
-    verdict = judge(findings(), statistics_with(60.0, at=3), statistics_with(6.0), CLASSES)
+    verdict = judge(findings(), statistics_with(60.0, at=3), statistics_with(6.0), UNDONE, CLASSES)
     assert verdict.kind == "nothing"
     assert any('MM-BD accuses another class, "c3"' in line for line in verdict.against)
     assert "no clean bill" in verdict.confidence
 
 
 def test_a_gain_of_the_repair_for_imbalance_looks_imbalanced():
-    verdict = judge(findings(mmom=GAINS), statistics_with(6.0), statistics_with(6.0), CLASSES)
+    verdict = judge(findings(mmom=GAINS), statistics_with(6.0), statistics_with(6.0), UNDONE, CLASSES)
     assert (verdict.kind, verdict.target) == ("imbalanced", None)
     assert "gains 7.0 points" in verdict.headline
 
 
 def test_a_common_class_is_within_reach_too():
-    explained = judge(findings(mmom=GAINS, suspect=Paired(40, 2, 500)), statistics_with(60.0), statistics_with(40.0), CLASSES)
+    explained = judge(
+        findings(mmom=GAINS, suspect=Paired(40, 2, 500)), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES
+    )
     assert explained.kind == "imbalanced"
     assert any("imbalance explains as well" in line for line in explained.against)
-    both = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(60.0), statistics_with(40.0), CLASSES)
+    both = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
     assert both.kind == "poisoned"
 
 
@@ -162,7 +186,7 @@ def test_a_common_class_is_within_reach_too():
     ],
 )
 def test_what_weakens_a_verdict_is_said(settings, part):
-    verdict = judge(findings(**settings), statistics_with(6.0), statistics_with(6.0), CLASSES)
+    verdict = judge(findings(**settings), statistics_with(6.0), statistics_with(6.0), UNDONE, CLASSES)
     assert any(part in line for line in verdict.against)
 
 

@@ -69,7 +69,7 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
 
     speed, classes, mmac = measure(setup.model, images), len(setup.classes), methods.defense or MMAC(seed=spec.seed)
     test = methods.test or MaximumMarginTest(seed=spec.seed)
-    searched = Passes(backward=(test.starts * (test.steps + 1) + REACH_STARTS * (REACH_STEPS + 1)) * classes)
+    searched = Passes(backward=(test.starts * (test.steps + 1) + 2 * REACH_STARTS * (REACH_STEPS + 1)) * classes)
     learned = [passes_with_folds(mmac, len(images), classes, 2), passes_with_folds(MMOM(), len(images), classes, 2)]
     _say(
         in_words(speed, sum((passes for passes in learned if passes is not None), searched)) + ", or less: MM-BD may end early"

@@ -133,7 +133,8 @@ class _Search:
         best_images, best, initial = images, None, None
         for step in self.track(range(self.steps + 1)):
             images = images.detach().requires_grad_(step < self.steps)
-            values = self.margins(images, classes)
+            with torch.set_grad_enabled(step < self.steps):  # nothing is learned from the last pass
+                values = self.margins(images, classes)
             current = values.detach()
             if best is None or initial is None:
                 best = initial = current

@@ -39,6 +39,7 @@ class Audit:
         classes: the names of the classes.
         margins: the outcome of MM-BD.
         reached: the same for a few steps from clean images: how far each class can be reached.
+        under_bounds: the same steps again, on the model under the bounds that MMAC learned.
         seconds: by part.
         tensors: ``images`` (K, C, H, W), the input of largest margin of each class; ``reliability`` (bins, 3); ``examples`` of the
             suspect class; ``flagged_images``, where images were given to look at.
@@ -51,6 +52,7 @@ class Audit:
     classes: tuple[str, ...]
     margins: MaximumMargins
     reached: MaximumMargins
+    under_bounds: MaximumMargins
     seconds: Mapping[str, float]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     sites: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -61,8 +63,8 @@ class Audit:
         given = None if self.suspicious is None else asdict(self.suspicious)
         return {
             "verdict": asdict(self.verdict), "found": asdict(self.found), "classes": list(self.classes),
-            "maximum_margins": _test(self.margins), "reach": _test(self.reached), "suspicious_images": given,
-            "seconds": dict(self.seconds),
+            "maximum_margins": _test(self.margins), "reach": _test(self.reached),
+            "reach_under_bounds": _test(self.under_bounds), "suspicious_images": given, "seconds": dict(self.seconds),
         }  # fmt: skip
 
     def write_html(self, path: str | Path) -> Path:
@@ -138,6 +140,7 @@ def audit(
             ),
         )
     result = clock.timed("mmac", lambda: (mmac or MMAC(seed=seed)).fit(model, images, labels, make_trainer=nested))
+    under_bounds = clock.timed("reach under the bounds", lambda: reach(result.network, images, labels, seed=seed))
     detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"])
     changed = logits.argmax(1) != fitted["mmac"].argmax(1)
     found = Findings(
@@ -149,7 +152,7 @@ def audit(
         smallest_class=int(labels.bincount(minlength=count).min()), largest_class=int(labels.bincount(minlength=count).max()),
     )  # fmt: skip
     suspicious, flagged_images = (None, None) if suspect_images is None else _look_at(detector, suspect_images, count)
-    verdict = judge(found, margins, reached, names, suspicious)
+    verdict = judge(found, margins, reached, under_bounds, names, suspicious)
     reliability = Reliability()
     reliability.update(logits.softmax(1), labels)
     tensors = {
@@ -161,7 +164,7 @@ def audit(
     bounded: Any = result.network
     extremes = activation_extremes(bounded, images)
     sites = {name: (extremes[name][1].amax(0), bound.upper.detach().cpu()) for name, bound in bounded.each()}
-    return Audit(verdict, found, names, margins, reached, clock.seconds, tensors, sites, suspicious)
+    return Audit(verdict, found, names, margins, reached, under_bounds, clock.seconds, tensors, sites, suspicious)
 
 
 def reach(

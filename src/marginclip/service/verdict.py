@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from marginclip.defenses.choosing.evidence import Paired
 from marginclip.maxmargin import MaximumMargins
 
@@ -76,17 +78,20 @@ def judge(
     found: Findings,
     margins: MaximumMargins,
     reached: MaximumMargins,
+    under_bounds: MaximumMargins,
     classes: Sequence[str],
     suspicious: Suspicious | None = None,
 ) -> Verdict:
     """The verdict. A backdoor is what stands out by the reach of its class; MM-BD supports or doubts it.
+
+    ``under_bounds`` is the reach that the bounds of MMAC leave. Where the class still stands first, they may not undo the trigger.
 
     MM-BD alone accuses nobody: on our own victims it named another class than the attacker's, and accused clean models.
     """
     imbalanced = found.mmom.rises(ALPHA, MIN_GAIN)
     explained = imbalanced and found.suspect.rises(ALPHA)
     against = tuple(_doubts(found, margins, reached, classes))
-    shown = tuple(_shown(found, margins, reached, classes, suspicious))
+    shown = tuple(_shown(found, margins, reached, under_bounds, classes, suspicious))
     if reached.detected and not explained:
         target = classes[reached.suspect]
         agrees = margins.detected and margins.suspect == reached.suspect
@@ -100,8 +105,7 @@ def judge(
         return Verdict(
             "poisoned", f'looks poisoned (target class "{target}", p = {reached.p_value:.2g})', sure, shown, against, NOT_TESTED,
             (
-                "Do not deploy the model as it is.",
-                "Repair it (marginclip repair) and scan what it gets in use (marginclip scan): flagged images show the trigger.",
+                "Do not deploy the model as it is.", _way_out(under_bounds.suspect == reached.suspect),
                 f'Look at training images that are labelled "{target}", if you can get them.',
             ),
             target, reached.p_value,
@@ -120,14 +124,29 @@ def judge(
     )  # fmt: skip
 
 
+def _way_out(stays: bool) -> str:
+    if stays:
+        return (
+            "Bounds may not undo this trigger: the class still stands first under them. Do not rely on marginclip repair and scan alone; "
+            "train the weights as well (marginclip defend with defense=mmac_finetune), or train the model anew."
+        )
+    return "Repair it (marginclip repair) and scan what it gets in use (marginclip scan): flagged images show the trigger."
+
+
 def _shown(
-    found: Findings, margins: MaximumMargins, reached: MaximumMargins, classes: Sequence[str], suspicious: Suspicious | None
+    found: Findings,
+    margins: MaximumMargins,
+    reached: MaximumMargins,
+    under_bounds: MaximumMargins,
+    classes: Sequence[str],
+    suspicious: Suspicious | None,
 ) -> list[str]:
     ordered = reached.statistics.sort(descending=True).values
     lines = [
         f"The model decides {100 * found.accuracy:.1f} % of {found.images} clean images as labelled.",
         f'A few small steps take images of other classes furthest towards "{classes[reached.suspect]}": mean margin '
         f"{float(ordered[0]):.1f}, next {float(ordered[1]):.1f} logits (p = {reached.p_value:.2g}).",
+        _left(reached, under_bounds, classes),
         f'The largest maximum margin (MM-BD) is that of "{classes[margins.suspect]}": p = {margins.p_value:.2g} calibrated, '
         f"{margins.uncalibrated_p_value:.2g} as published.",
         f"Bounds that never saw the image change {found.changed} of {found.images} decisions"
@@ -142,6 +161,16 @@ def _shown(
             f"Of {suspicious.images} images to look at, {suspicious.flagged} ({share:.1f} %) are flagged{led}; 0.5 % of clean images are."
         )
     return lines
+
+
+def _left(reached: MaximumMargins, under_bounds: MaximumMargins, classes: Sequence[str]) -> str:
+    suspect, left = reached.suspect, under_bounds.statistics
+    others = torch.cat([left[:suspect], left[suspect + 1 :]])
+    place = "first" if under_bounds.suspect == suspect else "no longer first"
+    return (
+        f'Under the bounds that MMAC learned the same steps take "{classes[suspect]}" to {float(left[suspect]):.1f}, the furthest of the '
+        f"others to {float(others.max()):.1f} logits: it stands {place}."
+    )
 
 
 def _doubts(found: Findings, margins: MaximumMargins, reached: MaximumMargins, classes: Sequence[str]) -> list[str]:
