@@ -21,7 +21,7 @@ USAGE = """marginclip repairs image classifiers that were poisoned or trained on
   marginclip dashboard --entity E --project P   make a W&B workspace and a report of your runs
 
 With a model that somebody handed you, and a folder of clean images with one sub-folder a class:
-  marginclip audit ...    say what faults it shows: marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
+  marginclip audit ...    name its faults: marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
   marginclip repair ...   write an artefact, a folder with the bounds and the detector; takes the options of audit
   marginclip scan DIR IMAGES...   decide about images with the artefact DIR: a row each, with corrected decision and p-value
   marginclip export DIR format=onnx output=FILE   write the repaired model as one graph
