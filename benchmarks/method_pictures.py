@@ -1,8 +1,9 @@
-"""Draw the pictures of the pages about attacks and losses, from images and formulas alone; no model is trained.
+"""Draw the pictures of the pages about attacks, losses and methods, from images and formulas alone; no model is trained.
 
     python benchmarks/method_pictures.py [--output docs/figures]
 
-The images are MNIST-M digits, which ship with two packages. An attack's picture is ``attack_<name>.png``, a loss's ``loss_<name>.png``.
+The images are MNIST-M digits, which ship with two packages. An attack's picture is ``attack_<name>.png``, a loss's
+``loss_<name>.png``, a method's ``method_<name>.png``.
 """
 
 from __future__ import annotations
@@ -100,6 +101,64 @@ def gcl_picture() -> Figure:
     return figure
 
 
+def clip_picture() -> Figure:
+    """What a bound does to an activation."""
+    figure = new_figure(4.4, 2.8, "A bound on a ReLU")
+    axes = figure.add_subplot()
+    given = np.linspace(-2, 6, 200)
+    axes.plot(given, given.clip(0), "--", color=BEFORE, label="ReLU")
+    axes.plot(given, given.clip(0, 3), color=AFTER, label="with the bound z = 3")
+    axes.legend(frameon=False)
+    tidy(axes, title="", xlabel="input", ylabel="activation")
+    return figure
+
+
+def inversion_picture(image: Tensor) -> Figure:
+    """The parts of an inverted trigger: the image, the mask, the pattern, and what they make."""
+    mask, pattern = torch.zeros_like(image), torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    mask[:, 20:24, 19:23] = 0.9
+    parts = {"x": image, "mask m": mask, "pattern p": pattern, "(1 - m) x + m p": (1 - mask) * image + mask * pattern}
+    figure = new_figure(5.4, 1.9, "The trigger that Neural Cleanse looks for")
+    for place, (title, part) in enumerate(parts.items()):
+        show(figure.add_subplot(1, len(parts), place + 1), part, title)
+    return figure
+
+
+def sharpness_picture() -> Figure:
+    """Where FT-SAM takes its gradient: at the worst point near the weights, where a sharp minimum shows."""
+    figure = new_figure(5.4, 2.8, "A sharp and a flat minimum")
+    axes = figure.add_subplot()
+    weights = np.linspace(-3, 4, 400)
+    loss = 1 - np.exp(-((weights + 1) ** 2) / 0.08) - 0.9 * np.exp(-((weights - 2) ** 2) / 1.5)
+    axes.plot(weights, loss, color=AFTER)
+    for start, color in ((-1.0, BEFORE), (2.0, AFTER)):
+        at = [float(np.interp(place, weights, loss)) for place in (start, start + 0.5)]
+        axes.annotate("", xy=(start + 0.5, at[1]), xytext=(start, at[0]), arrowprops={"arrowstyle": "->", "color": "black"})
+        axes.plot([start, start + 0.5], at, "o", color=color)
+        axes.text(start + 0.6, at[1] - 0.1, "theta + e", fontsize=9)
+    tidy(axes, title="", xlabel="weights", ylabel="loss")
+    return figure
+
+
+def calibration_picture() -> Figure:
+    """The probabilities of one image of a rare class, as they are and after three corrections of the logits."""
+    logits, shifts = np.array([3.0, 2.4, 2.2]), np.array([-1, 0, 1])
+    corrections = {
+        "f": logits,
+        "f / 2": logits / 2,
+        "f + beta": logits + shifts,
+        "f / 2 + beta": logits / 2 + shifts,
+    }
+    figure = new_figure(7.2, 2.7, "Probabilities of one image of the rare class")
+    for place, (title, values) in enumerate(corrections.items()):
+        axes = figure.add_subplot(1, len(corrections), place + 1)
+        axes.bar(["common", "medium", "rare"], np.exp(values) / np.exp(values).sum(), color=BEFORE if place == 0 else AFTER)
+        axes.set_ylim(0, 1)
+        axes.tick_params(axis="x", rotation=30)
+        tidy(axes, title=title, xlabel="", ylabel="probability" if place == 0 else "")
+    return figure
+
+
 def main() -> None:
     """Draw all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +171,10 @@ def main() -> None:
     save_png(mixup_picture(images), folder / "loss_mixup.png")
     save_png(ldam_picture(), folder / "loss_ldam.png")
     save_png(gcl_picture(), folder / "loss_gcl.png")
+    save_png(clip_picture(), folder / "method_static_clip.png")
+    save_png(inversion_picture(images[0]), folder / "method_neural_cleanse.png")
+    save_png(sharpness_picture(), folder / "method_ft_sam.png")
+    save_png(calibration_picture(), folder / "method_logit_calibration.png")
 
 
 if __name__ == "__main__":

@@ -14,22 +14,22 @@ from marginclip.signals import told_endings
 CONF = Path(__file__).parent / "conf"
 USAGE = """marginclip repairs image classifiers that were poisoned or trained on imbalanced data, without their training set.
 
-  marginclip defend ...   obtain a victim, repair it, and measure both: marginclip defend attack=badnet defense=mmdf
-  marginclip train ...    only make a victim: marginclip train attack=badnet
+  marginclip defend ...   train or load a model, repair it, and measure both: marginclip defend attack=badnet defense=mmdf
+  marginclip train ...    only train a model to repair: marginclip train attack=badnet
   marginclip report DIR   summarise all runs below a folder; --html DIR_OR_FILE writes a dashboard that opens offline
-  marginclip status DIR   what is done, running, failed and missing of the sweeps and runs below a folder, and why
-  marginclip dashboard --entity E --project P   save a ready W&B workspace and report
+  marginclip status DIR   show which sweeps and runs below a folder are done, running, failed or missing, and why
+  marginclip dashboard --entity E --project P   make a W&B workspace and a report of your runs
 
 With a model that somebody handed you, and a folder of clean images with one sub-folder a class:
-  marginclip audit ...    what does it show? marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
-  marginclip repair ...   the same options: writes a repaired artefact, a folder with the bounds and the detector
-  marginclip scan DIR IMAGES...   decide about images: one row each, with the corrected decision and a p-value
-  marginclip export DIR format=onnx output=FILE   the repaired model as one graph
+  marginclip audit ...    name its faults: marginclip audit victim.path=model.safetensors model=resnet18 dataset.root=clean/ output=DIR
+  marginclip repair ...   write an artefact, a folder with the bounds and the detector; takes the options of audit
+  marginclip scan DIR IMAGES...   decide about images with the artefact DIR: a row each, with corrected decision and p-value
+  marginclip export DIR format=onnx output=FILE   write the repaired model as one graph
   marginclip --version
 
-eval "$(marginclip defend -sc install=bash)" completes options in this shell.
-Options of defend, train, audit and repair are written key=value; -m runs every combination of a sweep (attack=badnet,blend).
+Write the options of defend, train, audit and repair as key=value. -m runs every combination of a sweep (attack=badnet,blend).
 --config-dir DIR adds a folder with options of your own. marginclip defend --help lists all options.
+To complete options in this shell: eval "$(marginclip defend -sc install=bash)"
 """
 WITH_HYDRA = ("defend", "train", "audit", "repair")
 COMMANDS = (*WITH_HYDRA, "scan", "export", "report", "status", "dashboard")
