@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +46,16 @@ def test_defend_prints_its_table_and_its_record_last(command, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_wandb_without_a_key_logs_offline_and_asks_nothing(command, tmp_path):
-    done = command("defend", *SMALL, "logger=wandb", "runs_dir=out", "attack=none")
+def test_wandb_without_a_key_logs_offline_and_asks_and_warns_of_nothing(command, tmp_path):
+    """The default logger, in a sweep of one cell, whose offline runs lie where the page says that they are uploaded from."""
+    done = command("defend", "-m", *SMALL, "attack=none")
     assert done.returncode == 0, done.stderr
-    last = Path(done.stdout.splitlines()[-1])
-    assert (tmp_path / last).is_file()
-    assert list((tmp_path / last.parent / "wandb").glob("offline-run-*/*.wandb"))
-    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("runs/digits*/wandb/offline-run-*/*.wandb"))
+    told = (done.stdout + done.stderr).lower()
+    assert [word for word in ("traceback", "wandb", "weights & biases", "anonymous", "warning") if word in told] == []
+    recipe = re.findall(r"^wandb sync (\S+)", (ROOT / "docs" / "wandb.md").read_text(), flags=re.M)
+    assert len(recipe) == 3
+    assert [len(list(tmp_path.glob(pattern))) for pattern in recipe] == [1, 1, 1], "a repair, a training, a sweep"
 
 
 def test_sweep_survives_a_failing_cell_and_names_it(command, tmp_path):

@@ -49,8 +49,11 @@ def test_several_at_once(configure, tmp_path, finished, figure):
     events.Reload()
     assert events.Scalars("repaired/asr")[0].value == pytest.approx(record.metrics["mmac"]["asr"])
     assert events.Images("figures/learning")[0].width == 4
-    started = hparams(events)
+    started = shown_by_hparams(events, "session_start_info").session_start_info.hparams
     assert started["defense"].string_value == "mmdf"
+    assert started["status"].string_value == record.status
+    results = {each.name.tag for each in shown_by_hparams(events, "experiment").experiment.metric_infos}
+    assert {"none/asr", "mmac/asr", "repaired/asr", "detector/tpr"} <= results <= {*events.Tags()["scalars"]}
     assert started["attack.rate"].number_value == pytest.approx(record.config["attack"]["rate"])
 
     client = mlflow.MlflowClient(f"file:{spec.runs_dir / 'mlruns'}")
@@ -61,12 +64,11 @@ def test_several_at_once(configure, tmp_path, finished, figure):
     assert [each.path for each in client.list_artifacts(run.info.run_id, "figures")] == ["figures/learning.png"]
 
 
-def hparams(events):
-    """The settings that TensorBoard's HPARAMS page shows."""
+def shown_by_hparams(events, part):
+    """A part of what TensorBoard's HPARAMS page reads: the settings of a run, or which results it shows beside them."""
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    return plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    return plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{part}").plugin_data.content)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])

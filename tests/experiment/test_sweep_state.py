@@ -7,6 +7,7 @@ import time
 import pytest
 
 from marginclip.cli import main as marginclip
+from marginclip.experiment.progress import Display, task
 from marginclip.experiment.signs_of_life import FILE_NAME, STALE, alive, is_alive, sign_of
 from marginclip.experiment.status import main
 from marginclip.experiment.sweep_display import SweepWatch, display_of
@@ -104,8 +105,9 @@ def test_status_of_no_folder(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: there is no folder '{tmp_path / 'nowhere'}'\n"
 
 
-def test_a_job_gives_signs_of_life_while_it_lives(tmp_path):
-    with alive(tmp_path, "seed=0", every=0.01):
+def test_a_job_gives_signs_of_life_while_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr("marginclip.experiment.progress._process.display", Display(lambda: "1 of 2 cells done"))
+    with task("MMAC", 9), alive(tmp_path, "seed=0", every=0.01):
         for _ in range(500):
             if (found := sign_of(tmp_path)) is not None:
                 break
@@ -118,5 +120,6 @@ def test_a_job_gives_signs_of_life_while_it_lives(tmp_path):
             time.sleep(0.01)
         assert sign_of(tmp_path)["seen"] > first
         assert (found["overrides"], found["pid"]) == ("seed=0", os.getpid())
+        assert found["doing"] == "MMAC: 0 of 9 steps", "the sweep that it is of is told once, elsewhere"
     assert sign_of(tmp_path) is None
     assert list(tmp_path.iterdir()) == []

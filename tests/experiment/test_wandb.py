@@ -170,6 +170,18 @@ def read_back(folder):
     return run, logged, summary, exit_code
 
 
+def kept(folder, path):
+    """A file that an offline run keeps to be uploaded, by the path that it logged."""
+    (found,) = folder.rglob(f"files/{path}")
+    return found
+
+
+def table_of(folder, logged, name):
+    """The columns and rows of a table that an offline run logged."""
+    content = json.loads(kept(folder, logged[f"{name}/path"]).read_text())
+    return content["columns"], content["data"]
+
+
 def test_an_offline_run_read_back_has_group_tags_tables_and_images(finished, configure, tmp_path, capfd):
     _, record = finished
     spec = configure("logger=wandb", "logger.wandb.group=2026/sweep")
@@ -184,6 +196,14 @@ def test_an_offline_run_read_back_has_group_tags_tables_and_images(finished, con
     kinds = {name.removesuffix("/_type"): value for name, value in logged.items() if name.endswith("/_type")}
     assert {name for name, kind in kinds.items() if kind == "table-file"} == {"results", "per_class", "roc/detector"}
     assert (kinds["examples"], kinds["figures/figure"]) == ("images/separated", "image-file")
+    columns, rows = table_of(tmp_path / "run", logged, "results")
+    assert {row[0]: row[columns.index("asr")] for row in rows} == {row: each["asr"] for row, each in record.metrics.items()}
+    assert table_of(tmp_path / "run", logged, "roc/detector")[0] == ["threshold", "fpr", "tpr"]
+    assert [row[0] for row in table_of(tmp_path / "run", logged, "per_class")[1]] == record.classes
+    images = [kept(tmp_path / "run", path) for path in logged["examples/filenames"]]
+    assert len(images) == len(kept_arrays(record.folder)["examples/labels"])
+    with Image.open(images[0]) as image:
+        assert image.width == 2 * image.height
     assert summary["mmac/asr"] == summary["repaired/asr"] == record.metrics["mmac"]["asr"]
     assert summary["detector/auroc"] == record.metrics["mmdf"]["auroc"]
     assert "WARNING" not in "".join(capfd.readouterr())
@@ -208,7 +228,12 @@ def test_a_sweep_has_a_run_of_its_own_with_the_pivot(finished, configure, tmp_pa
     publish_sweep(configure("logger=wandb", "logger.wandb.group=a/b").logger, tmp_path, outcomes)
     run, logged, _, _ = read_back(tmp_path)
     assert (run.run_group, run.job_type, run.display_name) == ("a/b", "sweep", "sweep a/b")
-    assert (logged["pivot/nrows"], logged["runs/nrows"]) == (1, 1)
+    for name, fixed in (("pivot", ["badnet", "mmdf", 1]), ("runs", ["badnet", "mmdf", record.status])):
+        columns, rows = table_of(tmp_path, logged, name)
+        assert len(rows) == 1
+        cell = dict(zip(columns, rows[0], strict=True))
+        assert [cell["attack"], cell["defense"], cell["runs" if name == "pivot" else "status"]] == fixed
+        assert cell["repaired/asr"] == record.metrics["mmac"]["asr"]
 
 
 def test_the_pivot_is_the_mean_over_runs_whose_attack_took(finished):

@@ -2,13 +2,13 @@
 
 import csv
 import io
+import re
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from marginclip.record import read_record
 from marginclip.reporting.dashboard import write_dashboard
 
 RUN = "cifar10-resnet18-badnet-mmdf-seed0"
@@ -271,6 +271,19 @@ def test_a_pivot_of_any_keys_is_made_and_copied_by_keyboard(site, open_page, rec
     assert (lines[0], lines[-1]) == (f"\\begin{{tabular}}{{l{'r' * len(seeds)}}}", "\\end{tabular}")
 
 
+def test_hostile_names_stay_one_cell_in_every_text(site, open_page, hostile_text):
+    page = open_page(address(site, "pivot.html"))
+    markdown, latex, text = page.evaluate(
+        "(name) => ['markdown', 'latex', 'csv'].map((form) => marginclip.exporting[form]({ head: ['name'], rows: [[name], ['=1+1']] }))",
+        hostile_text,
+    )
+    (row,) = markdown.splitlines()[2:-1]
+    assert re.fullmatch(r"\| (?:\\.|[^\\|<>`*_\[\]])*\|", row)
+    assert latex.split("\n")[4].startswith("</script>") and latex.split("\n")[4].count("\\&") == 1
+    assert len(latex.split("\n")) == 8, "a line for each row, and none of the name's own"
+    assert list(csv.reader(io.StringIO(text, newline=""))) == [["name"], [hostile_text], ["'=1+1"]]
+
+
 def test_an_auc_is_in_its_own_unit_with_three_digits(open_page, tmp_path, two_seeds):
     for record, auroc in zip(two_seeds, (0.9712, 0.9876), strict=True):
         record.metrics["mmdf"]["auroc"] = auroc
@@ -290,7 +303,8 @@ def test_a_pivot_has_the_papers_figure_a_colour_scale_and_leads_to_its_runs(site
     assert badnet.locator("small.paper").inner_text() == "paper 0.09 ± 0.14"
     assert row.locator("td").nth(heads.index("one_pixel") - 1).locator("small.paper").count() == 0
     cells = page.locator("#pivot-table td.heat").evaluate_all(
-        "cells => cells.map((each) => [Number(each.dataset.mean), Number(each.style.getPropertyValue('--heat')), getComputedStyle(each).backgroundColor])"
+        "cells => cells.map((each) => [Number(each.dataset.mean), Number(each.style.getPropertyValue('--heat')), "
+        "getComputedStyle(each).backgroundColor])"
     )
     least, most = min(cells), max(cells)
     assert (least[1], most[1]) == (0, 1) and least[2] != most[2]
@@ -306,7 +320,8 @@ def hovered(page, canvas):
     """The tooltip of the point that is in the middle of the first line of a chart, and the content of that point."""
     place = f"Chart.getChart(document.querySelector('{canvas}'))"
     raw, x, y = page.evaluate(
-        f"(() => {{ const points = {place}.getDatasetMeta(0).data; const at = points[points.length >> 1]; return [at.$context.raw, at.x, at.y]; }})()"
+        f"(() => {{ const points = {place}.getDatasetMeta(0).data; const at = points[points.length >> 1]; "
+        "return [at.$context.raw, at.x, at.y]; })()"
     )
     page.locator(canvas).scroll_into_view_if_needed()
     box = page.locator(canvas).bounding_box()
@@ -350,7 +365,8 @@ def test_roc_curves_tell_their_threshold_and_the_front_is_that_of_a_search(site,
     }
     assert set(page.locator("#compare-front tbody th").all_inner_texts()) == wanted
     drawn = page.evaluate(
-        "Chart.getChart(document.querySelector('#compare-scatter')).data.datasets.filter((each) => each.label !== 'Pareto front').flatMap((each) => each.data.map(({ x, y }) => [x, y]))"
+        "Chart.getChart(document.querySelector('#compare-scatter')).data.datasets.filter(({ label }) => label !== 'Pareto front')"
+        ".flatMap((each) => each.data.map(({ x, y }) => [x, y]))"
     )
     assert sorted(drawn) == pytest.approx(np.array(sorted((100 * acc, 100 * asr) for acc, asr in points.values())), abs=2e-3)
     page.locator("#compare-front a").first.click()

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from marginclip.errors import UserError
-from marginclip.record import read_record
 from marginclip.reporting.__main__ import main
 from marginclip.reporting.dashboard import write_dashboard
 from marginclip.reporting.dashboard.repeat import repeat_command

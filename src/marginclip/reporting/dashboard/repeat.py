@@ -116,6 +116,7 @@ def _read(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
+@cache
 def _given(path: Path, prefix: tuple[str, ...] = ()) -> Leaves:
     """What an option's own file gives, of its group alone."""
     content = {key: value for key, value in _read(path).items() if key != "defaults"}
