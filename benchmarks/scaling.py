@@ -22,10 +22,10 @@ import torch
 
 BASE = {"classes": 10, "side": 32, "per_class": 50, "width": 16}
 ROWS = {
-    "classes": (10, 30, 100, 300, 1000),
-    "side": (32, 64, 128, 224),
-    "per_class": (5, 20, 50, 200, 500),
-    "width": (8, 16, 32, 64),
+    "classes": (10, 100, 1000),
+    "side": (32, 64, 128),
+    "per_class": (5, 50, 500),
+    "width": (8, 16, 32),
 }
 NAMES = {"classes": "classes", "side": "image side, px", "per_class": "clean images a class", "width": "width"}
 
