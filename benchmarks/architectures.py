@@ -2,8 +2,9 @@
 
     python benchmarks/architectures.py [--only vit]
 
-Weights are random. Checked for each: infinite bounds leave the logits of two images as they are, bit for bit; another number of images
-goes through; with bounds at half of what is reached, a loss has gradients at bounds and at the images. Needs timm and transformers.
+Weights are random, statistics of batch norms those of eight images. Checked for each: infinite bounds leave the logits of two images as
+they are, bit for bit; another number of images goes through; with bounds at half of what is reached, a loss has gradients at bounds and
+at the images. Needs timm and transformers.
 """
 
 from __future__ import annotations
@@ -75,12 +76,28 @@ def huggingface(name: str) -> nn.Module:
     return NormalizedNetwork(nn.Identity(), transformers.AutoModelForImageClassification.from_config(config), "logits")
 
 
+@torch.no_grad()
+def awake(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model as training would leave it in one respect: every part counts. Heads, branches and gains can start at zero."""
+    for name, weight in model.named_parameters():
+        if not name.endswith("bias") and not weight.any():
+            nn.init.normal_(weight, mean=0.0 if weight.dim() > 1 else 1.0, std=0.02)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the average over all that was seen
+    if norms:
+        model.train()(images)
+    return model.eval()
+
+
 def check(model: nn.Module, images: Tensor) -> str:
     """Columns of the table: tracer, bounded calls, and what holds."""
-    wanted = model(images)
+    with torch.no_grad():
+        wanted = model(images)
     bounded = BoundedNetwork(model, images[:1])
     tracer = "torch.fx" if isinstance(bounded.network, fx.GraphModule) and not _exported(bounded.network) else "torch.export"
-    same = torch.equal(bounded(images), wanted)
+    with torch.no_grad():
+        same = torch.equal(bounded(images), wanted)
     other = bounded(images[:1]).shape == (1, wanted.shape[1]) and bounded(torch.cat([images, images[:1]])).shape[0] == 3
     bounded.set_from_images(images, share=0.5)
     moved = images.clone().requires_grad_()
@@ -113,7 +130,7 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         try:
-            columns = check(make().eval(), torch.rand(2, 3, pixels, pixels))
+            columns = check(awake(make(), torch.rand(8, 3, pixels, pixels)), torch.rand(2, 3, pixels, pixels))
         except (UserError, RuntimeError, ValueError, TypeError) as error:
             columns = f"refused: {first_line(error)} | | | | |"
         print(f"| {name} | {columns} |", flush=True)

@@ -184,3 +184,18 @@ def test_frozen_copy_of_what_cannot_be_traced_is_a_copy(net, images):
     frozen = frozen_copy(model)
     assert frozen is not model
     assert torch.equal(frozen(images), model(images))
+
+
+def test_a_model_that_keeps_a_tensor_with_its_gradient_is_one_sentence():
+    class Keeps(torch.nn.Linear):
+        def forward(self, images):
+            self.kept = super().forward(images)
+            return self.kept
+
+    model = Keeps(4, 3)
+    model(torch.rand(2, 4))
+    with pytest.raises(UserError, match=r"the model Keeps cannot be copied: it keeps a tensor of an earlier forward pass"):
+        frozen_copy(model)
+    with torch.no_grad():
+        model(torch.rand(2, 4))
+    assert torch.equal(frozen_copy(model).weight, model.weight)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -12,21 +11,19 @@ from torch.fx.experimental.optimization import fuse
 
 from marginclip.errors import UserError
 from marginclip.networks.layout import lay_out_for_training
-from marginclip.networks.tracing import trace
-
-Model = TypeVar("Model", bound=nn.Module)
+from marginclip.networks.tracing import Model, copied, trace
 
 
 def own_copy(model: Model) -> Model:
     """A copy of ``model`` that shares nothing with it, in evaluation mode and its own memory layout: its logits are the same bits."""
     with torch.inference_mode(False):
-        return copy.deepcopy(model).eval()
+        return copied(model).eval()
 
 
 def trainable_copy(model: Model) -> Model:
     """A copy of ``model`` that shares nothing with it and whose every parameter can be learned, in the layout to train it in."""
     with torch.inference_mode(False):
-        own = copy.deepcopy(model)
+        own = copied(model)
         lay_out_for_training(own)
     return own.requires_grad_(True)
 
@@ -51,7 +48,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     A model that torch.fx cannot trace is copied as it is.
     """
     try:
-        network: nn.Module = fold_batch_norms(trace(model)) or copy.deepcopy(model)
+        network: nn.Module = fold_batch_norms(trace(model)) or copied(model)
     except UserError:
-        network = copy.deepcopy(model)
+        network = copied(model)
     return network.eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from marginclip.errors import UserError, first_line
 from marginclip.networks.exporting import aten_name, export_graph, is_exported
 
+Model = TypeVar("Model", bound=nn.Module)
 # Functions that cannot go below zero: an upper bound is all they need. The others get a lower and an upper bound.
 ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6, nn.Softplus)
 TWO_SIDED_MODULES = (
@@ -31,6 +32,22 @@ TWO_SIDED_METHODS = (
 )  # fmt: skip
 
 
+def copied(model: Model) -> Model:
+    """A copy of ``model`` that shares nothing with it.
+
+    Raises :class:`UserError` for a model that keeps a tensor of an earlier forward pass together with how it was computed.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
+        raise UserError(
+            f"the model {type(model).__name__} cannot be copied: it keeps a tensor of an earlier forward pass with its gradient; load it "
+            "anew, and call it under torch.no_grad() before"
+        ) from error
+
+
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """A traced copy of ``model`` in evaluation mode that shares nothing with it.
 
@@ -38,7 +55,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     :class:`UserError` for a model that neither can trace, saying where and what to change.
     """
     check_traceable(model)
-    own = copy.deepcopy(model).eval()
+    own = copied(model).eval()
     try:
         traced = fx.symbolic_trace(own)
         _refuse_hidden_activations(traced)
@@ -48,7 +65,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         if example is None:
             raise UserError(f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}); {ADVICE}") from error
     try:
-        untouched = copy.deepcopy(model).eval()  # a forward that torch.fx gave up on may have left something in the other copy
+        untouched = copied(model).eval()  # a forward that torch.fx gave up on may have left something in the other copy
         parameter = next(untouched.parameters(), example)
         return export_graph(untouched, example.to(parameter.device, parameter.dtype))
     except Exception as error:
