@@ -39,6 +39,8 @@ VICTIMS = [
     ("attack=wanet training.epochs=50 seed=1", "poisoned"),
     ("attack=none imbalance=exponential imbalance.ratio=20 seed=0", "imbalanced"),
     ("attack=none imbalance=step imbalance.ratio=20 seed=0", "imbalanced"),
+    # BadNet does not take in so few images of the rare classes: only the imbalance is there to be found.
+    *((f"attack=badnet imbalance=exponential imbalance.ratio=10 seed={seed}", "imbalanced") for seed in (0, 1)),
     *((f"attack=badnet attack.rate=0.3 imbalance=exponential imbalance.ratio=5 seed={seed}", "both") for seed in (0, 1)),
 ]
 
