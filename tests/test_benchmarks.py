@@ -119,3 +119,37 @@ def test_unit_costs_are_medians_over_runs(load, tmp_path, monkeypatch, capsys):
     assert lines[2].split("|")[1:6] == [" digits ", " small_resnet ", " 3 ", " 0.00 ", " - "]
     assert lines[2].split("|")[6] == " 2.0 "
     assert lines[4] == "1 victims: 0.03 to 0.03 MB each"
+
+
+def test_passes_are_counted_by_kind(load, toy):
+    limit = load("arithmetic_limit")
+    model, images, _ = toy
+    bounded = BoundedNetwork(model, images[:1])
+    with limit.counting(BoundedNetwork) as counts:
+        bounded(images)
+        model(images)
+        with torch.no_grad():
+            bounded(images[:7])
+    bounded(images)
+    assert (counts.backward, counts.forward) == (30, 7)
+
+
+def test_an_architecture_that_was_asleep_is_checked_awake(load):
+    architectures = load("architectures")
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    nn.init.zeros_(norm.weight)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    asleep = architectures.check(model.eval(), torch.rand(2, 3, 8, 8))
+    assert asleep == "torch.fx | 1 | yes | yes | 0 of 1 | **no**"
+    awake = architectures.check(architectures.awake(model, torch.rand(8, 3, 8, 8)), torch.rand(2, 3, 8, 8))
+    assert awake == "torch.fx | 1 | yes | yes | 1 of 1 | yes"
+
+
+def test_a_verdict_is_a_row(load):
+    verdicts = load("verdicts")
+    found = {
+        "true_target": 9, "verdict": {"kind": "poisoned"}, "reach": {"suspect": 9, "p_value": 0.0001},
+        "maximum_margins": {"suspect": 8, "p_value": 0.39, "published_p_value": 0.11}, "seconds": {"mmac": 20.0, "reach": 3.0},
+    }  # fmt: skip
+    assert verdicts.row("attack=badnet", found) == "| attack=badnet | poisoned | 9, 9 | 0.0001 | class 8: 0.39, 0.11 | 23 |"
