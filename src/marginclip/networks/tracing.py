@@ -44,7 +44,7 @@ def copied(model: Model) -> Model:
             raise
         raise UserError(
             f"the model {type(model).__name__} cannot be copied: it keeps a tensor of an earlier forward pass with its gradient; load it "
-            "anew, and call it under torch.no_grad() before"
+            "anew, and make every call before this one under torch.no_grad()"
         ) from error
 
 
