@@ -4,7 +4,7 @@
     python benchmarks/serving.py --model torchvision:resnet50 --size 224 --batches 1,8
 
 Weights are random: they change no time. Each ratio is the median over ``--rounds`` rounds, in each of which all variants are timed one
-after the other. ``onnx`` is the same graph in onnxruntime, against the model there.
+after the other. ``compiled`` is ``torch.compile``, and ``onnx`` the same graph in onnxruntime, each against the model there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
+from marginclip.clipping.serving import ServedNetwork
 from marginclip.maxmargin import MarginDropDetector
 from marginclip.models import ResNet
 from marginclip.service import Artefact, DecisionNetwork, export
@@ -29,10 +30,12 @@ from marginclip.silence import silence_lightning
 Run = Callable[[], object]
 
 
-def make_artefact(model: nn.Module, size: int) -> Artefact:
-    """The model with bounds at half of what its maps reach, and a detector of made-up statistics."""
+def make_artefact(model: nn.Module, size: int, first: float) -> Artefact:
+    """The model with bounds at half of what its maps reach, and a detector of made-up statistics; activations in front of the share
+    ``first`` of them are not bounded."""
     images = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
-    network = BoundedNetwork(model, images[:1]).to(memory_format=torch.channels_last)
+    sites = [name for name, _ in BoundedNetwork(model, images[:1]).each()]
+    network = BoundedNetwork(model, images[:1], sites=sites[int(first * len(sites)) :]).to(memory_format=torch.channels_last)
     network.set_from_images(images, share=0.5)
     statistics_ = torch.rand(500, generator=torch.Generator().manual_seed(1))
     classes = tuple(str(label) for label in range(len(model(images[:1])[0])))
@@ -49,11 +52,15 @@ def make_model(name: str) -> nn.Module:
     return ResNet(10).eval().to(memory_format=torch.channels_last)
 
 
-def eager(artefact: Artefact, images: Tensor) -> dict[str, Run]:
-    """The variants in torch."""
+def eager(artefact: Artefact, images: Tensor, *, compiled: bool = False) -> dict[str, Run]:
+    """The variants in torch: the model, the bounded network as it is served, and the whole of MMDF; the same compiled."""
+    served = ServedNetwork(artefact.network).to(memory_format=torch.channels_last)
     mmdf = DecisionNetwork(artefact.detector).eval().to(memory_format=torch.channels_last)
-    networks = {"model": artefact.model, "bounded": artefact.network, "MMDF": mmdf}
-    return {name: (lambda network=network: network(images)) for name, network in networks.items()}  # type: ignore[misc]
+    networks: dict[str, nn.Module] = {"model": artefact.model, "bounded": served, "MMDF": mmdf}
+    calls: dict[str, Callable[[Tensor], object]] = dict(networks)
+    if compiled:
+        calls = {name: torch.compile(network, dynamic=False) for name, network in networks.items()}
+    return {name: (lambda call=call: call(images)) for name, call in calls.items()}  # type: ignore[misc]
 
 
 def onnx(artefact: Artefact, images: Tensor, folder: Path) -> dict[str, Run]:
@@ -99,14 +106,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--first", type=float, default=0.0, help="share of the activations, from the input on, without bounds")
     given = parser.parse_args()
     silence_lightning()
-    artefact = make_artefact(make_model(given.model), given.size)
+    artefact = make_artefact(make_model(given.model), given.size, given.first)
     print("| runtime | batch | model ms | bounded, times | MMDF, times |\n|---|---|---|---|---|")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for size in map(int, given.batches.split(",")):
             images = torch.rand(size, *artefact.image_shape)
-            for runtime, variants in (("torch", eager(artefact, images)), ("onnx", onnx(artefact, images, Path(folder)))):
+            runtimes = {
+                "torch": eager(artefact, images),
+                "compiled": eager(artefact, images, compiled=True),
+                "onnx": onnx(artefact, images, Path(folder)),
+            }
+            for runtime, variants in runtimes.items():
                 if not variants:
                     continue
                 found = timed(variants, given.rounds, repeats=max(1, 16 // size))

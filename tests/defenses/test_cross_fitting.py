@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from marginclip.defenses import StaticClip, cross_fitted_logits
+from marginclip.defenses import MMAC, AscentPlan, StaticClip, cross_fitted_logits
 from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.defenses.cross_fitting import stratified_folds, stratified_share
 from marginclip.errors import UserError
@@ -59,6 +59,33 @@ def test_logits_come_from_bounds_that_never_saw_the_image(victim, clean, folds):
         alone = StaticClip().fit(victim, images[fold != number], labels[fold != number]).network
         torch.testing.assert_close(logits[fold == number], alone(images[fold == number]).detach(), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits, clean_logits(StaticClip().fit(victim, images, labels).network, images))
+
+
+def steps_of(victim, images, labels, **settings):
+    """The sizes of the batches that a short repair sends through the network with gradients, clean images and margin inputs."""
+    sizes = []
+
+    class Watched(MMAC):
+        def _bounded_logits(self, rows):
+            if torch.is_grad_enabled():
+                sizes.append((len(rows), len(self.margin_inputs)))
+            return super()._bounded_logits(rows)
+
+    plan = AscentPlan(starts_per_class=4, steps=1, first_steps=1, max_inputs=100)
+    defense = Watched(steps=4, extra_steps=0, check_every=4, batch_size=10, ascent=plan)
+    cross_fitted_logits(defense, victim, images, labels, **settings)
+    assert (defense.batch_size, defense.ascent) == (10, plan)  # as they were
+    return sizes
+
+
+@pytest.mark.parametrize(("folds", "clean_images", "inputs"), [(2, 5, 8), (5, 8, 16)])
+def test_a_fold_takes_as_many_steps_on_as_many_fewer_images_as_its_clean_set_is_smaller(victim, clean, folds, clean_images, inputs):
+    images, labels = clean
+    assert int(labels.max()) == 3
+    sizes = steps_of(victim, images, labels, folds=folds)
+    assert len(sizes) == 4 * folds
+    assert max(size for size, _ in sizes) == clean_images
+    assert {margin for _, margin in sizes} == {inputs}
 
 
 def test_one_fold_is_no_cross_fitting(victim, clean):

@@ -16,7 +16,7 @@ SHORT = partial(MMAC, steps=4, extra_steps=0, check_every=2, ascent=AscentPlan(s
 
 
 def make(**settings):
-    return MMACFineTune(**({"mmac": SHORT, "epochs": 2, "batch_size": 12, "ascent": AscentPlan(starts_per_class=2)} | settings))
+    return MMACFineTune(**({"mmac": SHORT, "epochs": 2, "batch_size": 12, "ascent": AscentPlan(starts_per_class=2, refresh_every=1)} | settings))
 
 
 def test_bounds_stay_as_mmac_learned_them_and_every_weight_moves(victim, clean, fit):
@@ -74,7 +74,7 @@ def test_margins_fall_where_fine_tuning_alone_leaves_them(victim, clean, draw_qu
         found = ascend_margins(network, wanted, images, steps=10, step_size=0.02, rule="unit_rms")
         return float(found.margins.mean())
 
-    plan = AscentPlan(starts_per_class=6, steps=10, step_size=0.02)
+    plan = AscentPlan(starts_per_class=6, first_steps=10, steps=10, step_size=0.02, refresh_every=1)
     settings = {"mmac": None, "epochs": 30, "learning_rate": 0.003, "ascent": plan}
     with_margins, without = (fit(make(margin_weight=weight, **settings), victim, clean) for weight in (1.0, 0.0))
     assert largest(with_margins) < largest(without) - 1
@@ -101,3 +101,18 @@ def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, at, fit, in
 def test_settings_that_make_no_sense_name_their_key(settings, message):
     with pytest.raises(UserError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("plan", "wanted"),
+    [
+        (AscentPlan(), r"defense\.ascent\.refresh_every must be 1: .*; got 2"),
+        (AscentPlan(refresh_every=1, warm_start=True), r"defense\.ascent\.warm_start must be false"),
+        (AscentPlan(refresh_every=1, network="original"), r"defense\.ascent\.network must be bounded"),
+        (AscentPlan(refresh_every=1, batch_size=3), r"defense\.ascent\.batch_size must be null"),
+        (AscentPlan(refresh_every=1, start_from="noise"), r"defense\.ascent\.start_from must be clean"),
+    ],
+)
+def test_a_plan_that_it_cannot_follow_is_refused(plan, wanted):
+    with pytest.raises(UserError, match=wanted):
+        make(ascent=plan)

@@ -54,7 +54,8 @@ def test_passes_are_those_that_a_repair_takes(model, clean, settings):
 
 
 def test_further_repairs_count_and_unknown_courses_are_not_guessed():
-    whole, part = passes_of(MMAC(), 500, 10), passes_of(MMAC(), 250, 10)
+    halved = MMAC(batch_size=50, ascent=AscentPlan(starts_per_class=3, max_inputs=50))
+    whole, part = passes_of(MMAC(), 500, 10), passes_of(halved, 250, 10)
     assert passes_with_folds(MMAC(), 500, 10, 2).backward == whole.backward + 2 * part.backward
     assert passes_of(FineTune(epochs=1), 500, 10) is None
     assert passes_with_folds(FineTune(epochs=1), 500, 10, 2) is None

@@ -6,6 +6,7 @@ import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,13 @@ class Defense(ABC):
         ``make_trainer`` makes a Trainer from a number of epochs; ``resume`` is the checkpoint to go on from. A method that trains
         nothing needs neither. Raises :class:`UserError` for images, labels or models that do not fit.
         """
+
+    def in_proportion(self, share: float) -> AbstractContextManager[None]:
+        """Within it, a step takes ``share``, in (0, 1], of the images that it usually takes: for a repair from that share of a clean set.
+
+        Only methods whose steps take a fixed number of images do so; others learn as always.
+        """
+        return nullcontext()
 
     def tell(self, **known: Any) -> None:
         """Give the values of oracles by name; those that the settings do not ask for by ``known`` are not taken, None tells nothing."""

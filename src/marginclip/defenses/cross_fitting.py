@@ -69,7 +69,8 @@ def cross_fitted(
     """Repairs of ``model`` that each leave one of ``folds`` parts of the clean images (N, C, H, W) with labels (N,) out.
 
     They stand for the repaired network on images that it has never seen. A detector's null distribution should be fitted to
-    those. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a fold would be empty.
+    those. A step of such a repair takes as much less as its clean set is smaller (:meth:`Defense.in_proportion`), so two folds cost
+    about one repair. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a fold would be empty.
     """
     require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
     fold = stratified_folds(labels.cpu(), folds, seed)
@@ -78,10 +79,11 @@ def cross_fitted(
         f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: raise clean_per_class, or set "
         "defense.detector.folds=0 (in marginclip.repair: tolerance=None)",
     )
-    networks = [
-        defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network
-        for number in track(range(folds))
-    ]
+    with defense.in_proportion(1 - 1 / folds):
+        networks = [
+            defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network
+            for number in track(range(folds))
+        ]
     return CrossFitted(networks, fold)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -184,6 +184,16 @@ class BoundLearning(LearningDefense):
                 self.bounded.load_bounds(self.best_bounds)
             self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
         return self.bounded
+
+    @contextmanager
+    def in_proportion(self, share: float) -> Iterator[None]:
+        """See :meth:`Defense.in_proportion`: as many steps as always, of fewer clean images and margin inputs."""
+        whole = self.batch_size, self.ascent
+        self.batch_size, self.ascent = math.ceil(share * self.batch_size), self.ascent.in_proportion(share)
+        try:
+            yield
+        finally:
+            self.batch_size, self.ascent = whole
 
     # -- learning -------------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ def passes_of(defense: Defense, count: int, classes: int) -> Passes | None:
 
 def passes_with_folds(defense: Defense, count: int, classes: int, folds: int) -> Passes | None:
     """The same of a repair and of ``folds`` further ones that each leave a part of the images out."""
-    part = passes_of(defense, count - count // max(1, folds), classes)
+    with defense.in_proportion(1 - 1 / folds if folds else 1.0):
+        part = passes_of(defense, count - count // max(1, folds), classes)
     whole = passes_of(defense, count, classes)
     if part is None or whole is None:
         return None

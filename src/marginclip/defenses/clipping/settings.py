@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,6 +125,15 @@ class AscentPlan:
         places = torch.arange(refresh * most, (refresh + 1) * most)
         turns = {int(turn): _order(num_classes, seed, int(turn)) for turn in (places // num_classes).unique()}
         return torch.stack([turns[int(place // num_classes)][place % num_classes] for place in places])
+
+    def in_proportion(self, share: float) -> AscentPlan:
+        """The same with ``share``, in (0, 1], of the margin inputs, rounded up."""
+        fewer = {
+            key: math.ceil(count * share)
+            for key in ("starts_per_class", "batch_size", "max_inputs")
+            if (count := getattr(self, key)) is not None
+        }
+        return replace(self, **fewer)
 
     def search(self, *, first: bool) -> dict[str, Any]:
         """The settings of :func:`~marginclip.maxmargin.margin.ascend_margins` at the first refresh, or at a later one."""

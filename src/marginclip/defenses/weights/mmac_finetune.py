@@ -31,7 +31,8 @@ class MMACFineTune(FineTune):
 
     Args:
         mmac: makes the bound learning that comes first; it is called with a ``seed``. None leaves the activations unbounded.
-        ascent: how margin inputs are made. None: its defaults, anew at every step.
+        ascent: how margin inputs are made, anew at every step. None: its defaults with ``refresh_every=1``. Inputs that are kept, a
+            part of them, and the network without bounds are not for this method.
         margin_weight: weight of the margin inputs' cross entropy against that of the clean images.
         epochs: passes over the clean set.
         batch_size: clean images in a step.
@@ -63,17 +64,28 @@ class MMACFineTune(FineTune):
             augmentation=augmentation, seed=seed,
         )  # fmt: skip
         require(margin_weight >= 0, f"defense.margin_weight must not be negative, got {margin_weight:g}")
-        self.margin_weight, self.ascent = margin_weight, ascent or AscentPlan()
-        require(
-            self.ascent.start_from == "clean",
-            f"defense.ascent.start_from must be clean: margin inputs keep the label of the image that they come from; got "
-            f"{self.ascent.start_from}",
-        )
+        self.margin_weight, self.ascent = margin_weight, ascent or AscentPlan(refresh_every=1)
+        self._check_ascent()
         try:
             self.bound_learning = None if mmac is None else copy.deepcopy(mmac)(seed=seed)
         except UserError as error:
             raise UserError(str(error).replace("defense.", "defense.mmac.")) from error
         self.bounded: RepairResult | None = None
+
+    def _check_ascent(self) -> None:
+        """Raise :class:`UserError` for a plan that this method cannot follow."""
+        require(
+            self.ascent.start_from == "clean",
+            f"defense.ascent.start_from must be clean: margin inputs keep the label of the image that they come from; got "
+            f"{self.ascent.start_from}",
+        )
+        for key, only in (("network", "bounded"), ("refresh_every", 1), ("warm_start", False), ("batch_size", None)):
+            shown = {None: "null", False: "false"}.get(only, only)  # type: ignore[arg-type]
+            require(
+                getattr(self.ascent, key) == only,
+                f"defense.ascent.{key} must be {shown}: every step ascends all margin inputs anew, on the network as it is; got "
+                f"{getattr(self.ascent, key)}",
+            )
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 
@@ -141,7 +153,7 @@ class MMACFineTune(FineTune):
         wanted = self.ascent.classes(self.num_classes, refresh=self.global_step, seed=self.seed).to(labels.device)
         rows = self.ascent.start_rows(self.labels, wanted, generator)
         starts, origins = super().augmented(self.images[rows], self.labels[rows], generator)
-        moved = ascend_margins(self.network, wanted, starts, **self.ascent.search(first=False)).images
+        moved = ascend_margins(self.network, wanted, starts, **self.ascent.search(first=self.global_step == 0)).images
         return torch.cat([clean, moved.to(clean)]), torch.cat([labels, origins])
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
