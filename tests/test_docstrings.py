@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 import marginclip
-from marginclip import attacks, defenses, losses
+from marginclip import attacks, data, defenses, losses, maxmargin, metrics, models, training
+from marginclip.experiment import loggers
+from marginclip.experiment.loggers.csv import CsvRows
+from marginclip.experiment.loggers.mlflow import MLflow
+from marginclip.experiment.loggers.tensorboard import TensorBoard
+from marginclip.experiment.loggers.wandb import WandB
 
 PACKAGE = Path(__file__).parents[1] / "src" / "marginclip"
 WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*>>> ", path.read_text(), flags=re.M))
@@ -78,6 +83,14 @@ OPTIONS = [
     for name in module.__all__
     if inspect.isclass(getattr(module, name)) and not inspect.isabstract(getattr(module, name))
 ]
+# Of these modules, functions describe their arguments, too.
+OPTIONS += [
+    thing
+    for module in (models, data, maxmargin, training, metrics, loggers)
+    for thing in (getattr(module, name) for name in module.__all__)
+    if not inspect.isabstract(thing)
+]
+OPTIONS += [CsvRows, MLflow, TensorBoard, WandB]  # what the option files of conf/logger make
 # They describe no arguments: contracts, what a defense gives back, and subclasses that take those of their base.
 WITHOUT_ARGUMENTS = {
     "X2X",
@@ -90,11 +103,27 @@ WITHOUT_ARGUMENTS = {
     "MMAC",
     "MMBM",
     "MMOM",
+    "BoundObjective",
+    "Agreement",
+    "CleanAccuracy",
+    "AttackSuccessRate",
+    "PoisonedAccuracy",
+    "FlaggedRate",
 }
 
 
 @pytest.mark.parametrize(
     "thing", [one for one in OPTIONS if one.__name__ not in WITHOUT_ARGUMENTS], ids=lambda one: one.__qualname__
 )
-def test_classes_of_options_describe_every_argument_in_order(thing):
+def test_options_describe_every_argument_in_order(thing):
     assert described(thing.__doc__, "Args") == arguments(thing)
+
+
+@pytest.mark.parametrize("thing", [one for one in OPTIONS if inspect.isfunction(one)], ids=lambda one: one.__qualname__)
+def test_functions_of_options_say_what_they_give(thing):
+    assert re.search(r"^(Returns|Yields):\n    \S", inspect.cleandoc(thing.__doc__), flags=re.M)
+
+
+def test_only_what_describes_nothing_is_left_out():
+    left_out = [one for one in OPTIONS if one.__name__ in WITHOUT_ARGUMENTS]
+    assert [one.__name__ for one in left_out if described(one.__doc__, "Args")] == []

@@ -17,9 +17,15 @@ def _is_number(value: object) -> bool:
 
 
 class Augment:
-    """Pad by ``crop_padding`` zeros, cut a random window of the old size, flip half of the images when ``flip``.
+    """Augments a batch: a padded random crop, then a rotation, then a horizontal flip, drawn for each image.
 
-    With ``rotation`` in degrees, half of the images are turned by an angle between minus that and that, after the crop.
+    Args:
+        crop_padding: pixels of zeros put on every side, before a random window of the old size is cut out. 0: no crop.
+        flip: whether half of the images are flipped.
+        rotation: half of the images are turned by an angle between minus this and this, in degrees, in (0, 180]. None: none is.
+
+    Raises:
+        UserError: for a setting of another kind or outside its range.
     """
 
     def __init__(self, *, crop_padding: int = 0, flip: bool = False, rotation: float | None = None) -> None:

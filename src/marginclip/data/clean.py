@@ -13,11 +13,20 @@ def split_clean(
 ) -> tuple[Tensor, Tensor]:
     """Indices of the clean set and of the evaluation set, disjoint, each in data-set order.
 
-    ``labels`` (N,) of the held-out split; ``per_class`` images of every class, or all images when None (the evaluation set
-    is empty then). ``order="first"`` takes the first of each class, as the published scripts do, ``"seeded"`` a random choice.
-    The first ``reserve`` of every class in that order are never evaluated on, also where the clean set is smaller. So defenses
-    with clean sets of different sizes are evaluated on the same images.
-    Raises :class:`UserError` when a class has no image or fewer than asked for.
+    Args:
+        labels: of the held-out split, (N,) int64 in [0, K).
+        classes: the names of the K classes.
+        per_class: images of every class for the clean set. None: all images; the evaluation set is empty then.
+        seed: of the random choice; without effect where ``order`` is ``first``.
+        order: ``first`` takes the first images of each class, as the published scripts do, ``seeded`` a random choice.
+        reserve: so many images of every class, the first in that order, are never evaluated on, also where the clean set is
+            smaller. So defenses with clean sets of different sizes are evaluated on the same images.
+
+    Returns:
+        Indices of the clean set (M,) and of the evaluation set (E,), int64.
+
+    Raises:
+        UserError: for a class that has no image or fewer than asked for, and for other settings outside their range.
     """
     require(order in ("seeded", "first"), f"clean_order must be 'seeded' or 'first', got '{order}'")
     require(per_class is None or per_class >= 1, f"clean_per_class must be at least 1, got {per_class}")

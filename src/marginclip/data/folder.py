@@ -27,13 +27,22 @@ TRAIN_NAMES, HELD_OUT_NAMES = ("train", "training"), ("test", "val", "valid", "v
 class ImageFolder(ImageSource):
     """Images in ``root/<class>/*``, or in ``root/train/<class>/*`` and ``root/test/<class>/*``.
 
-    A single folder is split by ``split_seed``, ``held_out_share`` of every class held out. ``size`` is the side in pixels that
-    images are brought to (short side scaled, centre cut out); None takes the first image's size and asks all others to have
-    it. ``grey`` reads one channel instead of three. Up to ``memory_gib`` of decoded images are kept in memory, and cached on
-    disk in ``cache`` when that names a folder; beyond it images are decoded batch by batch. Hidden files are ignored.
+    Hidden files are ignored.
 
-    Raises :class:`UserError` for a missing or empty folder, fewer than two classes, a class without images, and, all by name,
-    for files that are no images or of another size.
+    Args:
+        root: the folder. None, the default, is refused.
+        size: side in pixels that images are brought to, at least 8 (short side scaled, centre cut out). None takes the first
+            image's size and asks all others to have it.
+        grey: whether images are read with one channel instead of three.
+        held_out_share: share of every class that is held out of a single folder, in (0, 1]; at least one image.
+        split_seed: of the choice of what is held out of a single folder; it is not the run's seed.
+        memory_gib: limit, in GiB, of the decoded images of a split that are kept in memory; each is counted with three
+            channels. A larger split is decoded batch by batch.
+        cache: folder in which the images that are kept in memory are kept on disk, too. None: they are decoded anew every time.
+
+    Raises:
+        UserError: for a missing folder and settings outside their range. :meth:`load` raises it for an empty folder, fewer than
+            two classes, a class without images, and, all by name, for files that are no images or of another size.
     """
 
     def __init__(
@@ -57,7 +66,7 @@ class ImageFolder(ImageSource):
         self.memory_bytes, self.cache = memory_gib * 2**30, None if cache is None else Path(cache)
 
     def load(self) -> Splits:
-        """Train and held-out split, uint8 (N, 3, size, size)."""
+        """Train and held-out split, uint8 (N, 3, size, size), or (N, 1, size, size) when ``grey``."""
         folders = image_folders(self.root)
         if len(folders) == 2:
             train_dir, held_out_dir = folders

@@ -28,9 +28,17 @@ SIGNS = (
 class Gtsrb(ImageSource):
     """43 traffic signs (Stallkamp et al. 2012), downloaded into ``root/gtsrb`` by torchvision when they are not there.
 
-    Images have sizes from 15 to 250 pixels; the short side is scaled to ``size`` and the centre cut out. Classes are uneven. About 30
-    neighbouring training images show one sign from different distances, so the benchmark's own test split is held out. Decoded
-    images are kept in the folder ``cache`` when that is given.
+    Images have sizes from 15 to 250 pixels. Classes are uneven. About 30 neighbouring training images show one sign from
+    different distances, so the benchmark's own test split is held out.
+
+    Args:
+        root: the folder that holds ``gtsrb``.
+        size: side in pixels, at least 8; the short side is scaled to it and the centre cut out.
+        download: whether what is not there may be downloaded.
+        cache: folder in which decoded images are kept. None: they are decoded anew every time.
+
+    Raises:
+        UserError: for a ``size`` under 8.
     """
 
     NUM_IMAGES = (26_640, 12_630)  # of training and test, as torchvision downloads them

@@ -20,11 +20,27 @@ from marginclip.identity import Identifies
 class HuggingFaceData(ImageSource):
     """What ``datasets.load_dataset(path)`` gives; needs the package datasets.
 
-    ``path`` is a name on the Hub or a local folder, ``config`` one of its configurations, ``revision`` a commit or tag of it: without
-    one, what the Hub has today. ``image`` and ``label`` name the columns. ``train_split`` is trained on; ``held_out_split`` is held out,
-    None: the first of ``test``, ``val``, ``valid`` and ``validation`` that there is, or else ``held_out_share`` of every class, drawn by
-    ``split_seed``. ``streaming`` decodes images as they arrive instead of storing the files first. No code of a data set is run.
-    ``size``, ``grey`` and ``memory_gib`` are those of :class:`~marginclip.data.torchvision.TorchvisionData`.
+    No code of a data set is run. All images are decoded into memory.
+
+    Args:
+        path: name on the Hub, or a local folder. :meth:`load` refuses None, the default.
+        config: one of its configurations. None: its default.
+        revision: a commit or tag of it. None: what the Hub has today.
+        image: name of the column of images.
+        label: name of the column of classes.
+        train_split: name of the split that is trained on.
+        held_out_split: name of the split that is held out. None: the first of ``test``, ``val``, ``valid`` and ``validation``
+            that there is, or else ``held_out_share`` of every class.
+        size: side in pixels that images are brought to, at least 8 (short side scaled, centre cut out). None asks for square
+            images of one size.
+        grey: whether images are read with one channel instead of three.
+        streaming: whether images are decoded as they arrive, instead of storing the files first.
+        held_out_share: share of every class that is held out where no split is, in (0, 1]; at least one image.
+        split_seed: of the choice of what is held out then; it is not the run's seed.
+        memory_gib: limit of the decoded images of a split, in GiB.
+
+    Raises:
+        UserError: for a ``size`` under 8. :meth:`load` raises it for what cannot be loaded or does not fit.
     """
 
     def __init__(

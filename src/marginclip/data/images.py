@@ -29,7 +29,13 @@ class ImageStore(Protocol):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with their labels (N,) int64 and the names of all classes."""
+    """Images with their labels and the names of all classes.
+
+    Args:
+        images: the images: indexing with an int64 tensor (B,) gives uint8 (B, C, H, W).
+        labels: their classes (N,), int64 in [0, K).
+        classes: the names of all K classes.
+    """
 
     images: ImageStore
     labels: Tensor
@@ -41,7 +47,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set's two parts; the clean set and the evaluation set are drawn from ``held_out`` and never from ``train``."""
+    """A data set's two parts.
+
+    Args:
+        train: what victims are trained on.
+        held_out: what the clean set and the evaluation set are drawn from; they are never drawn from ``train``.
+    """
 
     train: ImageSet
     held_out: ImageSet

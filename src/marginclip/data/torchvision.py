@@ -19,12 +19,24 @@ from marginclip.identity import Identifies, argument_types
 class TorchvisionData(ImageSource):
     """A data set of ``torchvision.datasets`` whose images have one class each, such as SVHN, STL10 or EuroSAT.
 
-    It is downloaded into ``root`` where torchvision can do that. Its own training split is trained on; its test split, or else its
-    validation split, is held out. One without splits is split by ``split_seed``, ``held_out_share`` of every class held out.
-    ``size`` is the side that images are brought to (short side scaled, centre cut out); None asks for square images of one size.
-    ``arguments`` are further ones of the data set's class. All images are decoded into memory, at most ``memory_gib`` of them.
+    Its own training split is trained on; its test split, or else its validation split, is held out. All images are decoded into
+    memory.
 
-    Raises :class:`UserError` for an unknown name, labels that are not one class an image, and images that do not fit.
+    Args:
+        dataset: name of the data set's class. :meth:`load` refuses None, the default.
+        root: the folder that holds the data, or that it is downloaded into.
+        size: side in pixels that images are brought to, at least 8 (short side scaled, centre cut out). None asks for square
+            images of one size.
+        grey: whether images are read with one channel instead of three.
+        arguments: further ones of the data set's class, by name. None: none.
+        download: whether what is not there may be downloaded, where torchvision can do that.
+        held_out_share: share of every class that is held out of a data set without splits, in (0, 1]; at least one image.
+        split_seed: of the choice of what is held out of such a data set; it is not the run's seed.
+        memory_gib: limit of the decoded images of a split, in GiB.
+
+    Raises:
+        UserError: for a ``size`` under 8. :meth:`load` raises it for an unknown name, labels that are not one class an image,
+            and images that do not fit.
     """
 
     def __init__(

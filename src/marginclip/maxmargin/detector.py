@@ -23,13 +23,18 @@ CORRECTIONS = ("exclude", "insist", "reject")
 def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
     """The detection statistic S (Eq. 4): the margin of the model's decision, without bounds minus with bounds.
 
-    ``logits`` and ``bounded_logits`` (N, K) of the model and of the repaired network; returns (N,) in logits, about 0 for clean
-    images and large for triggered ones.
+    Args:
+        logits: of the model, (N, K).
+        bounded_logits: of the repaired network on the same images, (N, K).
 
-    The second image loses 9 of its 10 logits of margin; the first loses nothing:
+    Returns:
+        The margin drops (N,), in logits: about 0 for clean images and large for triggered ones.
 
-    >>> margin_drop(torch.tensor([[3.0, 1.0], [0.0, 10.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])).tolist()
-    [0.0, 9.0]
+    Examples:
+        The second image loses 9 of its 10 logits of margin; the first loses nothing:
+
+        >>> margin_drop(torch.tensor([[3.0, 1.0], [0.0, 10.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])).tolist()
+        [0.0, 9.0]
     """
     decisions = logits.argmax(1)
     return margin(logits, decisions) - margin(bounded_logits, decisions)

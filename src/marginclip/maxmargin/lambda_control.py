@@ -12,14 +12,29 @@ CONTROLS = ("fixed", "agreement")
 class LambdaController:
     """Keeps lambda, and moves it by the repaired network's accuracy on the clean samples that the model classified correctly.
 
-    With ``control="agreement"`` each check from the ``first_check``-th on multiplies lambda by ``factor`` when the accuracy is at
-    least ``min_agreement`` (pi) and divides it otherwise (Algorithm 1, lines 11-14), within [``smallest``, ``largest``]. With
-    ``"fixed"`` lambda stays. On *correctly classified* samples the model itself scores 1, so pi = 0.95 bounds what the repair may
-    lose. On all samples a model of 91 % would never reach it, and lambda would only shrink.
+    With ``control="agreement"`` a check multiplies lambda by ``factor`` when the accuracy is at least ``min_agreement`` (pi),
+    and divides it otherwise (Algorithm 1, lines 11-14). On *correctly classified* samples the model itself scores 1, so
+    pi = 0.95 bounds what the repair may lose. On all samples a model of 91 % would never reach it, and lambda would only
+    shrink.
 
-    >>> controller = LambdaController(initial=0.1, factor=2.0, min_agreement=0.95, first_check=1)
-    >>> [controller.update(agreement) for agreement in (0.99, 0.97, 0.90)]
-    [0.2, 0.4, 0.2]
+    Args:
+        initial: lambda at first, from 0 up.
+        control: ``agreement`` moves lambda; with ``fixed`` it stays, and ``factor``, ``first_check``, ``smallest`` and
+            ``largest`` have no effect.
+        factor: what a check multiplies lambda by, or divides it by, above 1.
+        min_agreement: pi, the accuracy from which on lambda grows, in [0, 1]. ``keep`` of
+            :class:`~marginclip.defenses.BoundLearning` goes by it, too.
+        first_check: which check, counted from 1, is the first that moves lambda.
+        smallest: no check takes lambda below it; in [0, ``largest``].
+        largest: no check takes lambda above it.
+
+    Raises:
+        UserError: for a setting outside its range.
+
+    Examples:
+        >>> controller = LambdaController(initial=0.1, factor=2.0, min_agreement=0.95, first_check=1)
+        >>> [controller.update(agreement) for agreement in (0.99, 0.97, 0.90)]
+        [0.2, 0.4, 0.2]
     """
 
     def __init__(

@@ -20,11 +20,18 @@ ASCENT_RULES = ("raw", "unit_norm", "unit_rms", "sign")
 def margin(logits: Tensor, classes: Tensor) -> Tensor:
     """Gap between a class's logit and the best other one (the bracket in Eq. 3 of the MMAC paper).
 
-    logits (N, K), classes (N,) int64 in [0, K); returns (N,) in logits, positive where the class wins. The maximum leaves the
-    class itself out.
+    The maximum leaves the class itself out.
 
-    >>> margin(torch.tensor([[4.0, 1.0, 0.0], [4.0, 1.0, 0.0]]), torch.tensor([0, 1])).tolist()
-    [3.0, -3.0]
+    Args:
+        logits: (N, K).
+        classes: the class of each row, (N,) int64 in [0, K).
+
+    Returns:
+        The margins (N,), in logits; positive where the class wins.
+
+    Examples:
+        >>> margin(torch.tensor([[4.0, 1.0, 0.0], [4.0, 1.0, 0.0]]), torch.tensor([0, 1])).tolist()
+        [3.0, -3.0]
     """
     own = logits.gather(1, classes.unsqueeze(1)).squeeze(1)
     best_other = logits.scatter(1, classes.unsqueeze(1), float("-inf")).amax(1)
@@ -33,7 +40,14 @@ def margin(logits: Tensor, classes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MarginAscent:
-    """The outcome of a search: ``images`` (N, C, H, W), their ``margins`` (N,), those of the starts, and steps taken."""
+    """The outcome of a search.
+
+    Args:
+        images: the image of largest margin on the way from each start, (N, C, H, W).
+        margins: their margins (N,), in logits.
+        initial_margins: the margins of the starts (N,), in logits.
+        steps: steps taken, by the chunk that took the most.
+    """
 
     images: Tensor
     margins: Tensor
@@ -44,7 +58,17 @@ class MarginAscent:
 def random_starts(
     count: int, shape: Sequence[int], *, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """``count`` images (count, C, H, W) uniform in [0, 1], drawn on the CPU so that every device starts alike."""
+    """Images of noise, drawn on the CPU so that every device starts alike.
+
+    Args:
+        count: how many images.
+        shape: (C, H, W) of an image.
+        generator: what they are drawn from, on the CPU.
+        device: where they are sent.
+
+    Returns:
+        Images (count, C, H, W), uniform in [0, 1].
+    """
     return torch.rand((count, *shape), generator=generator).to(device)
 
 
@@ -63,21 +87,37 @@ def ascend_margins(
     autocast: torch.dtype | None = None,
     track: Callable[[range], Iterable[int]] = iter,
 ) -> MarginAscent:
-    """Projected gradient ascent on the margins of ``classes`` (N,) from ``starts`` (N, C, H, W), all in one batch.
+    """Projected gradient ascent on the margins of ``classes`` from ``starts``, all at once or in chunks that fit into memory.
 
     Every image climbs on its own margin; after each step it is projected back to the feasible space [0, 1] (so saturated pixels
-    keep their gradient, unlike with a clamp inside the model). ``rule`` turns the gradient into a direction: ``raw`` (the
-    published script: step 0.01), ``unit_norm`` (L2 norm 1 for each image: the step is a distance), ``unit_rms`` (root mean square 1:
-    the step means the same at every image size) or ``sign``.
-    The image of largest margin on the way is kept, so the result never lies under its start. The search of a chunk ends early
-    when its mean best margin has grown by less than ``tolerance`` (relative) over ``patience`` steps; 0 never does.
+    keep their gradient, unlike with a clamp inside the model). The image of largest margin on the way is kept, so the result
+    never lies under its start. Gradients reach neither weights nor bounds, and it works under ``torch.no_grad`` and
+    ``torch.inference_mode``.
 
-    The network must be in evaluation mode, so that images do not influence each other. Gradients reach neither weights nor
-    bounds, and it works under ``torch.no_grad`` and ``torch.inference_mode``. ``memory_budget`` in bytes limits what a chunk
-    keeps for its backward pass (default: 1 GiB on the CPU, a quarter of the free memory on a GPU, and no more than
-    :func:`~marginclip.networks.memory.memory_budget`); ``autocast`` is the dtype
-    of mixed precision, or None to leave the caller's autocast as it is. ``track`` goes through the steps of a chunk, and can show how
-    far it is.
+    Args:
+        model: images to logits. The search puts it into evaluation mode, so that images do not influence each other, and then
+            back into the mode that it was in.
+        classes: the class that each image climbs for, (N,) int64 in [0, K).
+        starts: where the images start, (N, C, H, W) in [0, 1].
+        steps: most steps that an image takes, from 0 up.
+        step_size: what the direction is multiplied by in a step, positive.
+        rule: how the gradient becomes a direction: ``raw`` (the published script: step 0.01), ``unit_norm`` (L2 norm 1 for each
+            image: the step is a distance), ``unit_rms`` (root mean square 1: the step means the same at every image size) or
+            ``sign``.
+        momentum: share of the last move that is added to the direction, in [0, 1).
+        tolerance: the search of a chunk ends early when its mean best margin has grown by less, relative to itself, over
+            ``patience`` steps. 0: never.
+        patience: steps, at least 1, that ``tolerance`` looks back over.
+        memory_budget: limit of what a chunk keeps for its backward pass, in bytes. None: 1 GiB on the CPU, a quarter of the
+            free memory on a GPU, and no more than :func:`~marginclip.networks.memory.memory_budget`.
+        autocast: the dtype of mixed precision. None: the caller's autocast stays as it is.
+        track: goes through the steps of a chunk, and can show how far it is.
+
+    Returns:
+        The best images and their margins.
+
+    Raises:
+        UserError: for a setting outside its range, and for another number of classes than of starts.
     """
     require(rule in ASCENT_RULES, f"ascent rule must be one of {', '.join(ASCENT_RULES)}, got '{rule}'")
     require(steps >= 0 and step_size > 0, f"ascent needs steps >= 0 and step_size > 0, got {steps} and {step_size:g}")

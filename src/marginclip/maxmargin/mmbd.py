@@ -49,14 +49,27 @@ class MaximumMargins:
 class MaximumMarginTest:
     """The settings of MM-BD; called with a model, the shape of its images (C, H, W) and its number of classes K.
 
-    r_t, the statistic of class t, is the largest margin that gradient ascent finds from ``starts`` random images in at most
-    ``steps`` steps (``rule``, ``step_size``, ``tolerance``: see :func:`~marginclip.maxmargin.margin.ascend_margins`). A gamma
-    distribution G is fitted to all but the largest; p = 1 - G(r_max)^e is the chance that the largest of e draws is as large, where
-    ``exponent`` is ``classes`` (e = K, the published script) or ``others`` (K - 1). This p is far too small as the null was fitted
-    without the largest value: at K = 10 and a nominal 5 % it accuses about a quarter of clean models. ``calibration="bootstrap"``
-    therefore replaces it by the share of ``simulations`` sets of K draws from the fitted null that, treated alike (maximum left
-    out, null refitted), give a p as small. ``none`` is the published p-value, but for the location of the null, which is 0 here. A
-    backdoor is detected where p <= ``alpha``.
+    r_t, the statistic of class t, is the largest margin that gradient ascent finds from random images
+    (:func:`~marginclip.maxmargin.margin.ascend_margins`). A gamma distribution G is fitted to all but the largest;
+    p = 1 - G(r_max)^e is the chance that the largest of e draws is as large. This p is far too small as the null was fitted
+    without the largest value: at K = 10 and a nominal 5 % it accuses about a quarter of clean models. So it is calibrated.
+
+    Args:
+        starts: random images that each class starts from, the same for all classes.
+        steps: most steps of an ascent, from 0 up.
+        step_size: of the ascent, positive.
+        rule: how the gradient becomes a direction: ``raw``, ``unit_norm``, ``unit_rms`` or ``sign``.
+        tolerance: an ascent ends where the mean best margin grows by less, relative to itself, over 10 steps. 0: never.
+        calibration: ``bootstrap`` replaces p by the share of simulated sets of K draws from the fitted null that, treated alike
+            (maximum left out, null refitted), give a p as small. ``none`` is the published p-value, but for the location of the
+            null, which is 0 here.
+        simulations: how many sets ``bootstrap`` draws, at least 100.
+        exponent: what e is: ``classes`` (K, the published script) or ``others`` (K - 1).
+        alpha: a backdoor is detected where p is not above this, in (0, 1).
+        seed: of the random images and of the simulated sets.
+
+    Raises:
+        UserError: for a setting outside its range.
     """
 
     starts: int = 30

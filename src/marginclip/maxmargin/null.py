@@ -14,22 +14,33 @@ TAIL_SHARE = 0.1
 
 
 def p_values(statistic: Tensor, clean: Tensor, *, null_distribution: str = "tail") -> Tensor:
-    """P(S >= statistic) for a clean sample, (N,) in (0, 1], given the statistics (M,) of clean samples.
-
-    ``gaussian``: mean and unbiased standard deviation of the clean samples (the papers). ``empirical``: (1 + how many clean
-    samples reach it) / (M + 1), which never errs on the optimistic side but cannot fall below 1 / (M + 1). ``tail``: the
-    empirical one up to the largest tenth of the clean samples, and a generalised Pareto tail behind it, fitted by
-    probability-weighted moments (Hosking and Wallis 1987) with a shape in [0, 0.5]: no lighter than exponential.
+    """P(S >= statistic) for a clean sample, given the statistics of clean samples.
 
     Where the clean statistics do not vary there is nothing to judge by, and every p-value is 1.
 
-    Of 4 clean samples 1 reaches 2.5, and none 9; the Gaussian null takes 9 for impossible:
+    Args:
+        statistic: the values to judge, (N,).
+        clean: the statistics of clean samples, (M,).
+        null_distribution: ``gaussian``: mean and unbiased standard deviation of the clean samples (the papers). ``empirical``:
+            (1 + how many clean samples reach it) / (M + 1), which never errs on the optimistic side but cannot fall below
+            1 / (M + 1). ``tail``: the empirical one up to the largest tenth of the clean samples, and a generalised Pareto
+            tail behind it, fitted by probability-weighted moments (Hosking and Wallis 1987) with a shape in [0, 0.5]: no
+            lighter than exponential.
 
-    >>> clean = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    >>> p_values(torch.tensor([2.5, 9.0]), clean, null_distribution="empirical").tolist()
-    [0.4000000059604645, 0.20000000298023224]
-    >>> p_values(torch.tensor([9.0]), clean, null_distribution="gaussian").item() < 1e-8
-    True
+    Returns:
+        The p-values (N,), float32 in [0, 1]; far out, where they are too small for a float32, they are 0.
+
+    Raises:
+        UserError: for another null distribution.
+
+    Examples:
+        Of 4 clean samples 1 reaches 2.5, and none 9; the Gaussian null takes 9 for impossible:
+
+        >>> clean = torch.tensor([0.0, 1.0, 2.0, 3.0])
+        >>> p_values(torch.tensor([2.5, 9.0]), clean, null_distribution="empirical").tolist()
+        [0.4000000059604645, 0.20000000298023224]
+        >>> p_values(torch.tensor([9.0]), clean, null_distribution="gaussian").item() < 1e-8
+        True
     """
     require(
         null_distribution in NULLS,

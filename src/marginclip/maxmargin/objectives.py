@@ -16,7 +16,13 @@ from marginclip.errors import require
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with its two terms: ``loss = data + lambda * margin``; ``margin`` stands for what is penalised."""
+    """A loss with its two terms, all scalars: ``loss = data + lambda * margin``.
+
+    Args:
+        loss: what is minimised.
+        data: the data term.
+        margin: the margin term, or what else is penalised in its place.
+    """
 
     loss: Tensor
     data: Tensor
@@ -28,10 +34,21 @@ def mmac(
 ) -> Objective:
     """The MMAC objective (Eq. 3): stay close to the model's logits on clean images, and lower the maximum margins.
 
-    ``bounded_logits`` and ``clean_logits`` (B, K) of the same clean images, with and without bounds; ``margins`` (N,) of the
-    margin inputs of all classes on the bounded network; ``lambda_`` is lambda. The data term is the mean over images *and*
-    classes of the squared difference. ``reduction`` of the margin term: ``mean`` (the paper) or ``sum`` (the published script,
-    whose lambda is N times smaller for the same effect).
+    The data term is the mean over images *and* classes of the squared difference.
+
+    Args:
+        bounded_logits: of clean images under bounds, (B, K).
+        clean_logits: of the same images without bounds, (B, K).
+        margins: of the margin inputs of all classes on the bounded network, (N,) in logits.
+        lambda_: lambda, the weight of the margin term.
+        reduction: of the margin term over the margin inputs: ``mean`` (the paper) or ``sum`` (the published script, whose
+            lambda is N times smaller for the same effect).
+
+    Returns:
+        The loss and its two terms.
+
+    Raises:
+        UserError: for another reduction.
     """
     data, term = F.mse_loss(bounded_logits.float(), clean_logits.float()), _reduced(margins, reduction)
     return Objective(data + lambda_ * term, data, term)
@@ -48,8 +65,17 @@ def margin_hinge(margins: Tensor, kappa: float, *, reduction: str = "mean") -> T
 def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], lambda_: float) -> Objective:
     """The MMBM objective (Wang et al. 2022): stay close to the model's logits on clean images, with small bounds.
 
-    ``bounded_logits`` and ``clean_logits`` (B, K) as in :func:`mmac`; ``bounds``, a tensor (channels,) for each bounded
-    activation; ``lambda_`` is lambda, the weight of the sum of the bounds' Euclidean lengths. No margin is computed.
+    No margin is computed.
+
+    Args:
+        bounded_logits: of clean images under bounds, (B, K).
+        clean_logits: of the same images without bounds, (B, K).
+        bounds: a tensor (channels,) for the upper bounds of each bounded activation, and one for its lower bounds where it has
+            such.
+        lambda_: lambda, the weight of the sum of the bounds' Euclidean lengths.
+
+    Returns:
+        The loss and its two terms; the sum stands in the place of the margin term.
     """
     data = F.mse_loss(bounded_logits.float(), clean_logits.float())
     term = torch.stack([bound.float().norm() for bound in bounds]).sum()
@@ -59,9 +85,21 @@ def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor],
 def mmom(bounded_logits: Tensor, labels: Tensor, margins: Tensor, lambda_: float, *, reduction: str = "mean") -> Objective:
     """The MMOM objective (paper 2, Eq. 5): classify a balanced clean set well, and lower the maximum margins.
 
-    ``bounded_logits`` (B, K) of clean images and their ``labels`` (B,); ``margins`` (N,) of the margin inputs, equally many for each
-    class, on the bounded network; ``lambda_`` is lambda. The data term is the cross entropy. ``reduction`` of the margin term:
-    ``mean`` over classes and their inputs (the paper) or ``sum`` (whose lambda is N times smaller for the same effect).
+    The data term is the cross entropy.
+
+    Args:
+        bounded_logits: of clean images under bounds, (B, K).
+        labels: of the same images, (B,) int64 in [0, K).
+        margins: of the margin inputs on the bounded network, equally many for each class, (N,) in logits.
+        lambda_: lambda, the weight of the margin term.
+        reduction: of the margin term: ``mean`` over classes and their inputs (the paper) or ``sum`` (whose lambda is N times
+            smaller for the same effect).
+
+    Returns:
+        The loss and its two terms.
+
+    Raises:
+        UserError: for another reduction.
     """
     data, term = F.cross_entropy(bounded_logits.float(), labels), _reduced(margins, reduction)
     return Objective(data + lambda_ * term, data, term)
@@ -78,8 +116,14 @@ def _check_reduction(reduction: str) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What bound learning knows at a step: ``bounded_logits`` and ``clean_logits`` (B, K) and ``labels`` (B,) of the same clean
-    images, ``margins`` (N,) of the margin inputs on the bounded network (none where the objective needs none), and the ``bounds``.
+    """What bound learning knows at a step.
+
+    Args:
+        bounded_logits: of clean images under bounds, (B, K).
+        clean_logits: of the same images without bounds, (B, K).
+        labels: of the same images, (B,) int64 in [0, K).
+        margins: of the margin inputs on the bounded network, (N,) in logits; N = 0 where the objective needs none.
+        bounds: all upper and lower bounds, each a tensor (channels,).
     """
 
     bounded_logits: Tensor
@@ -111,9 +155,16 @@ MARGIN_TERMS = ("hinge", "signed")
 class MMACObjective:
     """A data term plus lambda times a margin term; ``squared_error`` with ``signed`` is Eq. 3 of the MMAC paper (:func:`mmac`).
 
-    ``data`` is the ``cross_entropy`` with the labels, or the ``squared_error`` against the model's own logits. The latter wants the
-    large logits back that an attack has caused, and so wide bounds. ``penalty`` is the ``hinge`` of :func:`margin_hinge` with
-    ``kappa``, in logits, or the ``signed`` margins. ``reduction`` of the margin term over the margin inputs: ``mean`` or ``sum``.
+    Args:
+        data: the data term: the ``cross_entropy`` with the labels, or the ``squared_error`` against the model's own logits. The
+            latter wants the large logits back that an attack has caused, and so wide bounds.
+        penalty: the margin term: the ``hinge`` of :func:`margin_hinge`, or the ``signed`` margins.
+        kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa. Without effect on
+            ``signed``.
+        reduction: of the margin term over the margin inputs: ``mean`` or ``sum``.
+
+    Raises:
+        UserError: for a setting that is not one of these.
     """
 
     data: str = "cross_entropy"
@@ -155,7 +206,14 @@ class MMBMObjective:
 
 @dataclass(frozen=True)
 class MMOMObjective:
-    """:func:`mmom`, with its ``reduction`` of the margins; of all clean images, also those that the model gets wrong."""
+    """:func:`mmom`, of all clean images, also those that the model gets wrong.
+
+    Args:
+        reduction: of the margin term over the margin inputs: ``mean`` or ``sum``.
+
+    Raises:
+        UserError: for another reduction.
+    """
 
     reduction: str = "mean"
     ascends = True

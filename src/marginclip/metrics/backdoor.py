@@ -14,16 +14,28 @@ from torchmetrics import Metric
 
 
 def share_equal(decisions: Tensor, labels: Tensor) -> Tensor:
-    """The share of ``decisions`` (N,) that equal ``labels`` (N,), a scalar in [0, 1]; NaN for no samples.
+    """The share of decisions that equal the labels.
 
-    >>> share_equal(torch.tensor([3, 3, 1, -1]), torch.tensor([3, 3, 3, 3])).item()
-    0.5
+    Args:
+        decisions: (N,) int64; -1 means rejected.
+        labels: (N,) int64.
+
+    Returns:
+        A scalar in [0, 1]; NaN for no samples.
+
+    Examples:
+        >>> share_equal(torch.tensor([3, 3, 1, -1]), torch.tensor([3, 3, 3, 3])).item()
+        0.5
     """
     return (decisions == labels).float().mean()
 
 
 class Share(Metric):
-    """The share of true values among all that it was given; NaN before the first."""
+    """The share of true values among all that it was given; NaN before the first.
+
+    Args:
+        **settings: those of :class:`torchmetrics.Metric`.
+    """
 
     full_state_update = False
     higher_is_better: bool | None = True

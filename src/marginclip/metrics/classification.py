@@ -26,14 +26,26 @@ LARGEST_UPDATE = 2**24  # samples x cells counted at once where torchmetrics com
 def shot_groups(training_counts: Tensor) -> dict[str, Tensor]:
     """Which classes are ``many`` (over 100 training images), ``medium`` (20 to 100) and ``few`` (under 20).
 
-    ``training_counts`` (K,) are whole numbers; returns masks (K,), bool, of which one holds for every class.
+    Args:
+        training_counts: the training images of every class, (K,) whole numbers.
+
+    Returns:
+        By name, masks (K,), bool, of which one holds for every class.
     """
     many, few = training_counts > MANY, training_counts < FEW
     return {"many": many, "medium": ~many & ~few, "few": few}
 
 
 def shot_accuracy(per_class: Tensor, training_counts: Tensor) -> dict[str, float]:
-    """Mean of the accuracies ``per_class`` (K,) over each of :func:`shot_groups`; a group without tested classes is left out."""
+    """Mean of the classes' accuracies over each of :func:`shot_groups`.
+
+    Args:
+        per_class: the accuracy of every class, (K,) in [0, 1]; NaN for a class without test images.
+        training_counts: the training images of every class, (K,) whole numbers.
+
+    Returns:
+        The mean by group, in [0, 1]; a group without tested classes is left out.
+    """
     chosen = {name: per_class[mask.to(per_class.device)] for name, mask in shot_groups(training_counts).items()}
     return {name: float(values.nanmean()) for name, values in chosen.items() if not values.isnan().all()}
 
@@ -45,15 +57,26 @@ def top_label(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def brier_scores(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Squared distance (N,) of ``probabilities`` (N, K) from the label's unit vector, summed over classes, in [0, 2]."""
+    """Squared distance of probabilities from the label's unit vector, summed over classes.
+
+    Args:
+        probabilities: of the classes, (N, K) in [0, 1].
+        labels: (N,) int64 in [0, K).
+
+    Returns:
+        The scores (N,), in [0, 2].
+    """
     truth = F.one_hot(labels, probabilities.shape[1])
     return (probabilities - truth).square().sum(1)
 
 
 class DecisionScores(nn.Module):
-    """Per-class scores of decisions (N,) int64 against labels (N,) of ``num_classes`` classes.
+    """Per-class scores of decisions (N,) int64 against labels (N,).
 
     A decision of -1 means that the sample was rejected: it is wrong for its class, and a column of its own behind the classes.
+
+    Args:
+        num_classes: K, without the rejected.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -103,6 +126,9 @@ class Reliability(Metric):
     """Calibration by ``NUM_BINS`` equal bins of the likeliest class's confidence: what a reliability diagram shows.
 
     A bin holds its lower edge but not its upper one; the last bin holds confidence 1 too.
+
+    Args:
+        **settings: those of :class:`torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -135,6 +161,9 @@ class CalibrationScores(nn.Module):
 
     ECE and MCE are the mean (by samples) and the largest gap between confidence and accuracy over the bins of
     :class:`Reliability` (Guo et al. 2017).
+
+    Args:
+        num_classes: K.
     """
 
     def __init__(self, num_classes: int) -> None:

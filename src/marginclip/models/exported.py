@@ -27,8 +27,23 @@ def exported_model(
 ) -> nn.Module:
     """The network in the file ``path`` that ``torch.export.save`` wrote, with its weights.
 
-    **Loading such a file can run code from it**: torch unpickles it. So ``trust`` must say that this may be. ``output`` as in
-    :func:`from_program`. Raises :class:`UserError` for other files, and for programs that are no classifiers of images.
+    **Loading such a file can run code from it**: torch unpickles it. So ``trust`` must say that this may be.
+
+    Args:
+        num_classes: has no effect: the program has its own number of classes, which a run compares with that of the data.
+        in_channels: channels of the images.
+        path: the file. None, the default, is refused.
+        trust: whether code from the file may run; must be true.
+        output: as in :func:`from_program`.
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. None: nothing.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Returns:
+        The network behind its normalisation.
+
+    Raises:
+        UserError: without ``trust``, for other files, for programs that are no classifiers of images, and for statistics that
+            do not fit.
     """
     del num_classes  # the file's own, which the run compares with that of the data
     require(path is not None and Path(path).is_file(), f"model.path must be an exported program, a .pt2 file, got {path!r}")
@@ -52,9 +67,16 @@ def exported_model(
 def from_program(program: torch.export.ExportedProgram, *, output: str | None = None) -> fx.GraphModule:
     """The network of an exported program, which can be moved, copied and bounded like any other: images (N, C, H, W) to logits.
 
-    It shares its weights with the program. ``output`` names the attribute or key of what the program returns that holds the logits.
-    Raises :class:`UserError` for a program of several inputs, one without logits, and one that takes only as many images as it was
-    exported with.
+    Args:
+        program: what ``torch.export.export`` makes of a network, or ``torch.export.load`` reads.
+        output: attribute or key of what the program returns that holds the logits. None: it returns them alone.
+
+    Returns:
+        The network; it shares its weights with the program.
+
+    Raises:
+        UserError: for a program of several inputs, one without logits, and one that takes only as many images as it was
+            exported with.
     """
     module = program.module()
     assert isinstance(module, fx.GraphModule)

@@ -27,8 +27,24 @@ def huggingface_model(
     """The image classifier in the folder ``path``: ``config.json``, and its weights in safetensors; needs the package transformers.
 
     Nothing is downloaded, and no code or pickle in the folder is run. Without safetensors the weights are fresh ones, for
-    ``num_classes`` classes. ``output`` names the logits in what the network returns. ``mean`` and ``std`` ``auto`` are those of
-    ``preprocessor_config.json``, where there is one. Raises :class:`UserError` for a folder that holds no such classifier.
+    ``num_classes`` classes.
+
+    Args:
+        num_classes: how many logits it gives; where the folder has weights, it must be their own number of classes.
+        in_channels: channels of the images.
+        path: the folder. None, the default, is refused.
+        output: attribute or key of what the network returns that holds the logits.
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. ``auto``: ``image_mean`` of
+            ``preprocessor_config.json``, where there is one. None: nothing.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. ``auto``:
+            ``image_std`` of the same file. None: nothing.
+
+    Returns:
+        The network behind its normalisation, in full precision.
+
+    Raises:
+        UserError: without the package, for a folder that holds no such classifier, for another number of classes, and for
+            statistics that do not fit.
     """
     folder = Path(path or "")
     require(

@@ -19,8 +19,12 @@ from marginclip.models.normalize import make_normalize
 class NormalizedNetwork(nn.Module):
     """A network behind a normalisation: images in [0, 1] to logits (N, K).
 
-    ``output`` names the attribute or key of what the network returns that holds the logits; None where it returns them.
     ``loaded_from`` is the file or folder that the network's weights were read from, None for other ones.
+
+    Args:
+        normalize: maps images (N, C, H, W) in [0, 1] to what the network takes.
+        network: maps that to logits, or to something that holds them.
+        output: attribute or key of what the network returns that holds the logits. None: it returns them.
     """
 
     loaded_from: str | None = None
@@ -47,11 +51,25 @@ def imported_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """The network that ``target``, ``package.module:factory`` or ``path/to/file.py:factory``, makes from ``arguments``.
+    """The network that the factory ``target`` makes from ``arguments``.
 
-    **Importing a module or a file runs its code**: name only what you trust. ``num_classes`` and ``in_channels`` are given to the factory
-    where it takes arguments of these names and ``arguments`` does not say otherwise. Raises :class:`UserError` for a target that
-    cannot be imported, a factory that raises or lacks arguments, and for what is no module.
+    **Importing a module or a file runs its code**: name only what you trust.
+
+    Args:
+        num_classes: given to the factory where it takes an argument of this name and ``arguments`` does not say otherwise.
+        in_channels: channels of the images; given to the factory in the same way.
+        target: ``package.module:factory`` or ``path/to/file.py:factory``. None, the default, is refused.
+        arguments: further ones of the factory, by name. None: none.
+        output: attribute or key of what the network returns that holds the logits. None: it returns them.
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. None: nothing.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Returns:
+        The network behind its normalisation.
+
+    Raises:
+        UserError: for a target that cannot be imported, a factory that raises or lacks arguments, what is no module, and
+            statistics that do not fit.
     """
     if not isinstance(target, str) or not all(target.rpartition(":")[::2]):
         raise UserError(f"model.target must be package.module:factory or path/to/file.py:factory, got {target!r}")
@@ -82,7 +100,21 @@ def timm_model(
 ) -> nn.Module:
     """A classifier of timm by its name, with fresh weights and the normalisation inside; needs the package timm.
 
-    ``arguments`` are further ones of ``timm.create_model``, such as ``img_size``.
+    Args:
+        num_classes: how many logits it gives.
+        in_channels: channels of the images.
+        network: name of a model of timm.
+        arguments: further ones of ``timm.create_model``, such as ``img_size``. None: none.
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. The default is ImageNet's, of 3
+            channels. None: nothing.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Returns:
+        The network behind its normalisation.
+
+    Raises:
+        UserError: without the package, for an unknown name, for arguments that timm refuses, and for statistics that do not
+            fit.
     """
     try:
         import timm

@@ -40,6 +40,19 @@ class PreActResNet(nn.Module):
     Takes images (N, in_channels, H, W) in [0, 1] of any H, W from 8 up and returns logits (N, num_classes). The default is the
     PreActResNet-18 of WaNet's code and of the public backdoor benchmarks: without the batch norm and activation behind the
     last block that He et al. have, and with parameter names as theirs (``conv1``, ``layer1.0.bn1``, ``layer2.0.shortcut.0``, ``linear``).
+
+    Args:
+        num_classes: how many logits it gives, at least 2.
+        in_channels: channels of the images.
+        blocks: residual blocks of each stage, from 1 up; stages after the first halve the image.
+        width: channels of the stem and of the first stage; each further one has twice as many.
+        activation: ``relu``, ``leaky_relu``, ``elu``, ``gelu`` or ``silu``.
+        negative_slope: of ``leaky_relu`` alone (paper 1, section 5.3 uses 0.1).
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. None: nothing, as in the papers.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Raises:
+        UserError: for fewer than 2 classes, ``blocks`` that are no list of counts, and other settings outside their range.
     """
 
     def __init__(

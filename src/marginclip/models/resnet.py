@@ -63,6 +63,21 @@ class ResNet(nn.Module):
     With ``blocks=(2, 2, 2, 2)``, ``width=64`` and ``shortcut="projection"`` it is the CIFAR ResNet-18 of the papers; with
     ``(5, 5, 5)``, 16 and ``"pad"`` ResNet-32. Parameter names follow the common CIFAR implementation (``conv1``, ``bn1``,
     ``layer1.0.conv1``, ``layer2.0.shortcut.0``, ``linear``).
+
+    Args:
+        num_classes: how many logits it gives, at least 2.
+        in_channels: channels of the images.
+        blocks: residual blocks of each stage, from 1 up.
+        width: channels of the stem and of the first stage; each further one has twice as many.
+        shortcut: what passes by a block that changes the size or the channels. ``projection``: a 1 x 1 convolution with batch
+            norm; ``pad``: every second pixel, with zeros in the new channels, and no parameters.
+        activation: ``relu``, ``leaky_relu``, ``elu``, ``gelu`` or ``silu``.
+        negative_slope: of ``leaky_relu`` alone (paper 1, section 5.3 uses 0.1).
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. None: nothing, as in the papers.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Raises:
+        UserError: for fewer than 2 classes, ``blocks`` that are no list of counts, and other settings outside their range.
     """
 
     def __init__(

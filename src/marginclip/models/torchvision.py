@@ -14,8 +14,16 @@ from marginclip.models.normalize import make_normalize
 class TorchvisionModel(nn.Module):
     """A torchvision classification network by name, taking images in [0, 1] and giving logits (N, num_classes).
 
-    ``weights`` is a torchvision weights name such as ``"DEFAULT"`` (downloaded) or None for a fresh network; with weights the
-    network's own number of classes must be asked for. Raises :class:`UserError` for an unknown name.
+    Args:
+        num_classes: how many logits it gives. With ``weights``, it must be the number of classes that these have.
+        in_channels: channels of the images; must be 3.
+        network: name of a classifier in ``torchvision.models``.
+        weights: a name of torchvision's weights for it, such as ``DEFAULT``, which are downloaded. None: fresh weights.
+        mean: what is subtracted from each channel, (3,) for images in [0, 1]. The default is ImageNet's. None: nothing.
+        std: what each channel is divided by then, (3,) and positive; given together with ``mean``. None: nothing.
+
+    Raises:
+        UserError: for an unknown name, for images of other than 3 channels, and for statistics that do not fit.
     """
 
     def __init__(

@@ -15,9 +15,20 @@ from marginclip.models.normalize import make_normalize
 class VGG(nn.Module):
     """Plain 3 x 3 convolutions in stages, with batch norm, and one linear layer (Simonyan and Zisserman 2015, for small images).
 
-    A stage of ``blocks`` has that many convolutions and ends with a halving of the image; the first has ``width`` channels, each
-    further one twice as many, up to 8 ``width``. ``(2, 2, 4, 4, 4)`` and 64 are VGG-19. Takes images (N, in_channels, H, W) in [0, 1]
-    and returns logits (N, num_classes).
+    Takes images (N, in_channels, H, W) in [0, 1] and returns logits (N, num_classes). The default is VGG-19.
+
+    Args:
+        num_classes: how many logits it gives, at least 2.
+        in_channels: channels of the images.
+        blocks: convolutions of each stage, from 1 up; a stage ends with a halving of the image. ``(2, 2, 4, 4, 4)`` is VGG-19.
+        width: channels of the first stage, 64 for VGG-19; each further one has twice as many, up to 8 ``width``.
+        activation: ``relu``, ``leaky_relu``, ``elu``, ``gelu`` or ``silu``.
+        negative_slope: of ``leaky_relu`` alone (paper 1, section 5.3 uses 0.1).
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. None: nothing, as in the papers.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Raises:
+        UserError: for fewer than 2 classes, ``blocks`` that are no list of counts, and other settings outside their range.
     """
 
     def __init__(

@@ -16,6 +16,21 @@ class ViT(nn.Module):
 
     The default is ViT-Small (12 layers, 6 heads, 384 channels) on a 32-pixel image in 8 x 8 patches of 4 pixels. Takes images
     (N, in_channels, image_size, image_size) in [0, 1] and returns logits (N, num_classes).
+
+    Args:
+        num_classes: how many logits it gives, at least 2.
+        in_channels: channels of the images.
+        image_size: side of the images, in pixels; a multiple of ``patch_size``.
+        patch_size: side of a patch, in pixels.
+        layers: transformer layers.
+        heads: attention heads of a layer.
+        width: channels that stand for a patch; a multiple of ``heads``. The hidden layer of each MLP has 4 times as many.
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. None: nothing.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. None: nothing.
+
+    Raises:
+        UserError: for fewer than 2 classes, counts under 1, sizes that do not divide each other, and statistics that do not
+            fit.
     """
 
     def __init__(

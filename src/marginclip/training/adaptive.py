@@ -22,6 +22,15 @@ class AdaptiveTraining(PoisonedTraining):
     trained. Batch norm is in training mode: with frozen statistics nothing keeps the activations of the *unbounded* model from
     growing, and it diverged. The model takes weights and statistics over after every epoch. The optimizer is SGD with the
     attack's own learning rate.
+
+    Args:
+        model: the poisoned model to start from, which is trained itself: images (B, C, H, W) to logits (B, K).
+        attack: must be an :class:`~marginclip.attacks.Adaptive`; it learns the defender's bounds.
+        **settings: those of :class:`~marginclip.training.ClassifierTraining`. ``label_smoothing`` alone has an effect; an
+            ``optimizer`` must be given all the same.
+
+    Raises:
+        UserError: as :class:`~marginclip.training.ClassifierTraining`.
     """
 
     several_devices = None  # the bounded copy lives with its training alone

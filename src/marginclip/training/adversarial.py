@@ -15,6 +15,15 @@ class AdversarialTraining(PoisonedTraining):
     """:class:`PoisonedTraining` on images moved within ``eps`` by one signed gradient step of 1.25 ``eps`` from a random start.
 
     Fast adversarial training (Wong, Rice and Kolter, ICLR 2020). The random starts follow from ``seed`` and the batch alone.
+
+    Args:
+        model: what is trained, itself and no copy: images (B, C, H, W) to logits (B, K).
+        eps: how far a pixel of an image in [0, 1] may be moved at most.
+        **settings: ``attack`` of :class:`PoisonedTraining`, and those of :class:`~marginclip.training.ClassifierTraining`:
+            ``optimizer``, ``scheduler``, ``label_smoothing``, ``loss`` and ``seed``.
+
+    Raises:
+        UserError: as :class:`~marginclip.training.ClassifierTraining`.
     """
 
     def __init__(self, model: nn.Module, *, eps: float, **settings: Any) -> None:

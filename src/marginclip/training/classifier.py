@@ -33,13 +33,22 @@ def made(key: str, factory: Any, *positional: Any, **settings: Any) -> Any:
 class ClassifierTraining(L.LightningModule):
     """Minimises the cross entropy of batches ``{"images": (B, C, H, W), "labels": (B,)}``.
 
-    ``optimizer`` makes an optimizer from parameters; ``scheduler`` makes a schedule from ``(optimizer, total_steps=...)`` and is
-    stepped after every batch. ``loss`` takes the place of the cross entropy; it is adapted to ``model`` already. What it draws
-    follows from ``seed`` and the batch alone, so an interrupted training goes on as it would have. ``forward_pass`` is what a
-    step calls for the logits: the model, unless a callback puts something else there
+    ``forward_pass`` is what a step calls for the logits: the model, unless a callback puts something else there
     (:class:`~marginclip.training.replay.CudaGraphs`). ``several_devices`` is the Trainer's strategy for several devices, None
-    where a training takes one device alone. Raises :class:`UserError` when the loss is not finite, and for a ``label_smoothing``
-    that would have no effect.
+    where a training takes one device alone.
+
+    Args:
+        model: what is trained, itself and no copy: images (B, C, H, W) to logits (B, K).
+        optimizer: makes an optimizer from parameters.
+        scheduler: makes a schedule from ``(optimizer, total_steps=...)``, which is stepped after every batch. None: the
+            learning rate stays.
+        label_smoothing: of the cross entropy, in [0, 1); 0 with another ``loss``.
+        loss: takes the place of the cross entropy; it is adapted to ``model`` already. None: the cross entropy.
+        seed: what ``loss`` draws follows from it and the batch alone, so an interrupted training goes on as it would have.
+
+    Raises:
+        UserError: for a ``label_smoothing`` outside its range, or that would have no effect. Every 50th step of training raises
+            it when the loss is not finite.
     """
 
     several_devices: str | None = "ddp_spawn"

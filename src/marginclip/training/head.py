@@ -14,7 +14,13 @@ from marginclip.training.long_tail import LongTailTraining
 class HeadTraining(LongTailTraining):
     """:class:`LongTailTraining` of the last layer of ``model``; the rest is frozen, in evaluation mode with its batch norms.
 
-    Raises :class:`UserError` for a model whose last layer is neither linear nor of cosines.
+    Args:
+        model: what is trained, itself and no copy: images (B, C, H, W) to logits (B, K). All but its last layer is frozen.
+        **settings: those of :class:`LongTailTraining`: ``class_counts``, ``attack`` and the further ones.
+
+    Raises:
+        UserError: for a model whose last layer is neither linear nor of cosines; and as
+            :class:`~marginclip.training.ClassifierTraining`.
     """
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:

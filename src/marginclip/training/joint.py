@@ -19,6 +19,14 @@ class JointTraining(PoisonedTraining):
 
     Each step clears the gradients of everything that it steps, the generator's too (the published code lets those add up over the
     whole training).
+
+    Args:
+        *args: the model of :class:`PoisonedTraining`.
+        **settings: those of :class:`PoisonedTraining`. ``attack`` must be an :class:`~marginclip.attacks.InputAware`; ``loss``
+            and ``seed`` have no effect.
+
+    Raises:
+        UserError: as :class:`~marginclip.training.ClassifierTraining`.
     """
 
     several_devices = "ddp_spawn_find_unused_parameters_true"  # no step takes all three networks

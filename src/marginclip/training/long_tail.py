@@ -16,7 +16,16 @@ class LongTailTraining(PoisonedTraining):
     """:class:`PoisonedTraining` whose validation also logs the mean accuracy over classes, ``val/class_acc``, and that over
     :func:`~marginclip.metrics.classification.shot_groups`, ``val/many``, ``val/medium`` and ``val/few`` where there are such.
 
-    ``class_counts`` (K,) are the training images of every class. A class without validation images counts in no mean.
+    A class without validation images counts in no mean.
+
+    Args:
+        model: what is trained, itself and no copy: images (B, C, H, W) to logits (B, K).
+        class_counts: the training images of every class, (K,).
+        **settings: ``attack`` of :class:`PoisonedTraining`, and those of :class:`~marginclip.training.ClassifierTraining`:
+            ``optimizer``, ``scheduler``, ``label_smoothing``, ``loss`` and ``seed``.
+
+    Raises:
+        UserError: as :class:`~marginclip.training.ClassifierTraining`.
     """
 
     def __init__(self, model: nn.Module, *, class_counts: Tensor, **settings: Any) -> None:

@@ -15,8 +15,17 @@ class PoisonedTraining(ClassifierTraining):
     """:class:`ClassifierTraining` whose validation logs ``val/acc`` on the first loader and ``val/asr``, ``val/pacc`` on the second.
 
     Triggered batches hold ``targets`` and ``sources`` (B,); without an attack there is no second loader. A third one holds cross
-    triggers, whose share of true labels is ``val/cross_acc``. ``attack`` is the one that the data module poisons with; it is on
-    the device, in checkpoints and in the mode of the training.
+    triggers, whose share of true labels is ``val/cross_acc``.
+
+    Args:
+        model: what is trained, itself and no copy: images (B, C, H, W) to logits (B, K).
+        attack: the one that the data module poisons with; it is on the device, in checkpoints and in the mode of the training.
+            None: there is no attack.
+        **settings: those of :class:`~marginclip.training.ClassifierTraining`: ``optimizer``, ``scheduler``,
+            ``label_smoothing``, ``loss`` and ``seed``.
+
+    Raises:
+        UserError: as :class:`~marginclip.training.ClassifierTraining`.
     """
 
     def __init__(self, model: nn.Module, *, attack: Attack | None = None, **settings: Any) -> None:

@@ -14,11 +14,19 @@ from marginclip.errors import require
 class WarmUpAndDrops:
     """Makes schedules of ``epochs`` epochs whose rate rises linearly, epoch by epoch, and later drops to parts of itself.
 
-    In epoch e, from 1, of the first ``warm_up_epochs`` the rate is ``e / warm_up_epochs`` of the optimizer's own. Behind each of
-    ``milestones`` (epochs done) it is its one of ``factors``, of the optimizer's own rate too. Milestones under 1 are shares of
-    ``epochs``, rounded to whole ones, others epochs (LDAM-DRW: 160 and 180 of 200, to 0.01 and 0.0001; Cao et al. 2019).
+    The default is that of LDAM-DRW (drops at 160 and 180 of 200 epochs, to 0.01 and 0.0001; Cao et al. 2019).
 
-    Raises :class:`UserError` for milestones that do not rise or are never reached, and for another number of factors.
+    Args:
+        epochs: length of the training, at least 1.
+        warm_up_epochs: how many first epochs the rate rises in. In the e-th of them, from 1, it is ``e / warm_up_epochs`` of
+            the optimizer's own. 0: no warm-up.
+        milestones: epochs done, in rising order, behind each of which the rate drops; positive. Those under 1 are shares of
+            ``epochs``, rounded to whole ones; one that is rounded to ``epochs`` has no effect.
+        factors: part of the optimizer's own rate behind each milestone, positive, as many as ``milestones``.
+
+    Raises:
+        UserError: for a setting outside its range, for milestones that do not rise or are never reached, and for another number
+            of factors.
     """
 
     def __init__(
@@ -68,5 +76,13 @@ def _are_numbers(values: object) -> bool:
 
 
 def cosine_to_zero(optimizer: Optimizer, *, total_steps: int) -> CosineAnnealingLR:
-    """From the optimizer's rate to zero along half a cosine, stepped after every batch."""
+    """From the optimizer's rate to zero along half a cosine, stepped after every batch.
+
+    Args:
+        optimizer: the optimizer whose rate falls.
+        total_steps: steps until the rate is zero.
+
+    Returns:
+        The schedule.
+    """
     return CosineAnnealingLR(optimizer, T_max=total_steps)

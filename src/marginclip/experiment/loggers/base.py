@@ -67,7 +67,11 @@ class Destination(ABC):
 
 
 class RunLoggers:
-    """All destinations of one run."""
+    """All destinations of one run.
+
+    Args:
+        destinations: the places that it is logged to; there may be none.
+    """
 
     def __init__(self, destinations: list[Destination]) -> None:
         self.destinations = destinations
@@ -85,7 +89,20 @@ class RunLoggers:
 
 @contextmanager
 def opened_loggers(spec: RunSpec, folder: Path, *, job: str, name: str) -> Iterator[RunLoggers]:
-    """The loggers of one run, which write under ``folder``; they are closed at the end, as ``failed`` after an exception."""
+    """The loggers of one run; they are closed at the end, as ``failed`` after an exception.
+
+    Args:
+        spec: the run; its ``logger`` group names the destinations.
+        folder: the folder of the run, which they write under.
+        job: ``train`` or ``defend``.
+        name: what the run is called at its destinations.
+
+    Yields:
+        The loggers, begun.
+
+    Raises:
+        UserError: for a destination that cannot be made, or cannot begin.
+    """
     loggers = RunLoggers([destination(name_, settings) for name_, settings in spec.logger.items()])
     run = LoggedRun(spec, folder, job, name)
     for each in loggers.destinations:

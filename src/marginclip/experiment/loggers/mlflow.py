@@ -12,9 +12,12 @@ from marginclip.record import RunRecord
 
 
 class MLflow(Destination):
-    """Runs of the MLflow experiment ``experiment`` at ``tracking_uri``; None takes MLFLOW_TRACKING_URI, else ``runs_dir/mlruns``.
+    """Runs of an MLflow experiment.
 
-    ``group`` is the sweep that a run is part of.
+    Args:
+        experiment: name of the experiment.
+        tracking_uri: the folder or server that keeps it. None: that of MLFLOW_TRACKING_URI, else ``runs_dir/mlruns``.
+        group: the sweep that a run is part of, kept as a tag. None: the one that the command line runs it in, else none.
     """
 
     def __init__(self, *, experiment: str = "marginclip", tracking_uri: str | None = None, group: str | None = None) -> None:

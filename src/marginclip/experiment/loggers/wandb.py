@@ -23,9 +23,16 @@ ROC = "roc/detector"
 
 
 class WandB(Destination):
-    """A run of ``project``, of ``entity`` (None: the login's own), in ``group``, which is the sweep where None is given.
+    """A run of a Weights & Biases project.
 
-    ``mode`` is online, offline or auto: online where an API key is configured, so nothing ever prompts.
+    Args:
+        mode: ``online``, ``offline`` or ``auto``, which is online where an API key is configured, so nothing ever prompts.
+        project: name of the project.
+        entity: user or team that the project belongs to. None: the login's own.
+        group: the group of the run. None: the sweep that the command line runs it in, else none.
+
+    Raises:
+        UserError: for another mode. :meth:`start` raises it for an online run without a key.
     """
 
     def __init__(
