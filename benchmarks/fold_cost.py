@@ -1,11 +1,11 @@
-"""What the detector's cross-fitting costs and is worth: as many steps on fewer images, steps of full size, or one half alone.
+"""What the detector's cross-fitting costs and is worth: steps of fewer images, steps of full size, or one half alone.
 
     python benchmarks/fold_cost.py --runs-dir runs --seeds 0,1,2
 
-Each victim is repaired once. Its detector is then fitted three ways, and each is judged on the evaluation images: ``in proportion``, which is
-what :func:`~marginclip.defenses.cross_fitting.cross_fitted` does, two repairs whose steps take half of the images; ``full steps``, two repairs
-whose steps take as many images as the repair's own; and ``one half``, the first of these alone, whose null has half of the images. Victims
-that are not in the store are trained first.
+Each victim is repaired once. Its detector is then fitted three ways, and each is judged on the evaluation images. ``in proportion`` is what
+:func:`~marginclip.defenses.cross_fitting.cross_fitted` does: two repairs whose steps take half of the images. ``full steps`` are two
+repairs whose steps take as many images as the repair's own. ``one half`` is the first of these alone; its null has half of the images.
+Victims that are not in the store are trained first.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ def main() -> None:
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--victim", default="attack=badnet", help="options of the victims")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--clean-per-class", type=int, default=50)
     given = parser.parse_args()
     silence_lightning()
     print("| victim | folds | MMAC | MMDF | MMDF, repair decides | false alarms, % | TPR, % | s | times the repair |")
     print("|---|---|---|---|---|---|---|---|---|")
     for seed in given.seeds.split(","):
-        setup, _ = obtained(f"{given.victim} seed={seed}", given.runs_dir)
+        setup, _ = obtained(f"{given.victim} seed={seed}", given.runs_dir, clean_per_class=given.clean_per_class)
         model, (images, labels), judge = setup.model, setup.data.clean_set(), Judge(setup)
         started = time.process_time()
         network = MMAC().fit(model, images, labels).network

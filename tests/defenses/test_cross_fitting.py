@@ -79,7 +79,9 @@ def steps_of(victim, images, labels, **settings):
 
 
 @pytest.mark.parametrize(("folds", "clean_images", "inputs"), [(2, 5, 8), (5, 8, 16)])
-def test_a_fold_takes_as_many_steps_on_as_many_fewer_images_as_its_clean_set_is_smaller(victim, clean, folds, clean_images, inputs):
+def test_a_fold_takes_as_many_steps_on_as_many_fewer_images_as_its_clean_set_is_smaller(
+    victim, clean, folds, clean_images, inputs
+):
     images, labels = clean
     assert int(labels.max()) == 3
     sizes = steps_of(victim, images, labels, folds=folds)

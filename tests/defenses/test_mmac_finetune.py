@@ -16,7 +16,9 @@ SHORT = partial(MMAC, steps=4, extra_steps=0, check_every=2, ascent=AscentPlan(s
 
 
 def make(**settings):
-    return MMACFineTune(**({"mmac": SHORT, "epochs": 2, "batch_size": 12, "ascent": AscentPlan(starts_per_class=2, refresh_every=1)} | settings))
+    return MMACFineTune(
+        **({"mmac": SHORT, "epochs": 2, "batch_size": 12, "ascent": AscentPlan(starts_per_class=2, refresh_every=1)} | settings)
+    )
 
 
 def test_bounds_stay_as_mmac_learned_them_and_every_weight_moves(victim, clean, fit):
