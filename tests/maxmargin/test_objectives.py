@@ -65,6 +65,33 @@ def test_the_hinge_counts_what_is_won_or_nearly(reduction):
     assert margins.grad.ne(0).tolist() == [False, False, True, True, True]
 
 
+@pytest.mark.parametrize(
+    ("largest", "counted"), [(1, [2.0]), (2, [2.0, 0.0]), (4, [2.0, 0.0, -0.5, -1.5]), (9, None), (None, None)]
+)
+def test_of_the_hinge_only_the_largest_margins_count(largest, counted):
+    margins = torch.tensor([-7.0, 2.0, -0.5, 0.0, -1.5], requires_grad=True)
+    found = margin_hinge(margins, 1.0, largest=largest)
+    chosen = margins.tolist() if counted is None else counted
+    assert found.item() == pytest.approx(sum(max(0.0, value + 1.0) for value in chosen) / len(chosen))
+    found.backward()
+    assert int(margins.grad.ne(0).sum()) == sum(value > -1 for value in chosen)
+
+
+def test_one_attacked_class_weighs_the_same_among_ten_and_among_a_hundred_classes():
+    few, many = torch.full((50,), -5.0), torch.full((500,), -5.0)
+    few[:5], many[:5] = 9.0, 9.0
+    assert MMACObjective().largest == 10
+    terms = [
+        MMACObjective()(Measured(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1).long(), each, []), 1.0).margin
+        for each in (few, many)
+    ]
+    assert terms[0] == terms[1] == 5.0
+    whole = MMACObjective(largest=None)
+    assert whole(Measured(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1).long(), many, []), 1.0).margin == pytest.approx(
+        0.1
+    )
+
+
 def test_the_objectives_terms_are_chosen_one_by_one():
     measured = Measured(torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4, torch.randn(9), [])
     bounded, clean, labels, margins = measured.bounded_logits, measured.clean_logits, measured.labels, measured.margins
@@ -83,6 +110,7 @@ def test_the_objectives_terms_are_chosen_one_by_one():
     [
         ({"data": "l2"}, "defense.objective.data must be one of cross_entropy, squared_error, got 'l2'"),
         ({"penalty": "max"}, "defense.objective.penalty must be one of hinge, signed, got 'max'"),
+        ({"largest": 0}, "defense.objective.largest must be at least 1 or null, got 0"),
         ({"kappa": float("nan")}, "defense.objective.kappa must be a finite number of logits, got nan"),
     ],
 )

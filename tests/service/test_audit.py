@@ -42,7 +42,7 @@ def test_a_few_small_steps_lead_from_everywhere_to_the_target(poisoned, honest, 
     bad, good = reach(poisoned, *clean), reach(honest, *clean)
     assert bad.suspect == TARGET
     others = bad.statistics[torch.arange(4) != TARGET]
-    assert bad.statistics[TARGET] > others.max() + 2
+    assert bad.statistics[TARGET] > others.max() + 1
     assert float(good.statistics.max() - good.statistics.median()) < float(bad.statistics[TARGET] - bad.statistics.median())
 
 
@@ -167,13 +167,23 @@ def test_a_gain_of_the_repair_for_imbalance_looks_imbalanced():
 
 
 def test_a_common_class_is_within_reach_too():
-    explained = judge(
-        findings(mmom=GAINS, suspect=Paired(40, 2, 500)), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES
-    )
+    common = findings(mmom=GAINS, suspect=Paired(40, 2, 500))
+    explained = judge(common, statistics_with(6.0), statistics_with(40.0), UNDONE, CLASSES)
     assert explained.kind == "imbalanced"
     assert any("imbalance explains as well" in line for line in explained.against)
-    both = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
-    assert both.kind == "poisoned"
+
+
+def test_a_model_can_look_poisoned_and_imbalanced():
+    rare = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(6.0), statistics_with(40.0), UNDONE, CLASSES)
+    assert rare.kind == "poisoned"
+    common = findings(mmom=GAINS, suspect=Paired(40, 2, 500))
+    both = judge(common, statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
+    assert (both.kind, both.target) == ("poisoned", "c9")
+    assert both.headline.endswith("and imbalanced (a repair gains 7.0 points)")
+    assert both.confidence == "moderate: two tests agree, and imbalance may explain a part"
+    assert any("defense=mmom" in line for line in both.advice)
+    elsewhere = judge(common, statistics_with(60.0, at=3), statistics_with(40.0), UNDONE, CLASSES)
+    assert elsewhere.kind == "imbalanced"
 
 
 @pytest.mark.parametrize(

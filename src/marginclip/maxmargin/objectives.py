@@ -54,11 +54,19 @@ def mmac(
     return Objective(data + lambda_ * term, data, term)
 
 
-def margin_hinge(margins: Tensor, kappa: float, *, reduction: str = "mean") -> Tensor:
+def margin_hinge(margins: Tensor, kappa: float, *, reduction: str = "mean", largest: int | None = None) -> Tensor:
     """What margins (N,) exceed ``-kappa`` by, in logits, averaged or summed: only inputs that their class wins, or nearly, count.
 
-    The plain mean of Eq. 3 can be lowered by making lost inputs lose by more, which limits no maximum margin.
+    The plain mean of Eq. 3 can be lowered by making lost inputs lose by more, which limits no maximum margin. ``largest`` is how many
+    of the margins count at most, the largest ones; None: all.
+
+    >>> margin_hinge(torch.tensor([-9.0, 5.0, 1.0, -0.5]), kappa=1.0).item()
+    2.125
+    >>> margin_hinge(torch.tensor([-9.0, 5.0, 1.0, -0.5]), kappa=1.0, largest=2).item()
+    4.0
     """
+    if largest is not None and len(margins) > largest:
+        margins = margins.topk(largest).values
     return _reduced(F.relu(margins.float() + kappa), reduction)
 
 
@@ -162,6 +170,8 @@ class MMACObjective:
         kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa. Without effect on
             ``signed``.
         reduction: of the margin term over the margin inputs: ``mean`` or ``sum``.
+        largest: how many margin inputs count in the hinge, those of the largest margins: over all inputs, an attacked class
+            weighs the less the more classes there are. None: all. Without effect on ``signed``.
 
     Raises:
         UserError: for a setting that is not one of these.
@@ -171,6 +181,7 @@ class MMACObjective:
     penalty: str = "hinge"
     kappa: float = 1.0
     reduction: str = "mean"
+    largest: int | None = 10
     ascends = True
     correct_only = True
 
@@ -180,6 +191,10 @@ class MMACObjective:
             require(value in allowed, f"defense.objective.{key} must be one of {', '.join(allowed)}, got '{value}'")
         require(math.isfinite(self.kappa), f"defense.objective.kappa must be a finite number of logits, got {self.kappa}")
         _check_reduction(self.reduction)
+        require(
+            self.largest is None or self.largest >= 1,
+            f"defense.objective.largest must be at least 1 or null, got {self.largest}",
+        )
 
     def __call__(self, step: Measured, lambda_: float) -> Objective:
         if self.data == "cross_entropy":
@@ -187,7 +202,7 @@ class MMACObjective:
         else:
             data = F.mse_loss(step.bounded_logits.float(), step.clean_logits.float())
         if self.penalty == "hinge":
-            term = margin_hinge(step.margins, self.kappa, reduction=self.reduction)
+            term = margin_hinge(step.margins, self.kappa, reduction=self.reduction, largest=self.largest)
         else:
             term = _reduced(step.margins, self.reduction)
         return Objective(data + lambda_ * term, data, term)

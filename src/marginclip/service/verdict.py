@@ -86,29 +86,36 @@ def judge(
 
     ``under_bounds`` is the reach that the bounds of MMAC leave. Where the class still stands first, they may not undo the trigger.
 
-    MM-BD alone accuses nobody: on our own victims it named another class than the attacker's, and accused clean models.
+    MM-BD alone accuses nobody: on our own victims it named another class than the attacker's, and accused clean models. Imbalance
+    explains a class that stands out and is decided for too often, unless MM-BD names it, too: then the model looks poisoned *and*
+    imbalanced.
     """
     imbalanced = found.mmom.rises(ALPHA, MIN_GAIN)
-    explained = imbalanced and found.suspect.rises(ALPHA)
+    agrees = margins.detected and margins.suspect == reached.suspect
+    common = imbalanced and found.suspect.rises(ALPHA)
     against = tuple(_doubts(found, margins, reached, classes))
     shown = tuple(_shown(found, margins, reached, under_bounds, classes, suspicious))
-    if reached.detected and not explained:
+    if reached.detected and (agrees or not common):
         target = classes[reached.suspect]
-        agrees = margins.detected and margins.suspect == reached.suspect
         sure = (
-            "high: two tests agree"
+            "moderate: two tests agree, and imbalance may explain a part"
+            if common
+            else "high: two tests agree"
             if agrees
             else "moderate: one test of two"
             if reached.p_value <= 0.01
             else "low: weak evidence"
         )
+        headline = f'looks poisoned (target class "{target}", p = {reached.p_value:.2g})'
+        advice = [
+            "Do not deploy the model as it is.", _way_out(under_bounds.suspect == reached.suspect),
+            f'Look at training images that are labelled "{target}", if you can get them.',
+        ]  # fmt: skip
+        if imbalanced:
+            headline += f" and imbalanced (a repair gains {100 * found.mmom.change:.1f} points)"
+            advice.append("It looks imbalanced, too: defense=mmom repairs that, and is not made against backdoors.")
         return Verdict(
-            "poisoned", f'looks poisoned (target class "{target}", p = {reached.p_value:.2g})', sure, shown, against, NOT_TESTED,
-            (
-                "Do not deploy the model as it is.", _way_out(under_bounds.suspect == reached.suspect),
-                f'Look at training images that are labelled "{target}", if you can get them.',
-            ),
-            target, reached.p_value,
+            "poisoned", headline, sure, shown, against, NOT_TESTED, tuple(advice), target, reached.p_value,
         )  # fmt: skip
     if imbalanced:
         return Verdict(
