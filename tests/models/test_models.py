@@ -109,3 +109,8 @@ def test_torchvision_networks_normalise_inside():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_weights_of_other_classes_are_refused_before_they_are_downloaded():
+    with pytest.raises(UserError, match=r"model\.weights=DEFAULT has 1000 classes, the data set 10: set model\.weights=null"):
+        TorchvisionModel(10, network="resnet18", weights="DEFAULT")

@@ -46,6 +46,14 @@ class TorchvisionModel(nn.Module):
             weights is None or str(weights).rpartition(".")[2] in named,
             f"model.weights must be null or one of {', '.join(named)} for model.network={network}, got '{weights}'",
         )
+        if weights is not None:
+            chosen = torchvision.models.get_model_weights(network)[str(weights).rpartition(".")[2]]
+            given = len(chosen.meta["categories"])
+            require(
+                given == num_classes,
+                f"model.weights={weights} has {given} classes, the data set {num_classes}: set model.weights=null, and give weights of "
+                "your own with victim.path",
+            )
         self.normalize = make_normalize(in_channels, mean, std)
         self.network: nn.Module = torchvision.models.get_model(network, weights=weights, num_classes=num_classes)
 
