@@ -23,7 +23,7 @@ import torch
 BASE = {"classes": 10, "side": 32, "per_class": 50, "width": 16}
 ROWS = {
     "classes": (10, 100, 1000),
-    "side": (32, 64, 128),
+    "side": (32, 64, 128, 224),
     "per_class": (5, 50, 500),
     "width": (8, 16, 32),
 }

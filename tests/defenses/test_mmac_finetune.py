@@ -118,3 +118,12 @@ def test_settings_that_make_no_sense_name_their_key(settings, message):
 def test_a_plan_that_it_cannot_follow_is_refused(plan, wanted):
     with pytest.raises(UserError, match=wanted):
         make(ascent=plan)
+
+
+def test_a_fold_learns_its_bounds_in_proportion():
+    defense = make(mmac=partial(SHORT, batch_size=30))
+    with defense.in_proportion(0.5):
+        assert (defense.bound_learning.batch_size, defense.bound_learning.ascent.starts_per_class) == (15, 1)
+    assert (defense.bound_learning.batch_size, defense.bound_learning.ascent.starts_per_class) == (30, 2)
+    with make(mmac=None).in_proportion(0.5):
+        pass

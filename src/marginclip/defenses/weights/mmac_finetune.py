@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,10 @@ class MMACFineTune(FineTune):
             )
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
+
+    def in_proportion(self, share: float) -> AbstractContextManager[None]:
+        """See :meth:`Defense.in_proportion`: of the bound learning."""
+        return nullcontext() if self.bound_learning is None else self.bound_learning.in_proportion(share)
 
     def check_model(self, model: nn.Module, image: Tensor) -> None:
         """Whether its activations can be bounded."""
