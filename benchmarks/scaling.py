@@ -23,11 +23,12 @@ import torch
 BASE = {"classes": 10, "side": 32, "per_class": 50, "width": 16}
 ROWS = {
     "classes": (10, 100, 1000),
-    "side": (32, 64, 128, 224),
+    "side": (32, 64, 128),
     "per_class": (5, 50, 500),
     "width": (8, 16, 32),
 }
 NAMES = {"classes": "classes", "side": "image side, px", "per_class": "clean images a class", "width": "width"}
+TICKS = (2, 5, 10, 20, 50, 100)  # processor seconds
 
 
 def peak() -> float:
@@ -90,7 +91,9 @@ def draw(points: dict[str, list[tuple[int, dict[str, float]]]], output: Path) ->
         axes.loglog([value for value, _ in found], [costs["repair"] for _, costs in found], marker="o", color=AFTER)
         axes.set_xlabel(NAMES[row])
         axes.set_xticks([value for value, _ in found], [str(value) for value, _ in found], fontsize=8)
+        axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS], fontsize=8)
         axes.minorticks_off()
+        axes.grid(True, alpha=0.3)
         axes.set_ylabel("processor s" if number == 0 else "")
     save_png(figure, output)
 
