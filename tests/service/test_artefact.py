@@ -33,7 +33,7 @@ def test_a_loaded_artefact_decides_the_same(artefact, poisoned, tmp_path):
 @pytest.mark.parametrize("kind", ["weights", "offsets"])
 def test_repairs_with_weights_or_offsets_are_kept_whole(poisoned, clean, short, tmp_path, kind):
     defense = (
-        MMACFineTune(mmac=lambda seed: short, epochs=1, ascent=AscentPlan(starts_per_class=2))
+        MMACFineTune(mmac=lambda seed: short, epochs=1, ascent=AscentPlan(starts_per_class=2, refresh_every=1))
         if kind == "weights"
         else MMOM(steps=4, check_every=2)
     )
