@@ -1,11 +1,12 @@
-"""How the cost of a repair grows with classes, image side, clean images and width; and what a cell of a sweep costs to start.
+"""How the cost of a repair grows with classes, image side, clean images and width; that of a sweep with its cells; and what a process costs to start.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rows classes side] [--figure docs/figures/scaling.png]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rows classes side] [--cells 1 4 16] [--figure docs/figures/scaling.png]
 
 Each point is a process of its own: a small ResNet of random weights (they change no time) and random images are repaired with
 ``--steps`` bound steps, then once more for the detector: half of the images are left out, and a step takes half as many. One setting
 moves from the base (10 classes, 32 px, 50 images a class, width 16), the others stay. Seconds are of the processor, memory is the peak of
-the process less what it had before the repair.
+the process less what it had before the repair. A sweep's cells are tiny ones of one victim (digits, bounds set and nothing learned), so that what
+is seen is what the framework itself costs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,12 +25,15 @@ import torch
 BASE = {"classes": 10, "side": 32, "per_class": 50, "width": 16}
 ROWS = {
     "classes": (10, 100, 1000),
-    "side": (32, 64, 128),
+    "side": (32, 64, 128, 224),
     "per_class": (5, 50, 500),
     "width": (8, 16, 32),
 }
 NAMES = {"classes": "classes", "side": "image side, px", "per_class": "clean images a class", "width": "width"}
-TICKS = (2, 5, 10, 20, 50, 100)  # processor seconds
+TICKS = (2, 5, 10, 20, 50, 100, 200)  # processor seconds
+DEFEND = [sys.executable, "-m", "marginclip", "defend"]
+CELL = "dataset=digits trainer=exact training.epochs=2 model.width=4 clean_per_class=4 figures=false logger=none attack.min_success=0"
+CELL += " defense=static_clip defense.detector.folds=0 trainer.enable_progress_bar=false"
 
 
 def peak() -> float:
@@ -71,13 +76,25 @@ def start_up() -> list[tuple[str, float]]:
         "torch, lightning and hydra": "import torch, lightning, hydra",
         "marginclip, to the composed settings": "from marginclip.cli import main; main(['defend', 'attack=badnet', '--cfg', 'job'])",
     }
-    found = []
-    for name, code in parts.items():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found.append((name, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
-    return found
+    return [(name, child_seconds([sys.executable, "-c", code])) for name, code in parts.items()]
+
+
+def child_seconds(command: list[str]) -> float:
+    """Processor seconds of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def sweep(cells: int) -> tuple[float, float]:
+    """Processor seconds of a sweep of so many cells whose victim is there, and of the same sweep once more, when all is done."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = [*DEFEND, *CELL.split(), f"runs_dir={folder}"]
+        child_seconds([*common, "defense.start.share=0.99"])  # trains the victim
+        shares = ",".join(f"{0.2 + 0.7 * number / cells:.3f}" for number in range(cells))
+        command = [*common, "-m", f"defense.start.share={shares}"]
+        return child_seconds(command), child_seconds(command)
 
 
 def draw(points: dict[str, list[tuple[int, dict[str, float]]]], output: Path) -> None:
@@ -102,6 +119,7 @@ def main() -> None:
     """Print a table for each setting, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--cells", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--point", help=argparse.SUPPRESS)
@@ -121,6 +139,11 @@ def main() -> None:
                 f"| {value} | {costs['images']} | {costs['repair']:.1f} | {costs['fold']:.1f} | {costs['mib']:.0f} |",
                 flush=True,
             )
+    if given.cells:
+        print("\n| cells of a sweep | processor s | a cell, s | once more, when all is done, s |\n|---|---|---|---|")
+    for cells in given.cells:
+        first, again = sweep(cells)
+        print(f"| {cells} | {first:.1f} | {first / cells:.1f} | {again:.1f} |", flush=True)
     print("\n| start of a process | processor s |\n|---|---|")
     for name, seconds in start_up():
         print(f"| {name} | {seconds:.1f} |", flush=True)

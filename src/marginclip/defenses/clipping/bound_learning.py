@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,12 @@ from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObject
 from marginclip.networks.logits import check_clean_set, clean_logits
 from marginclip.networks.memory import images_at_once, images_that_fit, memory_budget
 
+log = logging.getLogger(__name__)
 KEEP = ("feasible", "best", "last")
+RELAXED = (
+    "no bounds classified %.3g %% of the clean images right in %d steps, so the bounds were relaxed by %.0f %% of the way to the clean maxima, and "
+    "a backdoor may be left. Look for wrong labels among the clean images; defense.extra_steps allows more steps"
+)
 
 
 class BoundLearning(LearningDefense):
@@ -130,6 +136,7 @@ class BoundLearning(LearningDefense):
         self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
+        self.of_a_part = False
         self._forget()
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
@@ -183,17 +190,19 @@ class BoundLearning(LearningDefense):
             if self.best_bounds:
                 self.bounded.load_bounds(self.best_bounds)
             self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
+            if self.relaxed and not self.of_a_part:
+                log.warning(RELAXED, 100 * self.lambda_.min_agreement, self.stopped_at or self.checked_at, 100 * self.relaxed)
         return self.bounded
 
     @contextmanager
     def in_proportion(self, share: float) -> Iterator[None]:
         """See :meth:`Defense.in_proportion`: as many steps as always, of fewer clean images and margin inputs."""
-        whole = self.batch_size, self.ascent
-        self.batch_size, self.ascent = math.ceil(share * self.batch_size), self.ascent.in_proportion(share)
+        whole = self.batch_size, self.ascent, self.of_a_part
+        self.batch_size, self.ascent, self.of_a_part = math.ceil(share * self.batch_size), self.ascent.in_proportion(share), True
         try:
             yield
         finally:
-            self.batch_size, self.ascent = whole
+            self.batch_size, self.ascent, self.of_a_part = whole
 
     # -- learning -------------------------------------------------------------------------------------------------------------
 
