@@ -396,6 +396,16 @@ def test_bounds_are_relaxed_no_further_than_needed_and_it_is_said(victim, clean,
     assert f"relaxed by {100 * defense.relaxed:.0f} % of the way to the clean maxima, and a backdoor may be left" in caplog.text
 
 
+def test_bounds_that_kept_the_accuracy_are_not_measured_again(victim, clean):
+    defense = learning(keep="feasible", steps=5, check_every=1, start=BoundStart(share=0.9, quantile=1.0), learning_rate=1e-3)
+    kept = fit(defense, victim, clean).bounds_state()
+    assert defense.history[-1]["agreement"] >= defense.lambda_.min_agreement
+    defense.lambda_.min_agreement = 1.1  # stands for a precision in which some images more are wrong than in that of the learning
+    again = defense.repaired().bounds_state()
+    assert defense.relaxed == 0
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
+
+
 def test_best_is_the_lowest_objective_that_kept_the_accuracy(victim, clean):
     lambda_ = {"initial": 0.02, "control": "agreement", "factor": 3.0, "min_agreement": 0.7}  # lambda soon runs away
     defense = learning(keep="best", steps=12, check_every=1, lambda_=lambda_)

@@ -186,12 +186,14 @@ class BoundLearning(LearningDefense):
 
     def repaired(self) -> BoundedNetwork:
         """The bounded network with the bounds to keep."""
-        if self.keep != "last":
-            if self.best_bounds:
-                self.bounded.load_bounds(self.best_bounds)
-            self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
-            if self.relaxed and not self.of_a_part:
-                log.warning(RELAXED, 100 * self.lambda_.min_agreement, self.stopped_at or self.checked_at, 100 * self.relaxed)
+        if self.keep == "last":
+            return self.bounded
+        if self.best_bounds:  # not measured again: another precision would count an image or two otherwise, and relax all for it
+            self.bounded.load_bounds(self.best_bounds)
+            return self.bounded
+        self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
+        if self.relaxed and not self.of_a_part:
+            log.warning(RELAXED, 100 * self.lambda_.min_agreement, self.stopped_at or self.checked_at, 100 * self.relaxed)
         return self.bounded
 
     @contextmanager
