@@ -20,7 +20,13 @@ from marginclip.maxmargin import MarginDropDetector
 from marginclip.networks.logits import clean_logits
 from marginclip.silence import silence_lightning
 
-VICTIMS = ("attack=badnet", "attack=wanet training.epochs=50", "attack=sinusoid")
+VICTIMS = (
+    "attack=badnet",
+    "attack=wanet training.epochs=50",
+    "attack=sinusoid",
+    "attack=badnet model=resnet20",
+    "attack=badnet model=resnet20 model.blocks=[9,9,9]",  # a ResNet-56: deep and narrow
+)
 
 
 def main() -> None:
