@@ -1,11 +1,12 @@
-"""How the cost of a repair grows with classes, image side, clean images and width; that of a sweep with its cells; and what a process costs to start.
+"""How the cost of a repair grows with classes, image side, clean images and width, that of a sweep with its cells; what a process costs to
+start.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rows classes side] [--cells 1 4 16] [--figure docs/figures/scaling.png]
 
 Each point is a process of its own: a small ResNet of random weights (they change no time) and random images are repaired with
 ``--steps`` bound steps, then once more for the detector: half of the images are left out, and a step takes half as many. One setting
 moves from the base (10 classes, 32 px, 50 images a class, width 16), the others stay. Seconds are of the processor, memory is the peak of
-the process less what it had before the repair. A sweep's cells are tiny ones of one victim (digits, bounds set and nothing learned), so that what
+the process less what it had before the repair. A sweep's cells are tiny ones of one victim (digits, bounds set and nothing learned): what
 is seen is what the framework itself costs.
 """
 
@@ -82,7 +83,7 @@ def start_up() -> list[tuple[str, float]]:
 def child_seconds(command: list[str]) -> float:
     """Processor seconds of a command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -90,10 +91,10 @@ def child_seconds(command: list[str]) -> float:
 def sweep(cells: int) -> tuple[float, float]:
     """Processor seconds of a sweep of so many cells whose victim is there, and of the same sweep once more, when all is done."""
     with tempfile.TemporaryDirectory() as folder:
-        common = [*DEFEND, *CELL.split(), f"runs_dir={folder}"]
-        child_seconds([*common, "defense.start.share=0.99"])  # trains the victim
+        common = [*CELL.split(), f"runs_dir={folder}"]
+        child_seconds([*DEFEND, *common, "defense.start.share=0.99"])  # trains the victim
         shares = ",".join(f"{0.2 + 0.7 * number / cells:.3f}" for number in range(cells))
-        command = [*common, "-m", f"defense.start.share={shares}"]
+        command = [*DEFEND, "-m", *common, f"defense.start.share={shares}"]
         return child_seconds(command), child_seconds(command)
 
 

@@ -1,14 +1,16 @@
 """How often an audit is right: audits victims of this project whose fault is known, and prints a row for each and a confusion table.
 
-    python benchmarks/verdicts.py --runs-dir runs
+    python benchmarks/verdicts.py --runs-dir runs [--reach]
 
-Victims that are not in the store are trained first: a minute or two each on two CPU cores.
+``--reach`` takes only the two tests that can accuse, small steps and a warp: seconds a victim. Victims that are not in the store are
+trained first: a minute or two each on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from marginclip.experiment.stages import load_model
 from marginclip.experiment.trainers import build_trainer
 from marginclip.files import write_whole
 from marginclip.service import audit
+from marginclip.service.reach import reach, warp_reach
 from marginclip.silence import SILENT, silence_lightning
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -70,12 +73,27 @@ def audited(options: str, runs_dir: str) -> dict[str, Any]:
 
 def row(options: str, found: dict[str, Any]) -> str:
     """A line of the table."""
-    reached, margins = found["reach"], found["maximum_margins"]
+    reached, warped, margins = found["reach"], found["reach_by_warping"], found["maximum_margins"]
     target = "" if found["true_target"] is None else f", {found['true_target']}"
     return (
-        f"| {options} | {found['verdict']['kind']} | {reached['suspect']}{target} | {reached['p_value']:.2g} | class {margins['suspect']}: "
+        f"| {options} | {found['verdict']['kind']} | {reached['suspect']}{target} | {reached['p_value']:.2g} | "
+        f"{warped['suspect']}: {warped['p_value']:.2g} | {margins['suspect']}: "
         f"{margins['p_value']:.2g}, {margins['published_p_value']:.2g} | {sum(found['seconds'].values()):.0f} |"
     )
+
+
+def reached_row(options: str, runs_dir: str) -> str:
+    """A line of the table of ``--reach``."""
+    setup, spec = obtained(options, runs_dir)
+    started = time.perf_counter()
+    steps, warps = (test(setup.model, *setup.data.clean_set(), seed=spec.seed) for test in (reach, warp_reach))
+    target = "none" if setup.target_class is None else setup.target_class
+    cells = (
+        f"{found.suspect}: {found.p_value:.2g} ({ordered[0]:.1f}, {ordered[1]:.1f})"
+        for found in (steps, warps)
+        for ordered in [found.statistics.sort(descending=True).values.tolist()]
+    )
+    return f"| {options} | {target} | {' | '.join(cells)} | {time.perf_counter() - started:.0f} |"
 
 
 def save(audits: dict[str, Any], output: Path) -> None:
@@ -89,13 +107,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--only", default="", help="audit only victims whose options contain this")
+    parser.add_argument("--reach", action="store_true", help="only the tests of reach")
     parser.add_argument("--output", default="verdicts.json", help="the whole of every audit; what is there is not done again")
     given = parser.parse_args()
     silence_lightning()
+    if given.reach:
+        print("| victim | true target | by steps: class, p (its logits, the next) | by a warp | s |\n|---|---|---|---|---|")
+        for options, _ in VICTIMS:
+            if given.only in options:
+                print(reached_row(options, given.runs_dir), flush=True)
+        return
     output = Path(given.output)
     audits = json.loads(output.read_text()) if output.exists() else {}
     counts: Counter[tuple[str, str]] = Counter()
-    print("| victim | verdict | class, true target | p by reach | p of MM-BD, published | s |\n|---|---|---|---|---|---|")
+    print(
+        "| victim | verdict | class, true target | p by steps | by a warp | MM-BD: p, published | s |\n|---|---|---|---|---|---|---|"
+    )
     for options, wanted in VICTIMS:
         if given.only not in options:
             continue

@@ -150,6 +150,7 @@ def test_a_verdict_is_a_row(load):
     verdicts = load("verdicts")
     found = {
         "true_target": 9, "verdict": {"kind": "poisoned"}, "reach": {"suspect": 9, "p_value": 0.0001},
+        "reach_by_warping": {"suspect": 3, "p_value": 0.5},
         "maximum_margins": {"suspect": 8, "p_value": 0.39, "published_p_value": 0.11}, "seconds": {"mmac": 20.0, "reach": 3.0},
     }  # fmt: skip
-    assert verdicts.row("attack=badnet", found) == "| attack=badnet | poisoned | 9, 9 | 0.0001 | class 8: 0.39, 0.11 | 23 |"
+    assert verdicts.row("attack=badnet", found) == "| attack=badnet | poisoned | 9, 9 | 0.0001 | 3: 0.5 | 8: 0.39, 0.11 | 23 |"

@@ -400,7 +400,9 @@ def test_bounds_that_kept_the_accuracy_are_not_measured_again(victim, clean):
     defense = learning(keep="feasible", steps=5, check_every=1, start=BoundStart(share=0.9, quantile=1.0), learning_rate=1e-3)
     kept = fit(defense, victim, clean).bounds_state()
     assert defense.history[-1]["agreement"] >= defense.lambda_.min_agreement
-    defense.lambda_.min_agreement = 1.1  # stands for a precision in which some images more are wrong than in that of the learning
+    defense.lambda_.min_agreement = (
+        1.1  # stands for a precision in which some images more are wrong than in that of the learning
+    )
     again = defense.repaired().bounds_state()
     assert defense.relaxed == 0
     assert all(torch.equal(value, again[name]) for name, value in kept.items())

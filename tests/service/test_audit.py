@@ -11,7 +11,7 @@ from marginclip.defenses.choosing.evidence import Paired
 from marginclip.errors import UserError
 from marginclip.maxmargin import MaximumMarginTest
 from marginclip.service import audit
-from marginclip.service.audit import reach
+from marginclip.service.reach import WARP_LIMIT, reach, warp_reach, warped
 from marginclip.service.verdict import Findings, judge
 
 from .conftest import TARGET, quarters, triggered
@@ -58,6 +58,55 @@ def test_reach_is_the_mean_margin_after_the_steps(poisoned, clean):
         assert float(found.statistics[label]) == pytest.approx(float(moved.margins.mean()), abs=1e-3)
 
 
+class WaitsForAShift(torch.nn.Module):
+    """Decides by three rows of an image of 16 x 16, and for the fourth class where the ninth column is bright."""
+
+    def forward(self, images):
+        rows = images[:, :, :3].mean((1, 3))
+        return torch.cat([rows, 90 * (images[..., 8].mean((1, 2)) - 8 / 15)[:, None]], 1)
+
+
+def that_grow_brighter_to_the_right():
+    images = torch.linspace(0, 1, 16).expand(24, 3, 16, 16)
+    return images, torch.arange(24) % 3
+
+
+def test_a_warp_moves_images_by_the_pixels_that_it_says():
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(warped(images, torch.zeros(1, 2, 4, 4)), images, atol=1e-5)
+    control = torch.zeros(1, 2, 4, 4)
+    control[:, 0] = 1 / 31  # a pixel: there are 31 steps between the centres of the first and the last
+    to_the_left = warped(images, control)
+    assert torch.allclose(to_the_left[..., :-1], images[..., 1:], atol=1e-4)
+    assert torch.allclose(to_the_left[..., -1], images[..., -1], atol=1e-4)  # beyond the edge the edge goes on
+
+
+def test_a_class_that_a_warp_leads_to_stands_out():
+    found = warp_reach(WaitsForAShift(), *that_grow_brighter_to_the_right())
+    assert found.suspect == 3
+    assert found.detected
+    assert float(found.statistics.min()) >= 0
+    assert 0.9 * 90 / 32 < float(found.statistics[3]) < 1.5 * 90 / 32  # a thirty-second of the side, more between control points
+
+
+def test_the_warp_is_one_for_all_images_and_stays_small(monkeypatch):
+    from marginclip.service import reach as module
+
+    seen = []
+
+    def noted(images, control):
+        seen.append(control.detach().clone())
+        return warped(images, control)
+
+    monkeypatch.setattr(module, "warped", noted)
+    monkeypatch.setattr(module, "images_that_fit", lambda *_: 4)  # parts share the warp
+    parts = warp_reach(WaitsForAShift(), *that_grow_brighter_to_the_right(), steps=3)
+    assert all(control.shape == (1, 2, 4, 4) and float(control.abs().max()) <= WARP_LIMIT for control in seen)
+    monkeypatch.setattr(module, "images_that_fit", lambda *_: 100)
+    at_once = warp_reach(WaitsForAShift(), *that_grow_brighter_to_the_right(), steps=3)
+    assert torch.allclose(parts.statistics, at_once.statistics, atol=1e-4)
+
+
 def test_it_leaves_the_model_and_says_what_it_did(found, poisoned, look):
     before = {name: value.clone() for name, value in poisoned.state_dict().items()}
     parts = []
@@ -65,6 +114,7 @@ def test_it_leaves_the_model_and_says_what_it_did(found, poisoned, look):
     assert parts == [
         "maximum margins",
         "reach of every class",
+        "reach by warping",
         "mmom out of fold",
         "mmac out of fold",
         "mmac",
@@ -79,7 +129,7 @@ def test_its_numbers_are_plain(found):
     assert content["found"]["images"] == 80
     assert content["suspicious_images"]["images"] == 60
     assert content["reach"]["suspect"] == TARGET
-    assert len(content["reach_under_bounds"]["statistics"]) == 4
+    assert len(content["reach_under_bounds"]["statistics"]) == len(content["reach_by_warping"]["statistics"]) == 4
     assert len(content["maximum_margins"]["statistics"]) == 4
     assert sum(content["found"]["changed_to"]) == sum(content["found"]["changed_from"]) == content["found"]["changed"]
 
@@ -90,7 +140,7 @@ def test_the_page_stands_alone_and_escapes_names(found, tmp_path):
     assert "&lt;script&gt;" in page
     assert "default-src 'none'" in page
     assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page)
-    assert page.count("data:image/png;base64,") >= 4 + 4  # the charts, and a picture of every class
+    assert page.count("data:image/png;base64,") >= 5 + 4  # the charts, and a picture of every class
     for line in (*found.verdict.reasons, *found.verdict.not_tested):
         assert str(line).split('"')[0][:30].replace("'", "&#39;") in page
 
@@ -124,65 +174,84 @@ def statistics_with(largest, *, at=9):
     return MaximumMarginTest(seed=0).judge(statistics)
 
 
-UNDONE = statistics_with(4.0)
+UNDONE, UNMOVED = statistics_with(4.0), statistics_with(5.8)
 CLASSES = tuple(f"c{number}" for number in range(10))
 
 
 def test_a_class_within_reach_looks_poisoned_and_two_tests_make_it_sure():
-    verdict = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
+    verdict = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert (verdict.kind, verdict.target, verdict.suspicious) == ("poisoned", "c9", True)
     assert verdict.headline.startswith('looks poisoned (target class "c9", p = 0.000')
     assert verdict.confidence == "high: two tests agree"
     assert not verdict.against
-    alone = judge(findings(), statistics_with(6.0), statistics_with(40.0), UNDONE, CLASSES)
+    alone = judge(findings(), statistics_with(6.0), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert alone.kind == "poisoned"
-    assert alone.confidence == "moderate: one test of two"
+    assert alone.confidence == "moderate: one test of three"
     assert any("MM-BD finds nothing" in line for line in alone.against)
 
 
 def test_a_class_that_stands_first_under_the_bounds_too_is_no_case_for_bounds():
-    undone = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
+    undone = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert any(
-        'take "c9" to 4.0, the furthest of the others to 6.6 logits: it stands no longer first' in line
+        'the steps take "c9" to 4.0, the furthest of the others to 6.6 logits: it stands no longer first' in line
         for line in undone.reasons
     )
     assert any("flagged images show the trigger" in line for line in undone.advice)
-    left = judge(findings(), statistics_with(60.0), statistics_with(40.0), statistics_with(7.0), CLASSES)
-    assert any('take "c9" to 7.0, the furthest of the others to 6.6 logits: it stands first' in line for line in left.reasons)
+    left = judge(findings(), statistics_with(60.0), statistics_with(40.0), UNMOVED, statistics_with(7.0), CLASSES)
+    assert any(
+        'the steps take "c9" to 7.0, the furthest of the others to 6.6 logits: it stands first' in line for line in left.reasons
+    )
     assert any("Bounds may not undo this trigger" in line for line in left.advice)
     assert not any("flagged images show the trigger" in line for line in left.advice)
 
 
+def test_a_class_that_a_warp_leads_to_looks_poisoned():
+    warps = judge(findings(), statistics_with(6.0), statistics_with(6.0), statistics_with(40.0, at=4), UNDONE, CLASSES)
+    assert (warps.kind, warps.target, warps.confidence) == ("poisoned", "c4", "moderate: one test of three")
+    assert any(
+        'warp, the same for all images, takes them furthest towards "c4": their mean margin grows by 40.0, next 6.6' in line
+        for line in warps.reasons
+    )
+    assert any(
+        'a warp raises the margin of "c4" by 4.8, the furthest of the others by 6.6 logits: it stands no longer first' in line
+        for line in warps.reasons
+    )
+    both = judge(findings(), statistics_with(6.0), statistics_with(40.0), statistics_with(40.0), UNDONE, CLASSES)
+    assert both.confidence == "high: two tests agree"
+    apart = judge(findings(), statistics_with(6.0), statistics_with(40.0), statistics_with(60.0, at=4), UNDONE, CLASSES)
+    assert any('Small steps and a warp accuse different classes, "c9" and "c4"' in line for line in apart.against)
+
+
 def test_mm_bd_alone_accuses_nobody():
-    verdict = judge(findings(), statistics_with(60.0, at=3), statistics_with(6.0), UNDONE, CLASSES)
+    verdict = judge(findings(), statistics_with(60.0, at=3), statistics_with(6.0), UNMOVED, UNDONE, CLASSES)
     assert verdict.kind == "nothing"
     assert any('MM-BD accuses another class, "c3"' in line for line in verdict.against)
     assert "no clean bill" in verdict.confidence
 
 
 def test_a_gain_of_the_repair_for_imbalance_looks_imbalanced():
-    verdict = judge(findings(mmom=GAINS), statistics_with(6.0), statistics_with(6.0), UNDONE, CLASSES)
+    verdict = judge(findings(mmom=GAINS), statistics_with(6.0), statistics_with(6.0), UNMOVED, UNDONE, CLASSES)
     assert (verdict.kind, verdict.target) == ("imbalanced", None)
     assert "gains 7.0 points" in verdict.headline
 
 
 def test_a_common_class_is_within_reach_too():
     common = findings(mmom=GAINS, suspect=Paired(40, 2, 500))
-    explained = judge(common, statistics_with(6.0), statistics_with(40.0), UNDONE, CLASSES)
+    explained = judge(common, statistics_with(6.0), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert explained.kind == "imbalanced"
     assert any("imbalance explains as well" in line for line in explained.against)
 
 
 def test_a_model_can_look_poisoned_and_imbalanced():
-    rare = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(6.0), statistics_with(40.0), UNDONE, CLASSES)
+    rare = judge(findings(mmom=GAINS, suspect=SAME), statistics_with(6.0), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert rare.kind == "poisoned"
     common = findings(mmom=GAINS, suspect=Paired(40, 2, 500))
-    both = judge(common, statistics_with(60.0), statistics_with(40.0), UNDONE, CLASSES)
+    both = judge(common, statistics_with(60.0), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert (both.kind, both.target) == ("poisoned", "c9")
     assert both.headline.endswith("and imbalanced (a repair gains 7.0 points)")
     assert both.confidence == "moderate: two tests agree, and imbalance may explain a part"
     assert any("defense=mmom" in line for line in both.advice)
-    elsewhere = judge(common, statistics_with(60.0, at=3), statistics_with(40.0), UNDONE, CLASSES)
+    elsewhere = judge(common, statistics_with(60.0, at=3), statistics_with(40.0), UNMOVED, UNDONE, CLASSES)
     assert elsewhere.kind == "imbalanced"
 
 
@@ -196,7 +265,7 @@ def test_a_model_can_look_poisoned_and_imbalanced():
     ],
 )
 def test_what_weakens_a_verdict_is_said(settings, part):
-    verdict = judge(findings(**settings), statistics_with(6.0), statistics_with(6.0), UNDONE, CLASSES)
+    verdict = judge(findings(**settings), statistics_with(6.0), statistics_with(6.0), UNMOVED, UNDONE, CLASSES)
     assert any(part in line for line in verdict.against)
 
 

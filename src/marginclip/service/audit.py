@@ -17,15 +17,14 @@ from marginclip.defenses.choosing.auto import Clock
 from marginclip.defenses.choosing.evidence import compare
 from marginclip.errors import require
 from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarginTest
-from marginclip.maxmargin.margin import ascend_margins
 from marginclip.metrics import Reliability
-from marginclip.networks.copies import frozen_copy, own_copy
+from marginclip.networks.copies import own_copy
 from marginclip.networks.logits import batched_logits, check_clean_set, check_images, clean_logits
-from marginclip.service.verdict import Findings, Suspicious, Verdict, judge
+from marginclip.service.reach import reach, warp_reach
+from marginclip.service.verdict import Findings, Suspicious, Verdict, judge, stronger
 from marginclip.silence import nested_trainers, silent_trainer
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-REACH_STARTS, REACH_STEPS, REACH_STEP_SIZE = 20, 8, 0.01
 Progress = Callable[[str], None]
 
 
@@ -39,7 +38,8 @@ class Audit:
         classes: the names of the classes.
         margins: the outcome of MM-BD.
         reached: the same for a few steps from clean images: how far each class can be reached.
-        under_bounds: the same steps again, on the model under the bounds that MMAC learned.
+        warped: the same for one small warp of clean images.
+        under_bounds: the stronger of these two again, on the model under the bounds that MMAC learned.
         seconds: by part.
         tensors: ``images`` (K, C, H, W), the input of largest margin of each class; ``reliability`` (bins, 3); ``examples`` of the
             suspect class; ``flagged_images``, where images were given to look at.
@@ -52,6 +52,7 @@ class Audit:
     classes: tuple[str, ...]
     margins: MaximumMargins
     reached: MaximumMargins
+    warped: MaximumMargins
     under_bounds: MaximumMargins
     seconds: Mapping[str, float]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -64,7 +65,8 @@ class Audit:
         return {
             "verdict": asdict(self.verdict), "found": asdict(self.found), "classes": list(self.classes),
             "maximum_margins": _test(self.margins), "reach": _test(self.reached),
-            "reach_under_bounds": _test(self.under_bounds), "suspicious_images": given, "seconds": dict(self.seconds),
+            "reach_by_warping": _test(self.warped), "reach_under_bounds": _test(self.under_bounds), "suspicious_images": given,
+            "seconds": dict(self.seconds),
         }  # fmt: skip
 
     def write_html(self, path: str | Path) -> Path:
@@ -130,6 +132,8 @@ def audit(
         "maximum margins", lambda: (test or MaximumMarginTest(seed=seed))(network, shape, count, autocast=half)
     )
     reached = clock.timed("reach of every class", lambda: reach(network, images, labels, seed=seed))
+    warped = clock.timed("reach by warping", lambda: warp_reach(network, images, labels, seed=seed))
+    closest = stronger(reached, warped)
     correct = logits.argmax(1) == labels
     fitted = {}
     for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", mmac or MMAC(seed=seed))):
@@ -140,62 +144,32 @@ def audit(
             ),
         )
     result = clock.timed("mmac", lambda: (mmac or MMAC(seed=seed)).fit(model, images, labels, make_trainer=nested))
-    under_bounds = clock.timed("reach under the bounds", lambda: reach(result.network, images, labels, seed=seed))
+    again = warp_reach if closest is warped else reach
+    under_bounds = clock.timed("reach under the bounds", lambda: again(result.network, images, labels, seed=seed))
     detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"])
     changed = logits.argmax(1) != fitted["mmac"].argmax(1)
     found = Findings(
         images=len(images), classes=count, accuracy=float(correct.float().mean()),
         mmom=compare(correct, fitted["mmom"].argmax(1) == labels), mmac=compare(correct, fitted["mmac"].argmax(1) == labels),
-        suspect=compare(labels == reached.suspect, logits.argmax(1) == reached.suspect),
+        suspect=compare(labels == closest.suspect, logits.argmax(1) == closest.suspect),
         changed=int(changed.sum()), changed_from=logits.argmax(1)[changed].bincount(minlength=count).tolist(),
         changed_to=fitted["mmac"].argmax(1)[changed].bincount(minlength=count).tolist(),
         smallest_class=int(labels.bincount(minlength=count).min()), largest_class=int(labels.bincount(minlength=count).max()),
     )  # fmt: skip
     suspicious, flagged_images = (None, None) if suspect_images is None else _look_at(detector, suspect_images, count)
-    verdict = judge(found, margins, reached, under_bounds, names, suspicious)
+    verdict = judge(found, margins, reached, warped, under_bounds, names, suspicious)
     reliability = Reliability()
     reliability.update(logits.softmax(1), labels)
     tensors = {
         "reliability": reliability.compute(),
-        "examples": images[(labels == reached.suspect).to(images.device)][:8].cpu(),
+        "examples": images[(labels == closest.suspect).to(images.device)][:8].cpu(),
     }
     tensors |= {} if margins.images is None else {"images": margins.images}
     tensors |= {} if flagged_images is None else {"flagged_images": flagged_images}
     bounded: Any = result.network
     extremes = activation_extremes(bounded, images)
     sites = {name: (extremes[name][1].amax(0), bound.upper.detach().cpu()) for name, bound in bounded.each()}
-    return Audit(verdict, found, names, margins, reached, under_bounds, clock.seconds, tensors, sites, suspicious)
-
-
-def reach(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    starts: int = REACH_STARTS,
-    steps: int = REACH_STEPS,
-    alpha: float = 0.01,
-    seed: int = 0,
-) -> MaximumMargins:
-    """How far clean images of other classes get towards each class by a few small steps, and whether one class is too close.
-
-    ``starts`` images take ``steps`` steps of root mean square 0.01 towards each class; its statistic is their mean margin, in logits.
-    A trigger is a small change that turns any image into the target class, so that class is within reach from everywhere. The
-    largest statistic is judged among the others as MM-BD judges its own (:class:`~marginclip.maxmargin.MaximumMarginTest`).
-    """
-    device = next((parameter.device for parameter in model.parameters()), images.device)
-    network = frozen_copy(model)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    count = batched_logits(network, images[:1].to(device)).shape[1]
-    values = []
-    for label in range(count):
-        rows = order[labels[order.to(labels.device)].cpu() != label][:starts]
-        wanted = torch.full((len(rows),), label, device=device)
-        moved = ascend_margins(
-            network, wanted, images[rows.to(images.device)].to(device), steps=steps, step_size=REACH_STEP_SIZE, rule="unit_rms"
-        )
-        values.append(moved.margins.mean().cpu())
-    return MaximumMarginTest(alpha=alpha, seed=seed).judge(torch.stack(values))
+    return Audit(verdict, found, names, margins, reached, warped, under_bounds, clock.seconds, tensors, sites, suspicious)
 
 
 def _test(found: MaximumMargins) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from marginclip.files import write_whole
 from marginclip.maxmargin import MaximumMargins
 from marginclip.reporting.style import AFTER, BEFORE, BOUND, CLEAN, TRIGGERED, new_figure, tidy
+from marginclip.service.verdict import stronger
 
 if TYPE_CHECKING:
     from marginclip.service.audit import Audit
@@ -34,6 +35,11 @@ def write_page(audit: Audit, path: Path) -> Path:
             _chart(_bars(audit.reached, audit.classes)),
         ),
         (
+            "Reach of every class by a warp",
+            "By how much, in logits, one small smooth warp of all images raises the mean margin of the class on images of others.",
+            _chart(_bars(audit.warped, audit.classes)),
+        ),
+        (
             "Maximum margin of every class (MM-BD)", "The largest margin, in logits, that was found from random images.",
             _chart(_bars(audit.margins, audit.classes)),
         ),
@@ -43,7 +49,7 @@ def write_page(audit: Audit, path: Path) -> Path:
             _chart(_activations(audit)),
         ),
     ]  # fmt: skip
-    suspect = audit.classes[audit.reached.suspect]
+    suspect = audit.classes[stronger(audit.reached, audit.warped).suspect]
     galleries = [(f'Clean images of "{suspect}"', "For comparison.", _pictures(audit.tensors["examples"], ""))]
     if "images" in audit.tensors:
         shown = audit.tensors["images"][:SHOWN_CLASSES]

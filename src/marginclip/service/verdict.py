@@ -18,7 +18,7 @@ UNTESTED = (
 )
 NOT_TESTED = (
     "Triggers that lead to several classes, one for each class of origin, leave no single class that stands out.",
-    "A trigger that needs a large change of the image can stay out of reach of the few small steps that are taken here.",
+    "A trigger that is neither a small change of the pixels nor a smooth warp can stay out of reach of what is tried here.",
     "The audit knows nothing of privacy, of robustness against adversarial examples, or of fairness.",
 )
 
@@ -74,48 +74,57 @@ class Verdict:
         return self.kind != "nothing"
 
 
+def stronger(reached: MaximumMargins, warped: MaximumMargins) -> MaximumMargins:
+    """Of a few small steps and one small warp, what singles its class out more: the test by which a class is accused."""
+    return warped if warped.p_value < reached.p_value else reached
+
+
 def judge(
     found: Findings,
     margins: MaximumMargins,
     reached: MaximumMargins,
+    warped: MaximumMargins,
     under_bounds: MaximumMargins,
     classes: Sequence[str],
     suspicious: Suspicious | None = None,
 ) -> Verdict:
-    """The verdict. A backdoor is what stands out by the reach of its class; MM-BD supports or doubts it.
+    """The verdict. A backdoor is what stands out by the reach of its class, by small steps or by a warp; the other of the two and MM-BD
+    support or doubt it.
 
-    ``under_bounds`` is the reach that the bounds of MMAC leave. Where the class still stands first, they may not undo the trigger.
+    ``under_bounds`` is what the bounds of MMAC leave of the stronger of the two. Where the class still stands first, they may not undo
+    the trigger.
 
     MM-BD alone accuses nobody: on our own victims it named another class than the attacker's, and accused clean models. Imbalance
     explains a class that stands out and is decided for too often, unless MM-BD names it, too: then the model looks poisoned *and*
     imbalanced.
     """
     imbalanced = found.mmom.rises(ALPHA, MIN_GAIN)
-    agrees = margins.detected and margins.suspect == reached.suspect
+    closest = stronger(reached, warped)
+    named = [test.suspect for test in (margins, reached, warped) if test.detected]
+    agrees = named.count(closest.suspect) >= 2
+    by_margins = margins.detected and margins.suspect == closest.suspect
     common = imbalanced and found.suspect.rises(ALPHA)
-    against = tuple(_doubts(found, margins, reached, classes))
-    shown = tuple(_shown(found, margins, reached, under_bounds, classes, suspicious))
-    if reached.detected and (agrees or not common):
-        target = classes[reached.suspect]
+    against = tuple(_doubts(found, margins, reached, warped, classes))
+    shown = tuple(_shown(found, margins, reached, warped, under_bounds, classes, suspicious))
+    if closest.detected and (by_margins or not common):
+        target = classes[closest.suspect]
         sure = (
             "moderate: two tests agree, and imbalance may explain a part"
             if common
             else "high: two tests agree"
             if agrees
-            else "moderate: one test of two"
-            if reached.p_value <= 0.01
-            else "low: weak evidence"
+            else "moderate: one test of three"
         )
-        headline = f'looks poisoned (target class "{target}", p = {reached.p_value:.2g})'
+        headline = f'looks poisoned (target class "{target}", p = {closest.p_value:.2g})'
         advice = [
-            "Do not deploy the model as it is.", _way_out(under_bounds.suspect == reached.suspect),
+            "Do not deploy the model as it is.", _way_out(under_bounds.suspect == closest.suspect),
             f'Look at training images that are labelled "{target}", if you can get them.',
         ]  # fmt: skip
         if imbalanced:
             headline += f" and imbalanced (a repair gains {100 * found.mmom.change:.1f} points)"
             advice.append("It looks imbalanced, too: defense=mmom repairs that, and is not made against backdoors.")
         return Verdict(
-            "poisoned", headline, sure, shown, against, NOT_TESTED, tuple(advice), target, reached.p_value,
+            "poisoned", headline, sure, shown, against, NOT_TESTED, tuple(advice), target, closest.p_value,
         )  # fmt: skip
     if imbalanced:
         return Verdict(
@@ -127,7 +136,7 @@ def judge(
     return Verdict(
         "nothing", "nothing found", "this is no clean bill: it says that these tests found nothing", shown, against, NOT_TESTED,
         ("Keep scanning what the model gets in use (marginclip repair, then marginclip scan), if its source is not trusted.",),
-        None, reached.p_value,
+        None, closest.p_value,
     )  # fmt: skip
 
 
@@ -144,16 +153,19 @@ def _shown(
     found: Findings,
     margins: MaximumMargins,
     reached: MaximumMargins,
+    warped: MaximumMargins,
     under_bounds: MaximumMargins,
     classes: Sequence[str],
     suspicious: Suspicious | None,
 ) -> list[str]:
-    ordered = reached.statistics.sort(descending=True).values
+    steps, warps = (test.statistics.sort(descending=True).values for test in (reached, warped))
     lines = [
         f"The model decides {100 * found.accuracy:.1f} % of {found.images} clean images as labelled.",
         f'A few small steps take images of other classes furthest towards "{classes[reached.suspect]}": mean margin '
-        f"{float(ordered[0]):.1f}, next {float(ordered[1]):.1f} logits (p = {reached.p_value:.2g}).",
-        _left(reached, under_bounds, classes),
+        f"{float(steps[0]):.1f}, next {float(steps[1]):.1f} logits (p = {reached.p_value:.2g}).",
+        f'One small warp, the same for all images, takes them furthest towards "{classes[warped.suspect]}": their mean margin grows by '
+        f"{float(warps[0]):.1f}, next {float(warps[1]):.1f} logits (p = {warped.p_value:.2g}).",
+        _left(reached, warped, under_bounds, classes),
         f'The largest maximum margin (MM-BD) is that of "{classes[margins.suspect]}": p = {margins.p_value:.2g} calibrated, '
         f"{margins.uncalibrated_p_value:.2g} as published.",
         f"Bounds that never saw the image change {found.changed} of {found.images} decisions"
@@ -170,27 +182,39 @@ def _shown(
     return lines
 
 
-def _left(reached: MaximumMargins, under_bounds: MaximumMargins, classes: Sequence[str]) -> str:
-    suspect, left = reached.suspect, under_bounds.statistics
+def _left(reached: MaximumMargins, warped: MaximumMargins, under_bounds: MaximumMargins, classes: Sequence[str]) -> str:
+    closest, left = stronger(reached, warped), under_bounds.statistics
+    suspect = closest.suspect
     others = torch.cat([left[:suspect], left[suspect + 1 :]])
     place = "first" if under_bounds.suspect == suspect else "no longer first"
+    what = (
+        f'a warp raises the margin of "{classes[suspect]}" by'
+        if closest is warped
+        else f'the steps take "{classes[suspect]}" to'
+    )
     return (
-        f'Under the bounds that MMAC learned the same steps take "{classes[suspect]}" to {float(left[suspect]):.1f}, the furthest of the '
-        f"others to {float(others.max()):.1f} logits: it stands {place}."
+        f"Under the bounds that MMAC learned {what} {float(left[suspect]):.1f}, the furthest of the others "
+        f"{'by' if closest is warped else 'to'} {float(others.max()):.1f} logits: it stands {place}."
     )
 
 
-def _doubts(found: Findings, margins: MaximumMargins, reached: MaximumMargins, classes: Sequence[str]) -> list[str]:
-    lines = []
-    if reached.detected and found.suspect.rises(ALPHA):
-        lines.append(f'"{classes[reached.suspect]}" is decided for too often, which imbalance explains as well.')
-    if not reached.detected and reached.p_value <= ALPHA:
+def _doubts(
+    found: Findings, margins: MaximumMargins, reached: MaximumMargins, warped: MaximumMargins, classes: Sequence[str]
+) -> list[str]:
+    lines, closest = [], stronger(reached, warped)
+    if closest.detected and found.suspect.rises(ALPHA):
+        lines.append(f'"{classes[closest.suspect]}" is decided for too often, which imbalance explains as well.')
+    if not closest.detected and closest.p_value <= ALPHA:
         lines.append(
-            f'"{classes[reached.suspect]}" is within reach more than others (p = {reached.p_value:.2g}), not enough to accuse it.'
+            f'"{classes[closest.suspect]}" is within reach more than others (p = {closest.p_value:.2g}), not enough to accuse it.'
         )
-    if reached.detected and not margins.detected:
+    if reached.detected and warped.detected and reached.suspect != warped.suspect:
+        lines.append(
+            f'Small steps and a warp accuse different classes, "{classes[reached.suspect]}" and "{classes[warped.suspect]}".'
+        )
+    if closest.detected and not margins.detected:
         lines.append(f"MM-BD finds nothing (p = {margins.p_value:.2g}).")
-    if margins.detected and margins.suspect != reached.suspect:
+    if margins.detected and margins.suspect != closest.suspect:
         lines.append(f'MM-BD accuses another class, "{classes[margins.suspect]}". Alone it accuses clean models too often.')
     if found.classes < 6:
         lines.append(f"With {found.classes} classes there is little to compare the largest with.")

@@ -29,8 +29,8 @@ from marginclip.networks.memory import images_at_once, images_that_fit, memory_b
 log = logging.getLogger(__name__)
 KEEP = ("feasible", "best", "last")
 RELAXED = (
-    "no bounds classified %.3g %% of the clean images right in %d steps, so the bounds were relaxed by %.0f %% of the way to the clean maxima, and "
-    "a backdoor may be left. Look for wrong labels among the clean images; defense.extra_steps allows more steps"
+    "no bounds classified %.3g %% of the clean images right in %d steps, so the bounds were relaxed by %.0f %% of the way to the clean "
+    "maxima, and a backdoor may be left. Look for wrong labels among the clean images; defense.extra_steps allows more steps"
 )
 
 
@@ -188,7 +188,9 @@ class BoundLearning(LearningDefense):
         """The bounded network with the bounds to keep."""
         if self.keep == "last":
             return self.bounded
-        if self.best_bounds:  # not measured again: another precision would count an image or two otherwise, and relax all for it
+        if (
+            self.best_bounds
+        ):  # not measured again: another precision would count an image or two otherwise, and relax all for it
             self.bounded.load_bounds(self.best_bounds)
             return self.bounded
         self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
@@ -200,7 +202,11 @@ class BoundLearning(LearningDefense):
     def in_proportion(self, share: float) -> Iterator[None]:
         """See :meth:`Defense.in_proportion`: as many steps as always, of fewer clean images and margin inputs."""
         whole = self.batch_size, self.ascent, self.of_a_part
-        self.batch_size, self.ascent, self.of_a_part = math.ceil(share * self.batch_size), self.ascent.in_proportion(share), True
+        self.batch_size, self.ascent, self.of_a_part = (
+            math.ceil(share * self.batch_size),
+            self.ascent.in_proportion(share),
+            True,
+        )
         try:
             yield
         finally:
