@@ -1,4 +1,4 @@
-"""Draw the pictures of the pages about attacks, losses and methods, from images and formulas alone; no model is trained.
+"""Draw the pictures of the pages about attacks, losses and methods, from images, formulas and a linear layer of two features.
 
     python benchmarks/method_pictures.py [--output docs/figures]
 
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from marginclip.attacks import AllToOne, Attack, BadNet, Blend, BlendFull, Chessboard, LowFrequency, OnePixel, Sinusoid, WaNet
 from marginclip.data import MnistM
+from marginclip.defenses import Defense, LastLayer, LogitAdjustment, LogitCalibration, TauNormalisation
 from marginclip.losses.gcl import tail_ranks
 from marginclip.losses.ldam import effective_weights, ldam_margins
 from marginclip.reporting.examples import amplification
@@ -34,6 +36,18 @@ ATTACKS: dict[str, type[Attack]] = {
     "low_frequency": LowFrequency,
     "one_pixel": OnePixel,
 }
+OF_THE_LAST_LAYER: dict[str, Defense] = {
+    "bias_only": LogitCalibration(scale="none", shift=True),
+    "temperature_scaling": LogitCalibration(scale="shared", shift=False),
+    "bias_corrected_temperature": LogitCalibration(scale="shared", shift=True),
+    "vector_scaling": LogitCalibration(scale="per_class", shift=True),
+    "lws": LogitCalibration(scale="per_class", shift=False),
+    "logit_adjustment": LogitAdjustment(),
+    "tau_normalisation": TauNormalisation(),
+    "last_layer": LastLayer(),
+}
+CENTRES = torch.tensor([[0.45, 0.65], [0.35, 0.40], [0.65, 0.45]])  # of three classes of features in [0, 1]
+SPREAD, TRAINING_SIZES = 0.09, (1000, 100, 10)
 COUNTS = (5000 * 100.0 ** (-torch.arange(10) / 9)).floor()  # the class sizes of LT-100
 
 
@@ -159,6 +173,63 @@ def calibration_picture() -> Figure:
     return figure
 
 
+def features(sizes: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+    """Points (N, 1, 1, 2) of three classes in a plane, as images of two pixels, and their classes (N,)."""
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    noise = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(seed))
+    return (CENTRES[labels] + SPREAD * noise).clamp(0, 1).view(-1, 1, 1, 2), labels
+
+
+def imbalanced_layer() -> nn.Sequential:
+    """A linear layer on two features, fitted to many points of one class and few of the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+    points, labels = features(TRAINING_SIZES, seed=1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(points), labels) + 1e-4 * model[1].weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return model.eval()
+
+
+def last_layer_picture(model: nn.Module, defense: Defense) -> Figure:
+    """How sure the layer is of its class all over the plane, before and after the method, with points of which each class has as many."""
+    points, labels = features((200, 200, 200), seed=3)
+    repaired = defense.fit(model, *features((50, 50, 50), seed=2)).network
+    axis = torch.linspace(0.1, 0.9, 160)
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    plane = torch.stack([columns, rows], -1).view(-1, 1, 1, 2)
+    figure = new_figure(6.4, 3.2, "")
+    colours = torch.tensor([to_rgb(name) for name in ("tab:blue", "tab:orange", "tab:green")])
+    for place, (title, network) in enumerate({"as trained": model, "after the method": repaired}.items()):
+        axes = figure.add_subplot(1, 2, place + 1)
+        with torch.no_grad():
+            probabilities = network(plane).softmax(1)
+            right = (network(points).argmax(1) == labels).float().mean()
+        axes.imshow((0.25 * probabilities @ colours + 0.75).view(160, 160, 3), origin="lower", extent=(0.1, 0.9, 0.1, 0.9))
+        axes.contour(axis, axis, probabilities.argmax(1).view(160, 160), levels=[0.5, 1.5], colors="black", linewidths=0.8)
+        for label, (name, size) in enumerate(zip(("common", "medium", "rare"), TRAINING_SIZES, strict=True)):
+            own = points[labels == label][::4, 0, 0]
+            axes.plot(
+                own[:, 0],
+                own[:, 1],
+                ".",
+                color=tuple(colours[label].tolist()),
+                markersize=4,
+                label=f"{name}, {size} in training",
+            )
+        tidy(axes, title=f"{title}: {100 * float(right):.0f} % right", xlabel="", ylabel="")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
 def main() -> None:
     """Draw all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,6 +246,9 @@ def main() -> None:
     save_png(inversion_picture(images[0]), folder / "method_neural_cleanse.png")
     save_png(sharpness_picture(), folder / "method_ft_sam.png")
     save_png(calibration_picture(), folder / "method_logit_calibration.png")
+    layer = imbalanced_layer()
+    for name, method in OF_THE_LAST_LAYER.items():
+        save_png(last_layer_picture(layer, method), folder / f"method_{name}.png")
 
 
 if __name__ == "__main__":
