@@ -86,7 +86,9 @@ def test_a_class_that_a_warp_leads_to_stands_out():
     assert found.suspect == 3
     assert found.detected
     assert float(found.statistics.min()) >= 0
-    assert 0.9 * 90 / 32 < float(found.statistics[3]) < 1.5 * 90 / 32  # a thirty-second of the side, more between control points
+    assert (
+        0.9 * 90 / 32 < float(found.statistics[3]) < 1.5 * 90 / 32
+    )  # a thirty-second of the side, more between control points
 
 
 def test_the_warp_is_one_for_all_images_and_stays_small(monkeypatch):
@@ -216,7 +218,9 @@ def test_a_class_that_a_warp_leads_to_looks_poisoned():
         'a warp raises the margin of "c4" by 4.8, the furthest of the others by 6.6 logits: it stands no longer first' in line
         for line in warps.reasons
     )
+    assert any("defense.detector.rule=repaired" in line for line in warps.advice)
     both = judge(findings(), statistics_with(6.0), statistics_with(40.0), statistics_with(40.0), UNDONE, CLASSES)
+    assert not any("defense.detector.rule=repaired" in line for line in both.advice)
     assert both.confidence == "high: two tests agree"
     apart = judge(findings(), statistics_with(6.0), statistics_with(40.0), statistics_with(60.0, at=4), UNDONE, CLASSES)
     assert any('Small steps and a warp accuse different classes, "c9" and "c4"' in line for line in apart.against)

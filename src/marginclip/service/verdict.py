@@ -117,7 +117,7 @@ def judge(
         )
         headline = f'looks poisoned (target class "{target}", p = {closest.p_value:.2g})'
         advice = [
-            "Do not deploy the model as it is.", _way_out(under_bounds.suspect == closest.suspect),
+            "Do not deploy the model as it is.", _way_out(under_bounds.suspect == closest.suspect, warps=closest is warped),
             f'Look at training images that are labelled "{target}", if you can get them.',
         ]  # fmt: skip
         if imbalanced:
@@ -140,11 +140,16 @@ def judge(
     )  # fmt: skip
 
 
-def _way_out(stays: bool) -> str:
+def _way_out(stays: bool, *, warps: bool) -> str:
     if stays:
         return (
             "Bounds may not undo this trigger: the class still stands first under them. Do not rely on marginclip repair and scan alone; "
             "train the weights as well (marginclip defend with defense=mmac_finetune), or train the model anew."
+        )
+    if warps:
+        return (
+            "Repair it, and let the repaired network decide (marginclip repair defense.detector.rule=repaired): against warps the bounds "
+            "do more than the detector sees. Scan what it gets in use (marginclip scan): flagged images show the trigger."
         )
     return "Repair it (marginclip repair) and scan what it gets in use (marginclip scan): flagged images show the trigger."
 
