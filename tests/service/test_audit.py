@@ -107,6 +107,9 @@ def test_the_warp_is_one_for_all_images_and_stays_small(monkeypatch):
     monkeypatch.setattr(module, "images_that_fit", lambda *_: 100)
     at_once = warp_reach(WaitsForAShift(), *that_grow_brighter_to_the_right(), steps=3)
     assert torch.allclose(parts.statistics, at_once.statistics, atol=1e-4)
+    with torch.inference_mode():
+        again = warp_reach(WaitsForAShift(), *that_grow_brighter_to_the_right(), steps=3)
+    assert torch.equal(again.statistics, at_once.statistics)
 
 
 def test_it_leaves_the_model_and_says_what_it_did(found, poisoned, look):
@@ -153,6 +156,12 @@ def test_few_classes_and_wrong_names_are_refused(look, poisoned, clean):
     two = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
     with pytest.raises(UserError, match="needs at least 3 classes, got 2"):
         audit(two, clean[0], clean[1] % 2)
+
+
+@pytest.mark.parametrize("test", [reach, warp_reach])
+def test_images_of_one_class_are_not_enough(test, poisoned, clean):
+    with pytest.raises(UserError, match="all clean images are of class 0: an audit needs images of other classes"):
+        test(poisoned, clean[0][:6], torch.zeros(6, dtype=torch.long))
 
 
 # -- what the findings mean, by counts made up here ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from marginclip.errors import require
 from marginclip.maxmargin import MaximumMargins, MaximumMarginTest
 from marginclip.maxmargin.margin import ascend_margins, margin
 from marginclip.networks.copies import frozen_copy
@@ -83,15 +84,17 @@ def _others(network: nn.Module, images: Tensor, labels: Tensor, starts: int, see
     count = batched_logits(network, images[:1].to(device)).shape[1]
     for label in range(count):
         rows = order[labels[order.to(labels.device)].cpu() != label][:starts]
+        require(len(rows) > 0, f"all clean images are of class {label}: an audit needs images of other classes, too")
         yield torch.full((len(rows),), label, device=device), images[rows.to(images.device)].to(device)
 
 
 def _gain_by_warping(network: nn.Module, wanted: Tensor, images: Tensor, steps: int) -> float:
     """By how much one warp of all images (N, C, H, W) raises the mean margin of the wanted classes (N,), at most on the way."""
-    control = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS, device=images.device)
     at_once = images_that_fit(network, images[:1], network, memory_budget(images.device))
     means: list[float] = []
     with torch.inference_mode(False), torch.enable_grad():
+        images, wanted = images.clone(), wanted.clone()  # ordinary tensors, whatever the caller's mode was
+        control = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS, device=images.device)
         for step in range(steps + 1):
             control = control.detach().requires_grad_(step < steps)
             total, slope = 0.0, torch.zeros_like(control)
