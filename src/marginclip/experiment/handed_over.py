@@ -30,8 +30,8 @@ from marginclip.maxmargin import MaximumMarginTest
 from marginclip.networks.memory import memory_budget, memory_limited_to
 from marginclip.service import Artefact, Audit, audit
 from marginclip.service.artefact import check_bounds
-from marginclip.service.audit import REACH_STARTS, REACH_STEPS
 from marginclip.service.estimate import in_words, measure
+from marginclip.service.reach import STARTS, STEPS, WARP_STEPS
 from marginclip.service.scan import image_files
 from marginclip.service.verdict import FEW_IMAGES, UNTESTED
 from marginclip.silence import SILENT
@@ -69,7 +69,8 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
 
     speed, classes, mmac = measure(setup.model, images), len(setup.classes), methods.defense or MMAC(seed=spec.seed)
     test = methods.test or MaximumMarginTest(seed=spec.seed)
-    searched = Passes(backward=(test.starts * (test.steps + 1) + 2 * REACH_STARTS * (REACH_STEPS + 1)) * classes)
+    reached = STARTS * (STEPS + 1 + 2 * (WARP_STEPS + 1))  # under the bounds once more: by warping, which is the longer of the two
+    searched = Passes(backward=(test.starts * (test.steps + 1) + reached) * classes)
     learned = [passes_with_folds(mmac, len(images), classes, 2), passes_with_folds(MMOM(), len(images), classes, 2)]
     _say(
         in_words(speed, sum((passes for passes in learned if passes is not None), searched)) + ", or less: MM-BD may end early"
