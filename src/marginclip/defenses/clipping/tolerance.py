@@ -14,7 +14,8 @@ from marginclip.defenses.cross_fitting import CrossFitted
 from marginclip.errors import require
 
 log = logging.getLogger(__name__)
-TENTHS = 10
+# Of the way to the clean maxima. Fine at first: a tenth of it can bring a trigger back, where less holds the tolerance as well.
+SHARES = (0.02, 0.04, 0.06, 0.08, *(tenth / 10 for tenth in range(1, 11)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def hold(
     """Relax the bounds of ``network`` in place until it costs at most ``tolerance`` points on images that it has not seen.
 
     ``fitted`` are repairs like it that each left a part of the clean ``images`` (N, C, H, W) with ``labels`` (N,) out, ``logits`` (N, K)
-    those of the model. All move towards the clean maxima by the same share, in tenths; the first that holds is taken. Where none does,
+    those of the model. All move towards the clean maxima by the same share, one of ``SHARES``; the first that holds is taken. Where none does,
     the learned bounds stay. So they do with ``keep_bounds``, with a ``tolerance`` of None, and in a network without bounds.
     """
     labels = labels.cpu()
@@ -67,10 +68,10 @@ def hold(
 
     learned = cost(0.0)
     ways = [] if keep_bounds or tolerance is None or learned.points <= tolerance else _ways(fitted, images)
-    for tenth in range(1, TENTHS + 1) if ways else ():
+    for share in SHARES if ways else ():
         for way in ways:
-            way.go(tenth / TENTHS)
-        found = cost(tenth / TENTHS)
+            way.go(share)
+        found = cost(share)
         if tolerance is not None and found.points <= tolerance and isinstance(network, BoundedNetwork):
             Relaxation(network, images).go(found.relaxed)
             return found
