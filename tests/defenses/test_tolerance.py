@@ -53,7 +53,7 @@ def slow_points(victim, images, labels, share):
 @pytest.mark.parametrize("tolerance", [0.0, 10.0])
 def test_the_first_share_that_holds_is_taken(given, victim, tolerance):
     network, fitted, images, labels, logits = given
-    shares = [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    shares = [*(step / 50 for step in range(10)), *(tenth / 10 for tenth in range(2, 11))]
     points = [slow_points(victim, images, labels, share) for share in shares]
     wanted = next(share for share, lost in zip(shares, points, strict=True) if lost <= tolerance)
     assert 0 < wanted < 1

@@ -15,7 +15,7 @@ from marginclip.errors import require
 
 log = logging.getLogger(__name__)
 # Of the way to the clean maxima. Fine at first: a tenth of it can bring a trigger back, where less holds the tolerance as well.
-SHARES = (0.02, 0.04, 0.06, 0.08, *(tenth / 10 for tenth in range(1, 11)))
+SHARES = (*(step / 50 for step in range(1, 10)), *(tenth / 10 for tenth in range(2, 11)))
 
 
 @dataclass(frozen=True)
