@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
+from marginclip.data import ImageSet, Splits
 from marginclip.maxmargin import margin
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -154,3 +155,30 @@ def test_a_verdict_is_a_row(load):
         "maximum_margins": {"suspect": 8, "p_value": 0.39, "published_p_value": 0.11}, "seconds": {"mmac": 20.0, "reach": 3.0},
     }  # fmt: skip
     assert verdicts.row("attack=badnet", found) == "| attack=badnet | poisoned | 9, 9 | 0.0001 | 3: 0.5 | 8: 0.39, 0.11 | 23 |"
+
+
+def test_the_faults_of_training_are_what_they_say(load):
+    faults = load("training_faults")
+    labels = torch.arange(10).repeat_interleave(200)
+    images = torch.full((2000, 3, 8, 8), 90, dtype=torch.uint8)
+    classes = tuple("abcdefghij")
+    splits = Splits(ImageSet(images, labels, classes), ImageSet(images, labels, classes))
+
+    moved = faults.mislabelled(splits, 0).train.labels
+    assert float((moved != labels).float().mean()) == pytest.approx(faults.NOISE_SHARE, abs=0.03)
+
+    marked = faults.with_patches(splits, 0).train.images
+    carries = (marked[:, :, -1, -1] != 90).any(1)
+    assert float(carries.float().mean()) == pytest.approx(faults.PATCH_SHARE, abs=0.02)
+    assert marked[carries & (labels == 1)][:, :, -4:, -4:].unique(dim=0).shape[0] == 1  # one colour a class
+    assert bool((marked[:, :, :4] == 90).all())
+    bytes_, floats = (faults.patched(part, labels[:3]) for part in (images[:3], images[:3] / 255))
+    assert torch.allclose(bytes_ / 255, floats)
+    assert images.eq(90).all()  # the given images stay as they are
+
+    halves = faults.with_rare_halves(splits, 0)
+    assert halves.train.classes == ("a or f", "b or g", "c or h", "d or i", "e or j")
+    assert halves.held_out.labels.bincount().tolist() == [400] * 5
+    assert len(halves.train) == pytest.approx(1000 + 1000 / faults.RARITY, abs=40)
+
+    assert torch.allclose(faults.blurred(torch.full((1, 3, 8, 8), 0.4)), torch.full((1, 3, 8, 8), 0.4), atol=1e-6)
