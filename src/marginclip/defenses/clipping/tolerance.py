@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses.base import Defense
-from marginclip.defenses.clipping.feasibility import Relaxation
+from marginclip.defenses.clipping.feasibility import SHARES, Relaxation
 from marginclip.defenses.cross_fitting import CrossFitted
 from marginclip.errors import require
 
 log = logging.getLogger(__name__)
-# Of the way to the clean maxima. Fine at first: a tenth of it can bring a trigger back, where less holds the tolerance as well.
-SHARES = (*(step / 50 for step in range(1, 10)), *(tenth / 10 for tenth in range(2, 11)))
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def hold(
     """Relax the bounds of ``network`` in place until it costs at most ``tolerance`` points on images that it has not seen.
 
     ``fitted`` are repairs like it that each left a part of the clean ``images`` (N, C, H, W) with ``labels`` (N,) out, ``logits`` (N, K)
-    those of the model. All move towards the clean maxima by the same share, one of ``SHARES``; the first that holds is taken. Where none does,
-    the learned bounds stay. So they do with ``keep_bounds``, with a ``tolerance`` of None, and in a network without bounds.
+    those of the model. All move towards the clean maxima by the same share, one of ``SHARES``; the first that holds is taken. Where
+    none does, the learned bounds stay. So they do with ``keep_bounds``, with a ``tolerance`` of None, and in a network without bounds.
     """
     labels = labels.cpu()
     before = _accuracy(logits, labels)
