@@ -69,9 +69,8 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
 
     speed, classes, mmac = measure(setup.model, images), len(setup.classes), methods.defense or MMAC(seed=spec.seed)
     test = methods.test or MaximumMarginTest(seed=spec.seed)
-    reached = STARTS * (
-        STEPS + 1 + 2 * (WARP_STEPS + 1)
-    )  # under the bounds once more: by warping, which is the longer of the two
+    # Under the bounds one of the two once more: at most the warps, which are longer.
+    reached = STARTS * (STEPS + 1 + 2 * (WARP_STEPS + 1))
     searched = Passes(backward=(test.starts * (test.steps + 1) + reached) * classes)
     learned = [passes_with_folds(mmac, len(images), classes, 2), passes_with_folds(MMOM(), len(images), classes, 2)]
     _say(
