@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 KEEP = ("feasible", "best", "last")
 RELAXED = (
     "no bounds classified %.3g %% of the clean images right in %d steps, so the bounds were relaxed by %.0f %% of the way to the clean "
-    "maxima, and a backdoor may be left. Look for wrong labels among the clean images; defense.extra_steps allows more steps"
+    "maxima, and a backdoor may be left. Label the images by hand if the model itself did it, or allow more steps (defense.extra_steps)"
 )
 
 
