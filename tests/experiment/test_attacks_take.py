@@ -14,7 +14,7 @@ SETTINGS = {
     "chessboard": ["training.epochs=8", "attack.rate=0.3", "attack.amplitude=0.1"],
     # On 16 x 16 pixels a warp of a fraction of a pixel is hardly seen.
     "wanet": [
-        "training.epochs=12", "attack.rate=0.3", "attack.strength=3", "attack.cross_ratio=1", "attack.timing=after_augmentation",
+        "training.epochs=24", "attack.rate=0.4", "attack.strength=4", "attack.cross_ratio=0.25", "attack.timing=after_augmentation",
     ],
     # So few steps teach the trigger, and not yet that another image's trigger means nothing.
     "input_aware": [
@@ -29,7 +29,7 @@ SETTINGS = {
     "adaptive": [
         "training.epochs=8", "attack.base.rate=0.3", "attack.base.min_contrast=0.2", "attack.base.min_success=0.9",
         "attack.rounds=1", "attack.epochs_per_round=1", "attack.clean_per_class=6", "attack.defender.steps=4",
-        "attack.defender.check_every=2",
+        "attack.defender.check_every=2", "attack.defender.start.share=1", "attack.defender.start.quantile=1",
     ],
 }  # fmt: skip
 
