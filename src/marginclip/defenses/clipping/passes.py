@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from marginclip.defenses.base import Defense
 from marginclip.defenses.clipping.bound_learning import BoundLearning
+from marginclip.defenses.clipping.feasibility import SHARES
 
-RELAXING, STARTING = 11, 4  # passes over the clean images that end and begin a repair
+RELAXING, STARTING = 1 + len(SHARES), 4  # passes over the clean images that end and begin a repair, at most
 
 
 @dataclass(frozen=True)
