@@ -188,9 +188,8 @@ class BoundLearning(LearningDefense):
         """The bounded network with the bounds to keep."""
         if self.keep == "last":
             return self.bounded
-        if (
-            self.best_bounds
-        ):  # not measured again: another precision would count an image or two otherwise, and relax all for it
+        if self.best_bounds:
+            # Not measured again: another precision would count an image or two otherwise, and relax all for it.
             self.bounded.load_bounds(self.best_bounds)
             return self.bounded
         self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, self.lambda_.min_agreement)
@@ -202,11 +201,8 @@ class BoundLearning(LearningDefense):
     def in_proportion(self, share: float) -> Iterator[None]:
         """See :meth:`Defense.in_proportion`: as many steps as always, of fewer clean images and margin inputs."""
         whole = self.batch_size, self.ascent, self.of_a_part
-        self.batch_size, self.ascent, self.of_a_part = (
-            math.ceil(share * self.batch_size),
-            self.ascent.in_proportion(share),
-            True,
-        )
+        self.batch_size, self.ascent = math.ceil(share * self.batch_size), self.ascent.in_proportion(share)
+        self.of_a_part = True  # its bounds are not the user's: nothing is said of them
         try:
             yield
         finally:
