@@ -2,6 +2,9 @@
 start.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rows classes side] [--cells 1 4 16] [--figure docs/figures/scaling.png]
+    python benchmarks/scaling.py --points benchmarks/results/scaling.json --figure docs/figures/scaling.png
+
+The second draws what earlier runs, on several machines, have measured.
 
 Each point is a process of its own: a small ResNet of random weights (they change no time) and random images are repaired with
 ``--steps`` bound steps, then once more for the detector: half of the images are left out, and a step takes half as many. One setting
@@ -30,7 +33,13 @@ ROWS = {
     "per_class": (5, 50, 500),
     "width": (8, 16, 32),
 }
-NAMES = {"classes": "classes", "side": "image side, px", "per_class": "clean images a class", "width": "width"}
+NAMES = {
+    "classes": "classes",
+    "side": "image side, px",
+    "per_class": "clean images a class",
+    "width": "width",
+    "cells": "cells of a sweep",
+}
 TICKS = (2, 5, 10, 20, 50, 100, 200)  # processor seconds
 DEFEND = [sys.executable, "-m", "marginclip", "defend"]
 CELL = "dataset=digits trainer=exact training.epochs=2 model.width=4 clean_per_class=4 figures=false logger=none attack.min_success=0"
@@ -98,15 +107,15 @@ def sweep(cells: int) -> tuple[float, float]:
         return child_seconds(command), child_seconds(command)
 
 
-def draw(points: dict[str, list[tuple[int, dict[str, float]]]], output: Path) -> None:
-    """A panel a setting: seconds of the repair."""
+def draw(points: dict[str, list[tuple[int, float]]], output: Path) -> None:
+    """A panel a setting: seconds of the repair, or of the sweep."""
     from marginclip.reporting.figures import save_png
     from marginclip.reporting.style import AFTER, new_figure
 
-    figure = new_figure(3.2 * len(points), 3.2, "Seconds of a repair, as one setting moves")
+    figure = new_figure(3.2 * len(points), 3.2, "Seconds of a repair, or of a sweep, as one setting moves")
     for number, (row, found) in enumerate(points.items()):
         axes = figure.add_subplot(1, len(points), number + 1)
-        axes.loglog([value for value, _ in found], [costs["repair"] for _, costs in found], marker="o", color=AFTER)
+        axes.loglog([value for value, _ in found], [seconds for _, seconds in found], marker="o", color=AFTER)
         axes.set_xlabel(NAMES[row])
         axes.set_xticks([value for value, _ in found], [str(value) for value, _ in found], fontsize=8)
         axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS], fontsize=8)
@@ -123,19 +132,25 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--points", type=Path, help="draw these seconds, by setting and value, and measure nothing")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.point:
         print(json.dumps(point(json.loads(given.point), given.steps)))
         return
-    points: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    if given.points:
+        if not given.figure:
+            parser.error("--points needs --figure, the file to draw into")
+        draw(json.loads(given.points.read_text()), given.figure)
+        return
+    points: dict[str, list[tuple[int, float]]] = {}
     for row in given.rows:
         print(f"\n| {NAMES[row]} | clean images | repair, s | with half of the images, s | MiB |\n|---|---|---|---|---|")
         for value in ROWS[row]:
             settings = json.dumps(BASE | {row: value})
             command = [sys.executable, __file__, "--point", settings, "--steps", str(given.steps)]
             costs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-            points.setdefault(row, []).append((value, costs))
+            points.setdefault(row, []).append((value, costs["repair"]))
             print(
                 f"| {value} | {costs['images']} | {costs['repair']:.1f} | {costs['fold']:.1f} | {costs['mib']:.0f} |",
                 flush=True,
@@ -144,6 +159,7 @@ def main() -> None:
         print("\n| cells of a sweep | processor s | a cell, s | once more, when all is done, s |\n|---|---|---|---|")
     for cells in given.cells:
         first, again = sweep(cells)
+        points.setdefault("cells", []).append((cells, first))
         print(f"| {cells} | {first:.1f} | {first / cells:.1f} | {again:.1f} |", flush=True)
     print("\n| start of a process | processor s |\n|---|---|")
     for name, seconds in start_up():
