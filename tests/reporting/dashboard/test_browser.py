@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import time
 from urllib.parse import quote
 
 import numpy as np
@@ -66,18 +67,27 @@ def names_in(page):
     return page.locator("#runs-table tbody td.run").all_inner_texts()
 
 
+def settled(page, read, wanted, seconds=10):
+    """What ``read()`` gives once it is ``wanted``, or else when the time is up: a table is drawn a moment after the click."""
+    end = time.monotonic() + seconds
+    while (found := read()) != wanted and time.monotonic() < end:
+        page.wait_for_timeout(20)
+    return found
+
+
 def test_runs_sort_filter_and_show_other_columns(site, open_page, records):
     page = open_page(address(site, "runs.html"))
     page.get_by_label("Setting", exact=True).select_option("attack.name")
     page.get_by_label("Value", exact=True).select_option("badnet")
     wanted = {name: record for name, record in records.items() if record.choice("attack") == "badnet"}
-    assert set(names_in(page)) == set(wanted)
+    assert settled(page, lambda: set(names_in(page)), set(wanted)) == set(wanted)
     heading = page.locator("#runs-table th", has_text="ACC %").first
     heading.click()
     by_accuracy = sorted(wanted, key=lambda name: round(wanted[name].metrics[wanted[name].choice("defense")]["acc"], 5))
-    assert names_in(page) == by_accuracy
+    assert settled(page, lambda: names_in(page), by_accuracy) == by_accuracy
     page.get_by_label("Search").fill("nad")
-    assert set(names_in(page)) == {name for name in wanted if "-nad-" in name}
+    left = {name for name in wanted if "-nad-" in name}
+    assert settled(page, lambda: set(names_in(page)), left) == left
     page.get_by_text("Choose columns").click()
     page.get_by_label("Find a setting").fill("optimizer.lr")
     page.get_by_label("training.optimizer.lr").check()
@@ -213,10 +223,12 @@ def test_a_table_is_sorted_by_keyboard(site, open_page, page_name, table, headin
     scrolled = page.evaluate("scrollY")
     for key, wanted, reverse in (("Space", "ascending", False), ("Enter", "descending", True)):
         page.keyboard.press(key)
-        assert th.get_attribute("aria-sort") == wanted
-        assert figures() == sorted(figures(), reverse=reverse)
+        assert settled(page, lambda: th.get_attribute("aria-sort"), wanted) == wanted
+        in_order = sorted(figures(), reverse=reverse)
+        assert settled(page, figures, in_order) == in_order
     page.keyboard.press("Space")
-    assert th.get_attribute("aria-sort") is None and figures() != sorted(figures())
+    assert settled(page, lambda: th.get_attribute("aria-sort"), None) is None
+    assert settled(page, lambda: figures() == sorted(figures()), False) is False
     assert page.evaluate("scrollY") == scrolled, "the space bar does not scroll the page as well"
     assert page.evaluate("document.activeElement.closest('th').textContent") == heading
 
@@ -313,7 +325,7 @@ def test_a_pivot_has_the_papers_figure_a_colour_scale_and_leads_to_its_runs(site
     page.wait_for_url("**/runs.html#*")
     page.wait_for_selector("#runs-table tbody tr")
     wanted = {name for name, each in records.items() if (each.choice("attack"), each.choice("defense")) == ("badnet", "mmdf")}
-    assert set(names_in(page)) == wanted and len(wanted) == 2
+    assert settled(page, lambda: set(names_in(page)), wanted) == wanted and len(wanted) == 2
 
 
 def hovered(page, canvas):
