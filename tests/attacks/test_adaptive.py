@@ -81,6 +81,7 @@ def test_bounds_are_learned_by_what_training_access_gives():
     ("setting", "message"),
     [
         ({"beta": -1}, "attack.beta must not be negative, got -1"),
+        ({"unbounded_weight": -1}, "attack.unbounded_weight must not be negative, got -1"),
         ({"rounds": 0}, "attack.rounds must be at least 1, got 0"),
         ({"epochs_per_round": 0}, "attack.epochs_per_round must be at least 1, got 0"),
         ({"learning_rate": 0}, "attack.learning_rate must be positive, got 0"),

@@ -91,12 +91,14 @@ def test_the_penalty_moves_only_units_over_their_bound(net):
     assert (low & (highest > 0)).any()
 
 
+@pytest.mark.parametrize("unbounded_weight", [0.0, 0.5])
 @pytest.mark.parametrize("beta", [0.0, 5.0])
 @pytest.mark.parametrize("bound", [0.2, float("inf")])
-def test_a_step_is_sgd_on_the_bounded_network_with_beta_times_the_excess(net, beta, bound):
+def test_a_step_is_sgd_on_the_bounded_network_with_beta_times_the_excess(net, beta, bound, unbounded_weight):
+    """And on the network without bounds, as far as it has a weight."""
     one = batch()
     by_hand = copy.deepcopy(net).train()
-    attack = attacker(beta=beta, rounds=1, epochs_per_round=1, learning_rate=0.1)
+    attack = attacker(beta=beta, unbounded_weight=unbounded_weight, rounds=1, epochs_per_round=1, learning_rate=0.1)
     attack.bound = bound
     fit(AdaptiveTraining(net, attack=attack, optimizer=None), [one])
 
@@ -106,6 +108,8 @@ def test_a_step_is_sgd_on_the_bounded_network_with_beta_times_the_excess(net, be
     penalty = sum(F.relu(values[one["triggered"]] - bound).mean() for values in (first, second)) / 2
     assert bool(penalty > 0) is (bound < 1)
     loss = F.cross_entropy(logits, one["labels"]) + beta * penalty
+    if unbounded_weight:
+        loss = loss + unbounded_weight * F.cross_entropy(by_hand(one["images"]), one["labels"])
     values = list(by_hand.parameters())
     for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
         value.data -= 0.1 * (gradient + 5e-4 * value)

@@ -20,8 +20,8 @@ class AdaptiveTraining(PoisonedTraining):
 
     At the start of every round the bounds are learned anew for the model as it is. Between, the weights of a bounded copy are
     trained. Batch norm is in training mode: with frozen statistics nothing keeps the activations of the *unbounded* model from
-    growing, and it diverged. The model takes weights and statistics over after every epoch. The optimizer is SGD with the
-    attack's own learning rate.
+    growing, and it diverged. Where the network is trained without bounds as well, both passes move the same statistics. The model
+    takes weights and statistics over after every epoch. The optimizer is SGD with the attack's own learning rate.
 
     Args:
         model: the poisoned model to start from, which is trained itself: images (B, C, H, W) to logits (B, K).
@@ -66,6 +66,11 @@ class AdaptiveTraining(PoisonedTraining):
         data = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
         penalty = torch.stack(excess).mean() if bool(batch["triggered"].any()) else data.new_zeros(())
         loss = data + self.attacker.beta * penalty
+        if self.attacker.unbounded_weight:
+            with self.bounded.unbounded():
+                logits = self.bounded(batch["images"])
+            unbounded = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+            loss = loss + self.attacker.unbounded_weight * unbounded
         if batch_idx % 50 == 0:
             if not torch.isfinite(loss):
                 raise UserError(f"training diverged: the loss is {loss.item()}; try a lower attack.learning_rate")
