@@ -78,7 +78,7 @@ class Judge:
         logits = [batched_logits(network, self.images) for network in (detector.model, detector.repaired)]
         triggered = [batched_logits(network, self.triggered) for network in (detector.model, detector.repaired)]
         clean = detector.decide(*logits)
-        repaired = detector.with_rule("repaired")
+        repaired = detector.changed(rule="repaired")
         return [
             self.score(logits[0].argmax(1), triggered[0].argmax(1)),
             self.score(logits[1].argmax(1), triggered[1].argmax(1)),

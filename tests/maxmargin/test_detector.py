@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,14 @@ from torch import nn
 from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
 from marginclip.maxmargin import MarginDropDetector
-from marginclip.maxmargin.detector import CORRECTIONS, DECISION_RULES, margin_drop
+from marginclip.maxmargin.detector import (
+    CORRECTIONS,
+    DECISION_RULES,
+    STATISTICS,
+    expected_margin,
+    margin_drop,
+    margin_shortfall,
+)
 from marginclip.maxmargin.null import NULLS
 
 
@@ -54,11 +62,59 @@ def test_statistic_by_loop(new_logits):
     torch.testing.assert_close(margin_drop(*new_logits), slow_statistic(*new_logits))
 
 
-def test_infinite_bounds_give_zero_and_flag_nothing(net, images):
+def test_shortfall_by_loop(new_logits):
+    slow = []
+    for row, other in zip(*(values.tolist() for values in new_logits), strict=True):
+        c = max(range(5), key=row.__getitem__)
+        before, after = (values[c] - max(value for k, value in enumerate(values) if k != c) for values in (row, other))
+        slow.append(0.5 * before + 0.25 - after)
+    torch.testing.assert_close(margin_shortfall(*new_logits, (0.5, 0.25)), torch.tensor(slow))
+
+
+def test_the_expected_margin_is_the_least_squares_line():
+    margins = draw(40, 4).abs().sum(1)
+    kept = 0.4 * margins + draw(40, 5)[:, 0]
+    slope, intercept = np.polyfit(margins.double().numpy(), kept.double().numpy(), 1)
+    assert expected_margin(margins, kept) == pytest.approx((slope, intercept))
+    assert expected_margin(torch.full((3,), 2.0), torch.tensor([1.0, 2.0, 3.0])) == pytest.approx((1, 0))
+
+
+def test_bounds_that_take_a_share_of_every_margin_give_shortfalls_of_zero(clean_logits, new_logits):
+    """A drop grows with the margin there, and a small margin that is lost whole hides among the drops of large ones."""
+    shrunk = (clean_logits[0], 0.4 * clean_logits[0] + draw(200, 6, 0.01))
+    by_drop, by_shortfall = (make(shrunk, statistic=statistic) for statistic in ("drop", "shortfall"))
+    assert by_shortfall.clean_statistics.abs().max() < 0.1 < 0.5 < by_drop.clean_statistics.max()
+    assert by_shortfall.expected == pytest.approx((0.4, 0), abs=0.01)
+    small = torch.tensor([[1.0, 0, 0, 0, 0]]).expand(2, 5)
+    lost = torch.stack([0.4 * small[0], torch.tensor([-0.5, 0, 0, 0, 0])])  # the first as expected, the second lost
+    assert by_drop.decide(small, lost).flagged.tolist() == [False, False]
+    assert by_shortfall.decide(small, lost).flagged.tolist() == [False, True]
+
+
+def test_the_null_of_the_shortfall_is_that_of_the_clean_images(clean_logits):
+    detector = make(clean_logits, statistic="shortfall")
+    found = detector.decide(*clean_logits)
+    torch.testing.assert_close(found.statistic, detector.clean_statistics, rtol=1e-4, atol=1e-5)
+    assert abs(float(detector.clean_statistics.mean())) < 1e-5
+
+
+def test_another_statistic_or_rule_leaves_the_first_detector_as_it_was(clean_logits, new_logits):
+    first = make(clean_logits)
+    before = first.decide(*new_logits)
+    other = first.changed(statistic="shortfall", rule="repaired")
+    assert (other.statistic, other.rule, first.statistic, first.rule) == ("shortfall", "repaired", "drop", "paper")
+    again, fresh = other.decide(*new_logits), make(clean_logits, statistic="shortfall", rule="repaired").decide(*new_logits)
+    for key in ("decisions", "flagged", "p_values", "statistic"):
+        assert torch.equal(getattr(again, key), getattr(fresh, key))
+        assert torch.equal(getattr(first.decide(*new_logits), key), getattr(before, key))
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_infinite_bounds_give_zero_and_flag_nothing(net, images, statistic):
     repaired = BoundedNetwork(net, images[:1])
     assert torch.equal(margin_drop(net(images), repaired(images)), torch.zeros(12))
     for null in NULLS:
-        found = MarginDropDetector.fit(net, repaired, images, null_distribution=null, theta=0.3)(images)
+        found = MarginDropDetector.fit(net, repaired, images, null_distribution=null, theta=0.3, statistic=statistic)(images)
         assert not found.flagged.any()
         assert (found.p_values == 1).all()
         assert torch.equal(found.decisions, net(images).argmax(1))
@@ -232,6 +288,7 @@ def test_state_travels_through_state_dict(pair, images, new_logits, correction):
         ({"theta": 0.0}, r"detector.theta must be in \(0, 1\)"),
         ({"theta": 1.0}, r"detector.theta must be in \(0, 1\)"),
         ({"null_distribution": "t"}, "detector.null_distribution"),
+        ({"statistic": "t"}, "detector.statistic must be one of drop, shortfall, got 't'"),
         ({"rule": "always"}, "detector.rule"),
         ({"correction": "keep"}, "detector.correction"),
     ],
@@ -286,10 +343,10 @@ def test_a_detector_that_can_flag_nothing_says_so(clean_logits, caplog):
 
 def test_two_rules_share_a_null(clean_logits, new_logits):
     paper = make(clean_logits, rule="paper")
-    other = paper.with_rule("repaired")
+    other = paper.changed(rule="repaired")
     assert (paper.rule, other.rule) == ("paper", "repaired")
     one, two = (detector.decide(*new_logits) for detector in (paper, other))
     assert torch.equal(one.flagged, two.flagged)
     assert torch.equal(two.decisions, make(clean_logits, rule="repaired").decide(*new_logits).decisions)
     with pytest.raises(UserError, match=r"detector.rule must be one of paper, repaired, or_disagree, got 'both'"):
-        paper.with_rule("both")
+        paper.changed(rule="both")

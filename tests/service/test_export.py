@@ -58,13 +58,13 @@ def test_the_bounded_network_gives_its_logits(artefact, images, run, tmp_path, f
         torch.testing.assert_close(logits, artefact.network(images[:size]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("statistic", ["drop", "shortfall"])
 @pytest.mark.parametrize("rule", ["paper", "repaired", "or_disagree"])
 @pytest.mark.parametrize("correction", ["exclude", "insist", "reject"])
-def test_every_way_of_deciding_is_the_detectors(artefact, images, rule, correction):
+def test_every_way_of_deciding_is_the_detectors(artefact, images, statistic, rule, correction):
     given = artefact.detector
-    detector = MarginDropDetector(
-        given.model, given.repaired, given.clean_statistics, given.clean_margins, theta=0.1, rule=rule, correction=correction
-    )
+    settings = {"theta": 0.1, "statistic": statistic, "rule": rule, "correction": correction}
+    detector = MarginDropDetector(given.model, given.repaired, given.clean_drops, given.clean_margins, **settings)
     wanted = detector(images)
     decisions, flagged, _ = DecisionNetwork(detector)(images)
     assert torch.equal(decisions, wanted.decisions)
@@ -75,7 +75,7 @@ def test_every_way_of_deciding_is_the_detectors(artefact, images, rule, correcti
 def test_p_values_are_never_too_small(artefact, images, null_distribution):
     given = artefact.detector
     detector = MarginDropDetector(
-        given.model, given.repaired, given.clean_statistics, given.clean_margins, null_distribution=null_distribution
+        given.model, given.repaired, given.clean_drops, given.clean_margins, null_distribution=null_distribution
     )
     wanted = detector(images).p_values
     _, _, values = DecisionNetwork(detector)(images)

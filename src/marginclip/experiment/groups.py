@@ -171,6 +171,7 @@ class DetectorSpec:
     null_distribution: str
     rule: str
     correction: str
+    statistic: str = "drop"
 
     def __post_init__(self) -> None:
         require(

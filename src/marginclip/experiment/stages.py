@@ -29,6 +29,11 @@ from marginclip.record import DetectionTest, Flagged, Row, RunRecord, VictimSour
 from marginclip.silence import SILENT
 
 log = logging.getLogger(__name__)
+# Beside the papers' MMDF: the end of the row's name -> how its label goes on, and the detector's settings.
+OUR_WAYS = {
+    "repaired": ("repair decides", {"rule": "repaired"}),
+    "shortfall": ("by shortfall", {"statistic": "shortfall"}),
+}
 HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -157,9 +162,10 @@ def evaluate(
             title, phases = _detector_label(spec, defense), ["repair", "detector"]
             detectors[detector_row] = (repaired_row, detector)
             record.rows[detector_row] = Row(label=title, phases=phases)
-            if detector.rule == "paper":  # the other way of deciding, beside the papers' own
-                detectors[f"{detector_row}_repaired"] = (repaired_row, detector.with_rule("repaired"))
-                record.rows[f"{detector_row}_repaired"] = Row(label=f"{title}, repair decides", phases=phases)
+            if (detector.rule, detector.statistic) == ("paper", "drop"):  # our ways, beside the papers'
+                for name, (words, changes) in OUR_WAYS.items():
+                    detectors[f"{detector_row}_{name}"] = (repaired_row, detector.changed(**changes))
+                    record.rows[f"{detector_row}_{name}"] = Row(label=f"{title}, {words}", phases=phases)
     counts = None if spec.imbalance is None else setup.data.class_counts
     evaluation = Evaluation(networks, detectors, num_classes=len(setup.classes), training_counts=counts)
     build_trainer(spec.trainer, record.folder, **SILENT).test(evaluation, setup.data, verbose=False)
@@ -171,7 +177,10 @@ def evaluate(
         name = spec.defense.named_detector_row
         _note_detector(spec, setup, name, detector, evaluation, record)
         scores = {f"scores/{name}_{kind}": values for kind, values in evaluation.scores(name).items()}
-        scores |= {f"outcomes/{row}/{key}": codes for row in detectors for key, codes in evaluation.outcomes(row).items()}
+        same = [
+            row for row, (_, each) in detectors.items() if each.statistic == detector.statistic
+        ]  # thresholds hold for these
+        scores |= {f"outcomes/{row}/{key}": codes for row in same for key, codes in evaluation.outcomes(row).items()}
         scores |= extreme_images(setup, name, evaluation.scores(name), evaluation.flagged_images(name))
     return (result.arrays if result is not None else {}) | scores | evaluation.class_arrays()
 

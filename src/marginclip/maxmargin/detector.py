@@ -18,6 +18,8 @@ from marginclip.networks.logits import batched_logits, check_images
 log = logging.getLogger(__name__)
 DECISION_RULES = ("paper", "repaired", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
+STATISTICS = ("drop", "shortfall")
+Line = tuple[float, float]
 
 
 def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
@@ -36,8 +38,42 @@ def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
         >>> margin_drop(torch.tensor([[3.0, 1.0], [0.0, 10.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])).tolist()
         [0.0, 9.0]
     """
-    decisions = logits.argmax(1)
-    return margin(logits, decisions) - margin(bounded_logits, decisions)
+    return margin_shortfall(logits, bounded_logits, (1.0, 0.0))
+
+
+def margin_shortfall(logits: Tensor, bounded_logits: Tensor, expected: Line) -> Tensor:
+    """By how much the margin that bounds leave falls short of the expected one: ``slope * margin + intercept`` less the margin with bounds.
+
+    Bounds take margin from clean images, too, and more where there is more. So a small drop says much where the margin is small. With
+    the line of clean images (:func:`expected_margin`) images of all margins are judged alike. Ours; not in the papers.
+
+    Args:
+        logits: of the model, (N, K).
+        bounded_logits: of the repaired network on the same images, (N, K).
+        expected: slope and intercept, in logits, of the line from margin without to margin with bounds.
+
+    Returns:
+        The shortfalls (N,), in logits; about 0 for clean images.
+    """
+    decisions, (slope, intercept) = logits.argmax(1), expected
+    return slope * margin(logits, decisions) + intercept - margin(bounded_logits, decisions)
+
+
+def expected_margin(margins: Tensor, kept: Tensor) -> Line:
+    """Slope and intercept of the least-squares line from the margins of clean images (M,) to those that bounds leave, (M,).
+
+    Where all margins are equal the slope is 1.
+
+    Examples:
+        Bounds that leave half of every margin:
+
+        >>> expected_margin(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
+        (0.5, 0.0)
+    """
+    x, y = margins.double(), kept.double()
+    spread = (x - x.mean()).square().sum()
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if float(spread) > 0 else 1.0
+    return slope, float(y.mean() - slope * x.mean())
 
 
 @dataclass(frozen=True)
@@ -47,8 +83,8 @@ class Detection:
     Args:
         decisions: the corrected classes, int64; -1 is a rejected image.
         flagged: whether the image is taken for a triggered one.
-        p_values: the chance that a clean image loses as much margin, in [0, 1].
-        statistic: the margin drop S, in logits.
+        p_values: the chance that the statistic of a clean image is as large, in [0, 1].
+        statistic: the margin drop S, or the shortfall, in logits.
     """
 
     decisions: Tensor
@@ -65,11 +101,13 @@ class MarginDropDetector(nn.Module):
     Args:
         model: the classifier as it was given: images to logits.
         repaired: the same with bounds.
-        clean_statistics: margin drops of clean images, (M,) in logits.
+        clean_drops: margin drops of clean images, (M,) in logits.
         clean_margins: the margin that the repaired network leaves to the model's decision there, (M,) in logits.
         theta: an image is flagged where its p-value is below this share, in (0, 1).
         null_distribution: how margin drops become p-values: ``tail``, ``empirical`` or ``gaussian``
             (:func:`marginclip.maxmargin.null.p_values`).
+        statistic: ``drop``, which is MMDF: the margin drop S (:func:`margin_drop`). ``shortfall``, which is ours: by how much the margin
+            falls short of what bounds leave to clean images of the same margin (:func:`margin_shortfall`).
         rule: who decides what is not flagged. ``paper``, which is MMDF: the model. ``repaired``, which is ours: the repaired network;
             it costs what the repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the
             bounds undo without a large drop. ``or_disagree``, the wording of the second paper: the model, and images on which
@@ -84,26 +122,28 @@ class MarginDropDetector(nn.Module):
         UserError: for a setting that is not one of these.
     """
 
-    clean_statistics: Tensor
+    clean_drops: Tensor
     clean_margins: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         repaired: nn.Module,
-        clean_statistics: Tensor,
+        clean_drops: Tensor,
         clean_margins: Tensor,
         *,
         theta: float = 0.005,
         null_distribution: str = "tail",
+        statistic: str = "drop",
         rule: str = "paper",
         correction: str = "exclude",
     ) -> None:
         super().__init__()
-        check_detector_settings(theta=theta, null_distribution=null_distribution, rule=rule, correction=correction)
         self.model, self.repaired = model, repaired
-        self.theta, self.null_distribution, self.rule, self.correction = theta, null_distribution, rule, correction
-        self.register_buffer("clean_statistics", clean_statistics.detach().float().cpu())
+        self.theta, self.null_distribution, self.statistic = theta, null_distribution, statistic
+        self.rule, self.correction = rule, correction
+        self._check()
+        self.register_buffer("clean_drops", clean_drops.detach().float().cpu())
         self.register_buffer("clean_margins", clean_margins.detach().float().cpu())
 
     @classmethod
@@ -119,7 +159,7 @@ class MarginDropDetector(nn.Module):
             images: clean images (M, C, H, W) in [0, 1]. Those that the bounds were *not* learned from give a better calibrated null;
                 those that they were learned from, as in the papers, make false alarms more frequent than ``theta``.
             batch_size: images in a forward pass.
-            **settings: ``theta``, ``null_distribution``, ``rule`` and ``correction`` of the constructor.
+            **settings: ``theta``, ``null_distribution``, ``statistic``, ``rule`` and ``correction`` of the constructor.
 
         Returns:
             The detector; it logs a warning where the images are too few for it to flag anything.
@@ -137,22 +177,35 @@ class MarginDropDetector(nn.Module):
         cls, model: nn.Module, repaired: nn.Module, logits: Tensor, bounded_logits: Tensor, **settings: Any
     ) -> MarginDropDetector:
         """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
-        statistics, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
-        detector = cls(model, repaired, statistics, kept, **settings)
+        drops, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
+        detector = cls(model, repaired, drops, kept, **settings)
         if detector.threshold == float("inf"):
-            alike = float(statistics.min()) == float(statistics.max())
+            alike = float(drops.min()) == float(drops.max())
             why = "lose the same margin" if alike else f"are too few for theta={detector.theta:g}"
-            log.warning("this detector flags nothing: its %d clean images %s", len(statistics), why)
+            log.warning("this detector flags nothing: its %d clean images %s", len(drops), why)
         return detector
 
-    def with_rule(self, rule: str) -> MarginDropDetector:
-        """The same detector with another ``rule``; both share networks and null."""
-        check_detector_settings(
-            theta=self.theta, null_distribution=self.null_distribution, rule=rule, correction=self.correction
-        )
+    def changed(self, *, rule: str | None = None, statistic: str | None = None) -> MarginDropDetector:
+        """The same detector with another ``rule`` or ``statistic``; both share networks and clean images."""
         other = copy.copy(self)
-        other.rule = rule
+        other.rule, other.statistic = rule or self.rule, statistic or self.statistic
+        other._check()
         return other
+
+    @property
+    def expected(self) -> Line:
+        """Slope and intercept, in logits, of the margin that is expected with bounds over that without; (1, 0) for ``drop``."""
+        if self.statistic == "drop":
+            return 1.0, 0.0
+        return expected_margin(self.clean_drops + self.clean_margins, self.clean_margins)
+
+    @property
+    def clean_statistics(self) -> Tensor:
+        """The null: the statistic of the clean images, (M,) in logits."""
+        if self.statistic == "drop":
+            return self.clean_drops
+        slope, intercept = self.expected
+        return slope * (self.clean_drops + self.clean_margins) + intercept - self.clean_margins
 
     @property
     def insisting_margin(self) -> float:
@@ -173,7 +226,7 @@ class MarginDropDetector(nn.Module):
 
     def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
         """The same from both networks' logits (N, K), which are left as they are; images whose logits are not finite are flagged."""
-        statistic = margin_drop(logits, bounded_logits)
+        statistic = margin_shortfall(logits, bounded_logits, self.expected)
         values = p_values(statistic, self.clean_statistics.to(statistic.device), null_distribution=self.null_distribution)
         values = torch.where((logits + bounded_logits).isfinite().all(1), values, torch.zeros_like(values))
         kept, instead, always = self.alternatives(logits, bounded_logits)
@@ -189,6 +242,18 @@ class MarginDropDetector(nn.Module):
         standing = chosen if self.rule == "repaired" else original
         return torch.where(always, instead, standing), instead, always
 
+    def _check(self) -> None:
+        """Raise :class:`UserError` unless the settings are valid."""
+        theta = self.theta
+        require(
+            isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < 1,
+            f"detector.theta must be in (0, 1), got {theta}",
+        )
+        allowed = {"null_distribution": NULLS, "statistic": STATISTICS, "rule": DECISION_RULES, "correction": CORRECTIONS}
+        for key, values in allowed.items():
+            value = getattr(self, key)
+            require(value in values, f"detector.{key} must be one of {', '.join(values)}, got '{value}'")
+
 
 def corrected(original: Tensor, bounded_logits: Tensor, correction: str, insisting_margin: float) -> Tensor:
     """The decisions (N,) that flagged images get in place of ``original`` (N,), by the repaired network's logits (N, K); -1: rejected.
@@ -201,17 +266,3 @@ def corrected(original: Tensor, bounded_logits: Tensor, correction: str, insisti
     if correction == "exclude":
         return others
     return torch.where(margin(bounded_logits, original) >= max(insisting_margin, 0.0), original, others)
-
-
-def check_detector_settings(*, theta: float, null_distribution: str, rule: str, correction: str) -> None:
-    """Raise :class:`UserError` unless the settings are valid."""
-    require(
-        isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < 1,
-        f"detector.theta must be in (0, 1), got {theta}",
-    )
-    require(
-        null_distribution in NULLS,
-        f"detector.null_distribution must be one of {', '.join(NULLS)}, got '{null_distribution}'",
-    )
-    require(rule in DECISION_RULES, f"detector.rule must be one of {', '.join(DECISION_RULES)}, got '{rule}'")
-    require(correction in CORRECTIONS, f"detector.correction must be one of {', '.join(CORRECTIONS)}, got '{correction}'")

@@ -41,6 +41,7 @@ class DetectorSettings(BaseModel):
 
     theta: float
     null_distribution: str
+    statistic: str = "drop"  # what an artefact without it was made with
     rule: str
     correction: str
 
@@ -122,7 +123,7 @@ class Artefact:
             folds: further repairs, each of which leaves a part of the images out; the detector's null comes from them.
             seed: of the repairs and the folds.
             make_trainer: makes the Lightning Trainer for a number of epochs.
-            detector: settings of the detector: ``theta``, ``null_distribution``, ``rule``, ``correction``.
+            detector: settings of the detector: ``theta``, ``null_distribution``, ``statistic``, ``rule``, ``correction``.
             tolerance: points of accuracy that the repair may cost on images that it has not seen: bounds are relaxed where it costs
                 more (:func:`~marginclip.defenses.clipping.tolerance.hold`). None never relaxes them.
             **origin: ``model_settings`` and ``model_path`` of the artefact.
@@ -179,7 +180,7 @@ class Artefact:
         changed = self._own_weights()
         tensors = {f"bounds/{name}": value for name, value in network.bounds_state().items()}
         tensors |= {f"weights/{name}": value for name, value in changed.items()}
-        tensors |= {"null/statistics": self.detector.clean_statistics, "null/margins": self.detector.clean_margins}
+        tensors |= {"null/statistics": self.detector.clean_drops, "null/margins": self.detector.clean_margins}
         content = tensor_bytes(tensors)
         threshold = self.detector.threshold
         description = Description(
