@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ def decide(rule: str, logits: Tensor, bounded: Tensor, threshold: float) -> Tens
 
 
 @torch.no_grad()
-def rescore(record: RunRecord, runs_dir: Path, rule: str) -> dict[str, float]:
-    """ACC and, under an attack, ASR and PACC of one run, as fractions."""
+def decided_batches(record: RunRecord, runs_dir: Path) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Every batch of the evaluation set of one run, clean ones first, with the logits (N, K) of its victim and of its repair."""
     spec = run_spec(record.config | {"runs_dir": str(runs_dir)})
     setup = build_setup(spec)
     victim = find_victim(spec)
@@ -47,16 +48,22 @@ def rescore(record: RunRecord, runs_dir: Path, rule: str) -> dict[str, float]:
     repaired = BoundedNetwork(model, torch.zeros(1, *setup.splits.image_shape)).to(memory_format=torch.channels_last)
     repaired.load_bounds(load_file(record.folder / "bounds.safetensors"))
     model = model.to(memory_format=torch.channels_last)
-    hits: dict[str, list[Tensor]] = {"acc": [], "asr": [], "pacc": []}
     for loader in setup.data.test_dataloader():
         for raw in loader:
             batch = setup.data.on_after_batch_transfer(raw, 0)
             with torch.autocast("cpu", torch.bfloat16, enabled=record.precision == "bf16-mixed"):
                 logits, bounded = model(batch["images"]).float(), repaired(batch["images"]).float()
-            decisions = decide(rule, logits, bounded, (record.detector or {})["threshold"])
-            for name, key in (("acc", "labels"), ("asr", "targets"), ("pacc", "sources")):
-                if key in batch:
-                    hits[name].append(decisions == batch[key])
+            yield batch, logits, bounded
+
+
+def rescore(record: RunRecord, runs_dir: Path, rule: str) -> dict[str, float]:
+    """ACC and, under an attack, ASR and PACC of one run, as fractions."""
+    hits: dict[str, list[Tensor]] = {"acc": [], "asr": [], "pacc": []}
+    for batch, logits, bounded in decided_batches(record, runs_dir):
+        decisions = decide(rule, logits, bounded, (record.detector or {})["threshold"])
+        for name, key in (("acc", "labels"), ("asr", "targets"), ("pacc", "sources")):
+            if key in batch:
+                hits[name].append(decisions == batch[key])
     return {name: float(torch.cat(parts).float().mean()) for name, parts in hits.items() if parts}
 
 

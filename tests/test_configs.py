@@ -306,7 +306,7 @@ def test_image_folder_experiments_run_shrunk(experiment, image_root, tmp_path):
     assert content["status"] == "done"
     assert content["classes"] == ["blue", "green", "red"]
     assert content["clean_set_size"] == 12
-    assert set(content["metrics"]) == {"none", "mmac", "mmdf", "mmdf_repaired"}
+    assert set(content["metrics"]) == {"none", "mmac", "mmdf", "mmdf_repaired", "mmdf_both"}
     assert len(list((tmp_path / "runs" / "cache").glob("*.safetensors"))) == 2
     pictures = sorted(path.stem for path in done.folder.rglob("*.png"))
     assert ({"activations", "detection_mmdf", "examples"} if attacked else {"activations"}) <= set(pictures)

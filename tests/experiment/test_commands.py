@@ -40,7 +40,7 @@ def test_defend_prints_its_table_and_its_record_last(command, tmp_path):
     record = json.loads((tmp_path / last).read_text())
     assert (record["status"], list(record["metrics"])) == (
         "done",
-        ["none", "static_clip", "static_clip_mmdf", "static_clip_mmdf_repaired"],
+        ["none", "static_clip", "static_clip_mmdf", "static_clip_mmdf_repaired", "static_clip_mmdf_both"],
     )
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["out"]
     assert "Traceback" not in done.stderr

@@ -29,6 +29,7 @@ def test_a_run_saves_its_most_extreme_images_and_the_outcome_of_each(finished):
     scores = {kind: arrays[f"scores/mmdf_{kind}"] for kind in ("clean", "triggered")}
     assert arrays["outcomes/mmdf/clean_correct"].shape == scores["clean"].shape
     assert arrays["outcomes/mmdf_repaired/triggered_success"].shape == scores["triggered"].shape
+    assert not any(name.startswith("outcomes/mmdf_both/") for name in arrays), "another statistic, to which no scores are saved"
     threshold = finished.detector["threshold"]
     missed = sorted(value for value in scores["triggered"].tolist() if value < threshold)[:MOST]
     alarms = sorted((value for value in scores["clean"].tolist() if value >= threshold), reverse=True)[:MOST]

@@ -31,7 +31,7 @@ def test_record_holds_what_was_asked_run_and_measured(finished):
     assert set(content["seconds"]) == {"victim", "repair", "detector", "evaluation"}
     assert all(seconds > 0 for seconds in content["seconds"].values())
     assert content["peak_memory_mib"]["process"] > 50
-    assert list(content["metrics"]) == ["none", "mmac", "mmdf", "mmdf_repaired"]
+    assert list(content["metrics"]) == ["none", "mmac", "mmdf", "mmdf_repaired", "mmdf_both"]
     backdoor = {"acc", "asr", "pacc"}
     assert set(content["metrics"]["none"]) == set(content["metrics"]["mmac"]) == backdoor | PER_CLASS | CALIBRATION
     assert set(content["metrics"]["mmdf"]) == backdoor | {"fpr", "tpr", "auroc"} | PER_CLASS
@@ -42,12 +42,14 @@ def test_record_holds_what_was_asked_run_and_measured(finished):
         "mmac": 10,
         "mmdf": 10,
         "mmdf_repaired": 10,
+        "mmdf_both": 10,
     }
     assert "training_counts" not in content
     assert content["evaluated_on"] == "held_out"
     assert done.path.is_relative_to(runs_dir)
     assert content["rows"]["mmdf"] == {"label": "MMDF", "phases": ["repair", "detector"]}
     assert content["rows"]["mmdf_repaired"]["label"] == "MMDF, repair decides"
+    assert content["rows"]["mmdf_both"]["label"] == "MMDF, both statistics"
     assert content["schema_version"] == 2
 
 
@@ -168,6 +170,12 @@ def test_any_defense_takes_a_detector(configure):
     done = defend(
         configure("attack=badnet", "defense=logit_adjustment", "defense.class_counts=known", "+defense/detector=calibrated")
     )
-    assert set(done.metrics) == {"none", "logit_adjustment", "logit_adjustment_mmdf", "logit_adjustment_mmdf_repaired"}
+    assert set(done.metrics) == {
+        "none",
+        "logit_adjustment",
+        "logit_adjustment_mmdf",
+        "logit_adjustment_mmdf_repaired",
+        "logit_adjustment_mmdf_both",
+    }
     assert {"fpr", "tpr", "auroc"} <= set(done.metrics["logit_adjustment_mmdf"])
     assert seconds(done, "logit_adjustment_mmdf") > 0

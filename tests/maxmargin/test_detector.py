@@ -14,9 +14,9 @@ from marginclip.maxmargin.detector import (
     CORRECTIONS,
     DECISION_RULES,
     STATISTICS,
+    detection_lines,
     expected_margin,
     margin_drop,
-    margin_shortfall,
 )
 from marginclip.maxmargin.null import NULLS
 
@@ -62,13 +62,25 @@ def test_statistic_by_loop(new_logits):
     torch.testing.assert_close(margin_drop(*new_logits), slow_statistic(*new_logits))
 
 
-def test_shortfall_by_loop(new_logits):
-    slow = []
-    for row, other in zip(*(values.tolist() for values in new_logits), strict=True):
+def slow_margins(logits, bounded):
+    found = []
+    for row, other in zip(logits.tolist(), bounded.tolist(), strict=True):
         c = max(range(5), key=row.__getitem__)
-        before, after = (values[c] - max(value for k, value in enumerate(values) if k != c) for values in (row, other))
-        slow.append(0.5 * before + 0.25 - after)
-    torch.testing.assert_close(margin_shortfall(*new_logits, (0.5, 0.25)), torch.tensor(slow))
+        found.append([values[c] - max(value for k, value in enumerate(values) if k != c) for values in (row, other)])
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_every_statistic_by_hand(clean_logits, new_logits, statistic):
+    (clean, clean_kept), (without, kept) = slow_margins(*clean_logits), slow_margins(*new_logits)
+    a, b = np.polyfit(clean, clean_kept, 1)
+    drops, shortfalls = (clean - clean_kept, without - kept), (a * clean + b - clean_kept, a * without + b - kept)
+    if statistic == "both":
+        wanted = np.maximum(*((new - known.mean()) / known.std() for known, new in (drops, shortfalls)))
+    else:
+        wanted = {"drop": drops, "shortfall": shortfalls}[statistic][1]
+    found = make(clean_logits, statistic=statistic).statistic_of(*new_logits)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_expected_margin_is_the_least_squares_line():
@@ -84,26 +96,45 @@ def test_bounds_that_take_a_share_of_every_margin_give_shortfalls_of_zero(clean_
     shrunk = (clean_logits[0], 0.4 * clean_logits[0] + draw(200, 6, 0.01))
     by_drop, by_shortfall = (make(shrunk, statistic=statistic) for statistic in ("drop", "shortfall"))
     assert by_shortfall.clean_statistics.abs().max() < 0.1 < 0.5 < by_drop.clean_statistics.max()
-    assert by_shortfall.expected == pytest.approx((0.4, 0), abs=0.01)
+    (line,) = by_shortfall.lines
+    assert line == pytest.approx((0.4, 0, 1), abs=0.01)
     small = torch.tensor([[1.0, 0, 0, 0, 0]]).expand(2, 5)
     lost = torch.stack([0.4 * small[0], torch.tensor([-0.5, 0, 0, 0, 0])])  # the first as expected, the second lost
     assert by_drop.decide(small, lost).flagged.tolist() == [False, False]
     assert by_shortfall.decide(small, lost).flagged.tolist() == [False, True]
 
 
-def test_the_null_of_the_shortfall_is_that_of_the_clean_images(clean_logits):
-    detector = make(clean_logits, statistic="shortfall")
+def test_both_finds_what_either_does():
+    """The drop misses a small margin that is lost whole; the shortfall a huge one of which as much is left as expected."""
+    clean = 6 * draw(300, 7).abs()
+    bounded = 0.1 * clean + draw(300, 8, 0.05)
+    images = torch.tensor([[1.0, 0, 0, 0, 0], [90.0, 0, 0, 0, 0]])
+    under_bounds = torch.tensor([[-1.0, 0, 0, 0, 0], [9.5, 0, 0, 0, 0]])
+    flagged = {
+        statistic: make((clean, bounded), statistic=statistic).decide(images, under_bounds).flagged.tolist()
+        for statistic in STATISTICS
+    }
+    assert flagged == {"drop": [False, True], "shortfall": [True, False], "both": [True, True]}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_the_null_is_that_of_the_clean_images(clean_logits, statistic):
+    detector = make(clean_logits, statistic=statistic)
     found = detector.decide(*clean_logits)
-    torch.testing.assert_close(found.statistic, detector.clean_statistics, rtol=1e-4, atol=1e-5)
-    assert abs(float(detector.clean_statistics.mean())) < 1e-5
+    torch.testing.assert_close(found.statistic, detector.clean_statistics, rtol=1e-3, atol=1e-4)
+
+
+def test_without_any_drop_the_lines_are_finite():
+    margins = torch.tensor([1.0, 2.0, 3.0])
+    assert detection_lines("both", margins, margins) == [(1, 0, 1), (1, 0, 1)]
 
 
 def test_another_statistic_or_rule_leaves_the_first_detector_as_it_was(clean_logits, new_logits):
     first = make(clean_logits)
     before = first.decide(*new_logits)
-    other = first.changed(statistic="shortfall", rule="repaired")
-    assert (other.statistic, other.rule, first.statistic, first.rule) == ("shortfall", "repaired", "drop", "paper")
-    again, fresh = other.decide(*new_logits), make(clean_logits, statistic="shortfall", rule="repaired").decide(*new_logits)
+    other = first.changed(statistic="both", rule="repaired")
+    assert (other.statistic, other.rule, first.statistic, first.rule) == ("both", "repaired", "drop", "paper")
+    again, fresh = other.decide(*new_logits), make(clean_logits, statistic="both", rule="repaired").decide(*new_logits)
     for key in ("decisions", "flagged", "p_values", "statistic"):
         assert torch.equal(getattr(again, key), getattr(fresh, key))
         assert torch.equal(getattr(first.decide(*new_logits), key), getattr(before, key))
@@ -288,7 +319,7 @@ def test_state_travels_through_state_dict(pair, images, new_logits, correction):
         ({"theta": 0.0}, r"detector.theta must be in \(0, 1\)"),
         ({"theta": 1.0}, r"detector.theta must be in \(0, 1\)"),
         ({"null_distribution": "t"}, "detector.null_distribution"),
-        ({"statistic": "t"}, "detector.statistic must be one of drop, shortfall, got 't'"),
+        ({"statistic": "t"}, "detector.statistic must be one of drop, shortfall, both, got 't'"),
         ({"rule": "always"}, "detector.rule"),
         ({"correction": "keep"}, "detector.correction"),
     ],

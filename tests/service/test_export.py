@@ -58,7 +58,7 @@ def test_the_bounded_network_gives_its_logits(artefact, images, run, tmp_path, f
         torch.testing.assert_close(logits, artefact.network(images[:size]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("statistic", ["drop", "shortfall"])
+@pytest.mark.parametrize("statistic", ["drop", "shortfall", "both"])
 @pytest.mark.parametrize("rule", ["paper", "repaired", "or_disagree"])
 @pytest.mark.parametrize("correction", ["exclude", "insist", "reject"])
 def test_every_way_of_deciding_is_the_detectors(artefact, images, statistic, rule, correction):

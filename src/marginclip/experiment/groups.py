@@ -166,12 +166,12 @@ class TrainerSpec:
 class DetectorSpec:
     """The detector at test time. ``folds`` repairs give its null distribution; 0 takes the images of the repair itself."""
 
-    folds: int
-    theta: float
-    null_distribution: str
-    rule: str
-    correction: str
+    folds: int = 2
+    theta: float = 0.005
+    null_distribution: str = "tail"
     statistic: str = "drop"
+    rule: str = "paper"
+    correction: str = "exclude"
 
     def __post_init__(self) -> None:
         require(

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # Beside the papers' MMDF: the end of the row's name -> how its label goes on, and the detector's settings.
 OUR_WAYS = {
     "repaired": ("repair decides", {"rule": "repaired"}),
-    "shortfall": ("by shortfall", {"statistic": "shortfall"}),
+    "both": ("both statistics", {"statistic": "both"}),
 }
 HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -1,6 +1,6 @@
 """The idea: margins, the search for their maxima, the objectives, lambda, and the detector. Torch only."""
 
-from marginclip.maxmargin.detector import Detection, MarginDropDetector, expected_margin, margin_drop, margin_shortfall
+from marginclip.maxmargin.detector import Detection, MarginDropDetector, detection_lines, expected_margin, margin_drop
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection
@@ -31,10 +31,10 @@ __all__ = [
     "Objective",
     "LambdaController",
     "ascend_margins",
+    "detection_lines",
     "expected_margin",
     "margin",
     "margin_drop",
-    "margin_shortfall",
     "maximum_margin_detection",
     "mmac",
     "mmbm",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,7 @@ from marginclip.networks.logits import batched_logits, check_images
 log = logging.getLogger(__name__)
 DECISION_RULES = ("paper", "repaired", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
-STATISTICS = ("drop", "shortfall")
-Line = tuple[float, float]
+STATISTICS = ("drop", "shortfall", "both")
 
 
 def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
@@ -38,29 +38,17 @@ def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
         >>> margin_drop(torch.tensor([[3.0, 1.0], [0.0, 10.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])).tolist()
         [0.0, 9.0]
     """
-    return margin_shortfall(logits, bounded_logits, (1.0, 0.0))
+    return largest_of(*margins(logits, bounded_logits), [DROP])
 
 
-def margin_shortfall(logits: Tensor, bounded_logits: Tensor, expected: Line) -> Tensor:
-    """By how much the margin that bounds leave falls short of the expected one: ``slope * margin + intercept`` less the margin with bounds.
-
-    Bounds take margin from clean images, too, and more where there is more. So a small drop says much where the margin is small. With
-    the line of clean images (:func:`expected_margin`) images of all margins are judged alike. Ours; not in the papers.
-
-    Args:
-        logits: of the model, (N, K).
-        bounded_logits: of the repaired network on the same images, (N, K).
-        expected: slope and intercept, in logits, of the line from margin without to margin with bounds.
-
-    Returns:
-        The shortfalls (N,), in logits; about 0 for clean images.
-    """
-    decisions, (slope, intercept) = logits.argmax(1), expected
-    return slope * margin(logits, decisions) + intercept - margin(bounded_logits, decisions)
+def margins(logits: Tensor, bounded_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The margins (N,) of the model's decision without and with bounds, from the logits (N, K) of both networks."""
+    decisions = logits.argmax(1)
+    return margin(logits, decisions), margin(bounded_logits, decisions)
 
 
-def expected_margin(margins: Tensor, kept: Tensor) -> Line:
-    """Slope and intercept of the least-squares line from the margins of clean images (M,) to those that bounds leave, (M,).
+def expected_margin(without: Tensor, bounded: Tensor) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line from the margins of clean images (M,) to those under bounds, (M,).
 
     Where all margins are equal the slope is 1.
 
@@ -70,10 +58,53 @@ def expected_margin(margins: Tensor, kept: Tensor) -> Line:
         >>> expected_margin(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
         (0.5, 0.0)
     """
-    x, y = margins.double(), kept.double()
+    x, y = without.double(), bounded.double()
     spread = (x - x.mean()).square().sum()
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if float(spread) > 0 else 1.0
     return slope, float(y.mean() - slope * x.mean())
+
+
+class Line(NamedTuple):
+    """One way to compare the margin under bounds with that without: ``(slope * without + intercept - bounded) / scale``."""
+
+    slope: float
+    intercept: float
+    scale: float = 1.0
+
+
+DROP = Line(1.0, 0.0)
+
+
+def detection_lines(statistic: str, without: Tensor, bounded: Tensor) -> list[Line]:
+    """The lines whose largest value is a detection statistic.
+
+    Bounds take margin from clean images, too, and more where there is more. So a small drop says much where the margin is small. The
+    *shortfall* compares with the margin that is expected of a clean image instead (:func:`expected_margin`). It misses triggers that bounds
+    leave alone but for their excess, which the drop shows. ``both`` takes the larger of the two. Ours, but for ``drop``.
+
+    Args:
+        statistic: ``drop``, ``shortfall``, both in logits; or ``both``, each in standard deviations of the clean images.
+        without: margins of clean images, (M,) in logits.
+        bounded: the same under the bounds, (M,).
+    """
+    if statistic == "drop":
+        return [DROP]
+    shortfall = Line(*expected_margin(without, bounded))
+    if statistic == "shortfall":
+        return [shortfall]
+    return [_standardised(line, without.double(), bounded.double()) for line in (DROP, shortfall)]
+
+
+def _standardised(line: Line, without: Tensor, bounded: Tensor) -> Line:
+    values = largest_of(without, bounded, [line])
+    deviation = float(values.std(correction=0))
+    return Line(line.slope, line.intercept - float(values.mean()), deviation if deviation > 0 else 1.0)
+
+
+def largest_of(without: Tensor, bounded: Tensor, lines: Sequence[Line]) -> Tensor:
+    """The largest value (N,) of the ``lines`` for margins (N,) without and with bounds."""
+    values = [(slope * without + intercept - bounded) / scale for slope, intercept, scale in lines]
+    return torch.stack(values).amax(0)
 
 
 @dataclass(frozen=True)
@@ -84,7 +115,7 @@ class Detection:
         decisions: the corrected classes, int64; -1 is a rejected image.
         flagged: whether the image is taken for a triggered one.
         p_values: the chance that the statistic of a clean image is as large, in [0, 1].
-        statistic: the margin drop S, or the shortfall, in logits.
+        statistic: what the p-value is of: the margin drop S in logits, or another (:func:`detection_lines`).
     """
 
     decisions: Tensor
@@ -106,8 +137,9 @@ class MarginDropDetector(nn.Module):
         theta: an image is flagged where its p-value is below this share, in (0, 1).
         null_distribution: how margin drops become p-values: ``tail``, ``empirical`` or ``gaussian``
             (:func:`marginclip.maxmargin.null.p_values`).
-        statistic: ``drop``, which is MMDF: the margin drop S (:func:`margin_drop`). ``shortfall``, which is ours: by how much the margin
-            falls short of what bounds leave to clean images of the same margin (:func:`margin_shortfall`).
+        statistic: ``drop``, which is MMDF: the margin drop S (:func:`margin_drop`). Ours are ``shortfall``, by how much the margin falls
+            short of what bounds leave to clean images of the same margin, and ``both``, the larger of the two, in standard deviations of
+            the clean images (:func:`detection_lines`).
         rule: who decides what is not flagged. ``paper``, which is MMDF: the model. ``repaired``, which is ours: the repaired network;
             it costs what the repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the
             bounds undo without a large drop. ``or_disagree``, the wording of the second paper: the model, and images on which
@@ -193,19 +225,16 @@ class MarginDropDetector(nn.Module):
         return other
 
     @property
-    def expected(self) -> Line:
-        """Slope and intercept, in logits, of the margin that is expected with bounds over that without; (1, 0) for ``drop``."""
-        if self.statistic == "drop":
-            return 1.0, 0.0
-        return expected_margin(self.clean_drops + self.clean_margins, self.clean_margins)
+    def lines(self) -> list[Line]:
+        """The lines whose largest value is the statistic."""
+        return detection_lines(self.statistic, self.clean_drops + self.clean_margins, self.clean_margins)
 
     @property
     def clean_statistics(self) -> Tensor:
-        """The null: the statistic of the clean images, (M,) in logits."""
+        """The null: the statistic of the clean images, (M,)."""
         if self.statistic == "drop":
             return self.clean_drops
-        slope, intercept = self.expected
-        return slope * (self.clean_drops + self.clean_margins) + intercept - self.clean_margins
+        return largest_of(self.clean_drops + self.clean_margins, self.clean_margins, self.lines)
 
     @property
     def insisting_margin(self) -> float:
@@ -214,7 +243,7 @@ class MarginDropDetector(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """The statistic from which on an image is flagged, in logits."""
+        """The statistic from which on an image is flagged."""
         return threshold(self.clean_statistics, self.theta, null_distribution=self.null_distribution)
 
     def forward(self, images: Tensor) -> Detection:
@@ -226,12 +255,16 @@ class MarginDropDetector(nn.Module):
 
     def decide(self, logits: Tensor, bounded_logits: Tensor) -> Detection:
         """The same from both networks' logits (N, K), which are left as they are; images whose logits are not finite are flagged."""
-        statistic = margin_shortfall(logits, bounded_logits, self.expected)
+        statistic = self.statistic_of(logits, bounded_logits)
         values = p_values(statistic, self.clean_statistics.to(statistic.device), null_distribution=self.null_distribution)
         values = torch.where((logits + bounded_logits).isfinite().all(1), values, torch.zeros_like(values))
         kept, instead, always = self.alternatives(logits, bounded_logits)
         flagged = (values < self.theta) | always
         return Detection(torch.where(flagged, instead, kept), flagged, values, statistic)
+
+    def statistic_of(self, logits: Tensor, bounded_logits: Tensor) -> Tensor:
+        """The statistic (N,) of images from both networks' logits (N, K)."""
+        return largest_of(*margins(logits, bounded_logits), self.lines)
 
     def alternatives(self, logits: Tensor, bounded_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is decided of images (N,) whose p-value is not below ``theta``, and of those whose p-value is; and which are flagged

@@ -74,7 +74,7 @@ def _draw_histograms(axes: Axes, clean: np.ndarray, triggered: np.ndarray, thres
         axes.axvline(threshold, color=BOUND, linestyle="--", linewidth=1.5, label=f"threshold {threshold:.3g}")
     axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend above the bars
     axes.legend(loc="upper right")
-    tidy(axes, title="Detection statistic", xlabel="margin drop by the bounds (logits)", ylabel="share of images (%)")
+    tidy(axes, title="Detection statistic", xlabel="margin lost to the bounds (logits)", ylabel="share of images (%)")
 
 
 def _draw_roc(axes: Axes, clean: np.ndarray, triggered: np.ndarray, threshold: float | None) -> None:

@@ -63,7 +63,7 @@ class Description(BaseModel):
     channel_axis: int | None
     changes_weights: bool = Field(description="whether the repair holds weights of its own")
     detector: DetectorSettings
-    threshold: float | None = Field(description="margin drop, in logits, from which on an image is flagged; null: never")
+    threshold: float | None = Field(description="the statistic from which on an image is flagged; null: never")
     clean_images: int
     accuracy: float = Field(description="of the model, on the clean images")
     repaired_accuracy: float = Field(description="of repairs that had not seen the image, on the same")
@@ -123,7 +123,8 @@ class Artefact:
             folds: further repairs, each of which leaves a part of the images out; the detector's null comes from them.
             seed: of the repairs and the folds.
             make_trainer: makes the Lightning Trainer for a number of epochs.
-            detector: settings of the detector: ``theta``, ``null_distribution``, ``statistic``, ``rule``, ``correction``.
+            detector: settings of the detector: ``theta``, ``null_distribution``, ``statistic``, ``rule``, ``correction``. Without
+                a ``statistic`` it is ``both``.
             tolerance: points of accuracy that the repair may cost on images that it has not seen: bounds are relaxed where it costs
                 more (:func:`~marginclip.defenses.clipping.tolerance.hold`). None never relaxes them.
             **origin: ``model_settings`` and ``model_path`` of the artefact.
@@ -148,7 +149,9 @@ class Artefact:
         fixed = keeps_bounds(defense)
         cost = hold(network, others, images, labels, given, tolerance=tolerance, keep_bounds=fixed)
         tell(cost, tolerance, keep_bounds=fixed)
-        fitted = MarginDropDetector.from_logits(model, network, given, cost.logits, **(detector or {}))
+        fitted = MarginDropDetector.from_logits(
+            model, network, given, cost.logits, **{"statistic": "both"} | dict(detector or {})
+        )
         facts = {
             "method": defense.label, "clean_images": len(images), "accuracy": cost.before, "repaired_accuracy": cost.after,
             "findings": dict(result.findings) | {"relaxed_for_tolerance": cost.relaxed},

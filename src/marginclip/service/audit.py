@@ -146,7 +146,7 @@ def audit(
     result = clock.timed("mmac", lambda: (mmac or MMAC(seed=seed)).fit(model, images, labels, make_trainer=nested))
     again = warp_reach if closest is warped else reach
     under_bounds = clock.timed("reach under the bounds", lambda: again(result.network, images, labels, seed=seed))
-    detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"])
+    detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], statistic="both")
     changed = logits.argmax(1) != fitted["mmac"].argmax(1)
     found = Findings(
         images=len(images), classes=count, accuracy=float(correct.float().mean()),

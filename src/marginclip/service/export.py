@@ -13,7 +13,7 @@ from marginclip.clipping.serving import ServedNetwork, paired
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
 from marginclip.maxmargin import MarginDropDetector
-from marginclip.maxmargin.detector import corrected, margin_shortfall
+from marginclip.maxmargin.detector import corrected, largest_of, margins
 from marginclip.maxmargin.null import p_values
 from marginclip.service.artefact import Artefact
 
@@ -37,7 +37,7 @@ class DecisionNetwork(nn.Module):
         super().__init__()
         self.pair = paired(detector.model, detector.repaired, fused=fused)
         self.rule, self.correction = detector.rule, detector.correction
-        self.expected, self.threshold, self.insisting_margin = detector.expected, detector.threshold, detector.insisting_margin
+        self.lines, self.threshold, self.insisting_margin = detector.lines, detector.threshold, detector.insisting_margin
         clean = detector.clean_statistics
         low, high = float(clean.min()), float(clean.max())
         reach = max(high, self.threshold if self.threshold < float("inf") else high) + 4 * max(high - low, 1e-6)
@@ -51,7 +51,7 @@ class DecisionNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, bounded = (values.float() for values in self.pair(images))
         original, chosen = logits.argmax(1), bounded.argmax(1)
-        statistic = margin_shortfall(logits, bounded, self.expected)
+        statistic = largest_of(*margins(logits, bounded), self.lines)
         finite = (logits + bounded).isfinite().all(1)
         flagged = (statistic >= self.threshold) | ~finite
         places = (statistic.unsqueeze(1) >= self.grid.unsqueeze(0)).sum(1)

@@ -31,7 +31,7 @@ class LeftOut(NamedTuple):
 class ScannedImage:
     """One image: what the model decides, what the detector makes of it (None: rejected), its p-value, and whether it is flagged.
 
-    ``statistic`` is the margin drop in logits. Where the file could not be used, ``error`` says why and the rest is None.
+    ``statistic`` is what the p-value is of. Where the file could not be used, ``error`` says why and the rest is None.
     """
 
     path: str

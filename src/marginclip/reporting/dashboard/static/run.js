@@ -37,7 +37,7 @@ marginclip.pages.run = (main) => {
       options: {
         parsing: false,
         events: [],
-        scales: { x: charts.axis("margin drop by the bounds (logits)", { type: "linear", min: first, max: last }), y: charts.axis("share of images (%)", { beginAtZero: true }) },
+        scales: { x: charts.axis("margin lost to the bounds (logits)", { type: "linear", min: first, max: last }), y: charts.axis("share of images (%)", { beginAtZero: true }) },
       },
       plugins: [line],
     });
