@@ -29,8 +29,9 @@ from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import run_spec
 from marginclip.experiment.stages import load_model
 from marginclip.experiment.trainers import build_trainer
-from marginclip.maxmargin.detector import corrected, margin_drop
+from marginclip.maxmargin.detector import corrected
 from marginclip.maxmargin.null import p_values
+from marginclip.maxmargin.statistic import margin_drop
 from marginclip.networks.logits import batched_logits
 from marginclip.silence import SILENT, silence_lightning
 

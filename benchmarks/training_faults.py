@@ -46,6 +46,7 @@ METHODS = {
     "bias-corrected temperature": "defense=bias_corrected_temperature",
     "vector scaling": "defense=vector_scaling",
     "last layer": "defense=last_layer",
+    "fine-tuning": "defense=finetune",
     "MMOM": "defense=mmom",
     "MMOM, `mmom_paper`": "defense=mmom defense/schedule=mmom_paper",
     "MMAC": "defense=mmac",
@@ -178,8 +179,8 @@ def trained(spec: RunSpec, fault: Fault) -> tuple[nn.Module, Splits, Splits, Ima
     return model.eval(), before, splits, data
 
 
-def measured(options: str, fault: Fault, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """ACC, ECE (%) and NLL of each method on each view, of one victim."""
+def measured(options: str, fault: Fault, seed: int, methods: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """ACC, ECE (%) and NLL of each method on each view, of one victim, which is trained first."""
     spec = settings_of(f"{options} seed={seed} defense=none")
     prepare_process(spec.trainer.threads)
     model, before, splits, data = trained(spec, fault)
@@ -187,8 +188,8 @@ def measured(options: str, fault: Fault, seed: int) -> dict[str, dict[str, dict[
     images = splits.held_out.images[evaluated].float() / 255
     labels, original = splits.held_out.labels[evaluated], before.held_out.labels[evaluated]
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, choice in METHODS.items():
-        method = settings_of(f"{options} seed={seed} {choice}")
+    for name in methods:
+        method = settings_of(f"{options} seed={seed} {METHODS[name]}")
         network = model if method.defense is None else method.defense.choice.make(seed=seed).fit(
             model, *clean, make_trainer=lambda epochs: build_trainer(spec.trainer, max_epochs=epochs, **SILENT)
         ).network  # fmt: skip
@@ -210,6 +211,8 @@ def table(name: str, fault: Fault, seeds: list[dict[str, Any]]) -> None:
         f"\n{name}, {len(seeds)} seeds, ACC (ECE):\n\n| method | {' | '.join(fault.views)} |\n|---|{'---|' * len(fault.views)}"
     )
     for method in METHODS:
+        if not all(method in found for found in seeds):
+            continue
         cells = []
         for view in fault.views:
             accuracy = [found[method][view]["acc"] for found in seeds]
@@ -225,6 +228,7 @@ def main() -> None:
     parser.add_argument("--root", default="data/cifar10-images", help="the folder of images, for --images cifar10")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--methods", default="", help="methods whose name contains this")
     parser.add_argument("--output", default="training_faults.json", help="all results; what is there is not done again")
     given = parser.parse_args()
     silence_lightning()
@@ -236,8 +240,9 @@ def main() -> None:
             continue
         for seed in range(given.seeds):
             key = f"{given.images}, {name}, seed {seed}"
-            if key not in done:
-                done[key] = measured(options, fault, seed)
+            missing = [method for method in METHODS if given.methods in method and method not in done.get(key, {})]
+            if missing:
+                done[key] = done.get(key, {}) | measured(options, fault, seed, missing)
                 write_whole(output, lambda partial: partial.write_text(json.dumps(done)))
         table(f"{given.images}, {name}", fault, [done[f"{given.images}, {name}, seed {seed}"] for seed in range(given.seeds)])
 

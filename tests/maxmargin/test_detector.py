@@ -10,15 +10,9 @@ from torch import nn
 from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
 from marginclip.maxmargin import MarginDropDetector
-from marginclip.maxmargin.detector import (
-    CORRECTIONS,
-    DECISION_RULES,
-    STATISTICS,
-    detection_lines,
-    expected_margin,
-    margin_drop,
-)
+from marginclip.maxmargin.detector import CORRECTIONS, DECISION_RULES
 from marginclip.maxmargin.null import NULLS
+from marginclip.maxmargin.statistic import STATISTICS, detection_lines, expected_margin, margin_drop
 
 
 def draw(count, seed, scale=1.0):

@@ -1,6 +1,6 @@
 """The idea: margins, the search for their maxima, the objectives, lambda, and the detector. Torch only."""
 
-from marginclip.maxmargin.detector import Detection, MarginDropDetector, detection_lines, expected_margin, margin_drop
+from marginclip.maxmargin.detector import Detection, MarginDropDetector
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import MarginAscent, ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMargins, MaximumMarginTest, maximum_margin_detection
@@ -16,6 +16,7 @@ from marginclip.maxmargin.objectives import (
     mmbm,
     mmom,
 )
+from marginclip.maxmargin.statistic import detection_lines, expected_margin, margin_drop
 
 __all__ = [
     "BoundObjective",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,97 +13,12 @@ from torch import Tensor, nn
 from marginclip.errors import require
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
+from marginclip.maxmargin.statistic import STATISTICS, Line, detection_lines, largest_of, margin_drop, margins
 from marginclip.networks.logits import batched_logits, check_images
 
 log = logging.getLogger(__name__)
 DECISION_RULES = ("paper", "repaired", "or_disagree")
 CORRECTIONS = ("exclude", "insist", "reject")
-STATISTICS = ("drop", "shortfall", "both")
-
-
-def margin_drop(logits: Tensor, bounded_logits: Tensor) -> Tensor:
-    """The detection statistic S (Eq. 4): the margin of the model's decision, without bounds minus with bounds.
-
-    Args:
-        logits: of the model, (N, K).
-        bounded_logits: of the repaired network on the same images, (N, K).
-
-    Returns:
-        The margin drops (N,), in logits: about 0 for clean images and large for triggered ones.
-
-    Examples:
-        The second image loses 9 of its 10 logits of margin; the first loses nothing:
-
-        >>> margin_drop(torch.tensor([[3.0, 1.0], [0.0, 10.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])).tolist()
-        [0.0, 9.0]
-    """
-    return largest_of(*margins(logits, bounded_logits), [DROP])
-
-
-def margins(logits: Tensor, bounded_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The margins (N,) of the model's decision without and with bounds, from the logits (N, K) of both networks."""
-    decisions = logits.argmax(1)
-    return margin(logits, decisions), margin(bounded_logits, decisions)
-
-
-def expected_margin(without: Tensor, bounded: Tensor) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line from the margins of clean images (M,) to those under bounds, (M,).
-
-    Where all margins are equal the slope is 1.
-
-    Examples:
-        Bounds that leave half of every margin:
-
-        >>> expected_margin(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
-        (0.5, 0.0)
-    """
-    x, y = without.double(), bounded.double()
-    spread = (x - x.mean()).square().sum()
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if float(spread) > 0 else 1.0
-    return slope, float(y.mean() - slope * x.mean())
-
-
-class Line(NamedTuple):
-    """One way to compare the margin under bounds with that without: ``(slope * without + intercept - bounded) / scale``."""
-
-    slope: float
-    intercept: float
-    scale: float = 1.0
-
-
-DROP = Line(1.0, 0.0)
-
-
-def detection_lines(statistic: str, without: Tensor, bounded: Tensor) -> list[Line]:
-    """The lines whose largest value is a detection statistic.
-
-    Bounds take margin from clean images, too, and more where there is more. So a small drop says much where the margin is small. The
-    *shortfall* compares with the margin that is expected of a clean image instead (:func:`expected_margin`). It misses triggers that bounds
-    leave alone but for their excess, which the drop shows. ``both`` takes the larger of the two. Ours, but for ``drop``.
-
-    Args:
-        statistic: ``drop``, ``shortfall``, both in logits; or ``both``, each in standard deviations of the clean images.
-        without: margins of clean images, (M,) in logits.
-        bounded: the same under the bounds, (M,).
-    """
-    if statistic == "drop":
-        return [DROP]
-    shortfall = Line(*expected_margin(without, bounded))
-    if statistic == "shortfall":
-        return [shortfall]
-    return [_standardised(line, without.double(), bounded.double()) for line in (DROP, shortfall)]
-
-
-def _standardised(line: Line, without: Tensor, bounded: Tensor) -> Line:
-    values = largest_of(without, bounded, [line])
-    deviation = float(values.std(correction=0))
-    return Line(line.slope, line.intercept - float(values.mean()), deviation if deviation > 0 else 1.0)
-
-
-def largest_of(without: Tensor, bounded: Tensor, lines: Sequence[Line]) -> Tensor:
-    """The largest value (N,) of the ``lines`` for margins (N,) without and with bounds."""
-    values = [(slope * without + intercept - bounded) / scale for slope, intercept, scale in lines]
-    return torch.stack(values).amax(0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +29,7 @@ class Detection:
         decisions: the corrected classes, int64; -1 is a rejected image.
         flagged: whether the image is taken for a triggered one.
         p_values: the chance that the statistic of a clean image is as large, in [0, 1].
-        statistic: what the p-value is of: the margin drop S in logits, or another (:func:`detection_lines`).
+        statistic: what the p-value is of: the margin drop S in logits, or another (:class:`MarginDropDetector`).
     """
 
     decisions: Tensor
@@ -137,9 +51,9 @@ class MarginDropDetector(nn.Module):
         theta: an image is flagged where its p-value is below this share, in (0, 1).
         null_distribution: how margin drops become p-values: ``tail``, ``empirical`` or ``gaussian``
             (:func:`marginclip.maxmargin.null.p_values`).
-        statistic: ``drop``, which is MMDF: the margin drop S (:func:`margin_drop`). Ours are ``shortfall``, by how much the margin falls
-            short of what bounds leave to clean images of the same margin, and ``both``, the larger of the two, in standard deviations of
-            the clean images (:func:`detection_lines`).
+        statistic: what the p-value is of (:func:`~marginclip.maxmargin.detection_lines`). ``drop``, which is MMDF: the margin drop S.
+            Ours are ``shortfall``, by how much the margin falls short of what bounds leave to clean images of the same margin, and
+            ``both``, the larger of the two, in standard deviations of the clean images.
         rule: who decides what is not flagged. ``paper``, which is MMDF: the model. ``repaired``, which is ours: the repaired network;
             it costs what the repair costs in accuracy, and catches triggers of small margin, as of all2all attacks, that the
             bounds undo without a large drop. ``or_disagree``, the wording of the second paper: the model, and images on which

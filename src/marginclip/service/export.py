@@ -13,8 +13,9 @@ from marginclip.clipping.serving import ServedNetwork, paired
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
 from marginclip.maxmargin import MarginDropDetector
-from marginclip.maxmargin.detector import corrected, largest_of, margins
+from marginclip.maxmargin.detector import corrected
 from marginclip.maxmargin.null import p_values
+from marginclip.maxmargin.statistic import largest_of, margins
 from marginclip.service.artefact import Artefact
 
 FORMATS = ("onnx", "pt2")
