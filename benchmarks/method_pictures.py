@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from marginclip.losses.gcl import tail_ranks
 from marginclip.losses.ldam import effective_weights, ldam_margins
 from marginclip.reporting.examples import amplification
 from marginclip.reporting.figures import save_png
-from marginclip.reporting.style import AFTER, BEFORE, new_figure, tidy
+from marginclip.reporting.style import AFTER, BEFORE, NEUTRAL, new_figure, tidy
 
 ATTACKS: dict[str, type[Attack]] = {
     "badnet": BadNet,
@@ -154,6 +155,53 @@ def sharpness_picture() -> Figure:
     return figure
 
 
+def choice_picture() -> Figure:
+    """What ``defense=auto`` asks, and what it keeps."""
+    figure = new_figure(7.2, 2.9, "")
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set(xlim=(0, 10), ylim=(0, 6))
+    boxes = {
+        "detects": (2, 5, "MM-BD: does one class\nhave too large a margin?", NEUTRAL),
+        "gains alone": (1.2, 2.6, "does MMOM gain?", NEUTRAL),
+        "gains": (6, 5, "does MMOM gain?", NEUTRAL),
+        "over": (6, 2.6, "is the suspect\nover-predicted?", NEUTRAL),
+        "nothing": (0.6, 0.4, "nothing", BEFORE),
+        "mmom": (3.6, 0.4, "MMOM", AFTER),
+        "mmac": (9.2, 0.4, "MMAC, if it\ncosts little", AFTER),
+    }
+    patches = {}
+    for name, (x, y, text, colour) in boxes.items():
+        look = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": colour}
+        patches[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=look).get_bbox_patch()
+    FigureCanvasAgg(figure).draw()  # now the boxes have sizes
+    ways = [
+        ("detects", "gains alone", "no"), ("detects", "gains", "yes"), ("gains alone", "nothing", "no"), ("gains alone", "mmom", "yes"),
+        ("gains", "mmac", "no"), ("gains", "over", "yes"), ("over", "mmom", "yes"), ("over", "mmac", "no"),
+    ]  # fmt: skip
+    for start, end, answer in ways:
+        (x1, y1), (x2, y2) = boxes[start][:2], boxes[end][:2]
+        arrow = {
+            "arrowstyle": "->",
+            "color": NEUTRAL,
+            "patchA": patches[start],
+            "patchB": patches[end],
+            "shrinkA": 0,
+            "shrinkB": 2,
+        }
+        axes.annotate("", xy=(x2, y2), xytext=(x1, y1), arrowprops=arrow)
+        axes.text(
+            (x1 + x2) / 2,
+            (y1 + y2) / 2,
+            answer,
+            fontsize=9,
+            ha="center",
+            va="center",
+            bbox={"fc": "white", "ec": "none", "pad": 1},
+        )
+    return figure
+
+
 def calibration_picture() -> Figure:
     """The probabilities of one image of a rare class, as they are and after three corrections of the logits."""
     logits, shifts = np.array([3.0, 2.4, 2.2]), np.array([-1, 0, 1])
@@ -246,6 +294,7 @@ def main() -> None:
     save_png(inversion_picture(images[0]), folder / "method_neural_cleanse.png")
     save_png(sharpness_picture(), folder / "method_ft_sam.png")
     save_png(calibration_picture(), folder / "method_logit_calibration.png")
+    save_png(choice_picture(), folder / "method_auto.png")
     layer = imbalanced_layer()
     for name, method in OF_THE_LAST_LAYER.items():
         save_png(last_layer_picture(layer, method), folder / f"method_{name}.png")

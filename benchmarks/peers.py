@@ -60,6 +60,7 @@ METHODS = {
     "mmbm": Method("MMBM", "mmbm", "mmbm"),
     "mmac": Method("MMAC", "mmdf", "mmac"),
     "mmdf": Method("MMDF", "mmdf", "mmdf"),
+    "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both"),
     "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired"),
     "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune"),
 }
@@ -75,9 +76,8 @@ def measured(records: Iterable[RunRecord]) -> Points:
         if record.status != "done" or not known:
             continue
         for name, method in METHODS.items():
-            if record.choice("defense") != method.defense or any(
-                record.setting(key) != value for key, value in method.settings.items()
-            ):
+            wanted = all(record.setting(key) == value for key, value in method.settings.items())
+            if record.choice("defense") != method.defense or method.row not in record.metrics or not wanted:
                 continue
             seeds = found.setdefault(name, {}).setdefault(attack, {})
             if seed in seeds:

@@ -11,6 +11,7 @@ from torch import nn
 from marginclip.clipping import BoundedNetwork
 from marginclip.data import ImageSet, Splits
 from marginclip.maxmargin import margin
+from marginclip.record import Row, RunRecord
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -182,3 +183,33 @@ def test_the_faults_of_training_are_what_they_say(load):
     assert len(halves.train) == pytest.approx(1000 + 1000 / faults.RARITY, abs=40)
 
     assert torch.allclose(faults.blurred(torch.full((1, 3, 8, 8), 0.4)), torch.full((1, 3, 8, 8), 0.4), atol=1e-6)
+
+
+def test_peers_are_compared_on_the_victims_that_both_have(load):
+    """Six victims: a method that is two points worse on each differs at p = 1/32; one that has five of them is not judged."""
+    peers = load("peers")
+    records = []
+    for attack, seed in [(attack, seed) for attack in ("badnet", "chessboard") for seed in range(3)]:
+        for defense, row, lost in (("mmdf", "mmac", 0.01), ("nad", "nad", 0.03), ("anp", "anp", 0.05)):
+            if (defense, attack, seed) == ("anp", "badnet", 0):
+                continue
+            values = {"acc": 0.95 - lost, "asr": lost, "pacc": 0.9 + 0.001 * seed}
+            records.append(
+                RunRecord(
+                    status="done",
+                    config={"dataset": {"name": "mnist_m"}, "defense": {"name": defense}, "x2x": {"name": "all2one"}},
+                    identity={"attack": {"name": attack}},
+                    seed=seed,
+                    metrics={"none": dict.fromkeys(values, 0.5), row: values},
+                    rows={"none": Row(label="no defense"), row: Row(label=row, phases=["repair"])},
+                    seconds={"repair": 3.0},
+                )
+            )
+            records[-1].config["attack"] = {"name": attack}
+    points = peers.measured(records)
+    assert points["nad"]["badnet"]["1"] == pytest.approx({"acc": 92, "asr": 3, "pacc": 90.1, "seconds": 3})
+    assert peers.against(points, "nad", "acc") == "-2.0 (p = 0.031)"
+    assert peers.against(points, "anp", "acc") == peers.against(points, "mmac", "acc") == ""
+    assert "| NAD | 92.0 ± 0.0 / 3.0 ± 0.0 / 90.1 ± 0.1 |" in peers.table(points)
+    with pytest.raises(SystemExit, match="two runs have MMAC on badnet, seed 0"):
+        peers.measured([*records, records[0]])
