@@ -211,5 +211,5 @@ def test_peers_are_compared_on_the_victims_that_both_have(load):
     assert peers.against(points, "nad", "acc") == "-2.0 (p = 0.031)"
     assert peers.against(points, "anp", "acc") == peers.against(points, "mmac", "acc") == ""
     assert "| NAD | 92.0 ± 0.0 / 3.0 ± 0.0 / 90.1 ± 0.1 |" in peers.table(points)
-    with pytest.raises(SystemExit, match="two runs have MMAC on badnet, seed 0"):
+    with pytest.raises(SystemExit, match="two runs have no defense on badnet, seed 0"):
         peers.measured([*records, records[0]])
