@@ -16,6 +16,7 @@ from marginclip.api import repair
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import AscentPlan, BoundLearning
 from marginclip.defenses.clipping import bound_learning
+from marginclip.defenses.clipping.feasibility import SHARES, Relaxation
 from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.errors import UserError
 from marginclip.experiment.command import plain
@@ -451,6 +452,33 @@ def test_learning_goes_on_until_bounds_are_accurate(victim, clean):
     fit(short, victim, clean)
     assert short.findings()["bound_steps"] == 2
     assert short.relaxed > 0
+
+
+def test_bounds_that_keep_what_the_papers_ask_for_are_not_relaxed(victim, clean, caplog):
+    """The most accurate of them, where none kept what was asked for."""
+    lambda_ = {"initial": 0.0, "min_agreement": 1.0}
+    settings = {"keep": "feasible", "check_every": 1, "start": BoundStart(share=0.05, quantile=1.0), "learning_rate": 0.01}
+    defense = learning(steps=4, extra_steps=9, lambda_=lambda_, **settings)
+    watch = Watch(epoch=lambda module: module.bounded.bounds_state())
+    repaired = fit(defense, victim, clean, callbacks=[watch])
+    agreement = [entry["agreement"] for entry in defense.history[1:]]
+    assert len(agreement) == 13, "choose steps after which some but not all are right"
+    assert 1 > max(agreement) >= 0.95 > agreement[0]
+    last = max(number for number, value in enumerate(agreement) if value == max(agreement))
+    assert all(torch.equal(value, watch.notes[last][name]) for name, value in repaired.bounds_state().items())
+    assert defense.relaxed == 0
+    assert f"those that classified {100 * max(agreement):.1f} % right, the most, were kept" in caplog.text
+
+
+def test_less_accurate_bounds_are_relaxed_to_what_the_papers_ask_for(victim, clean):
+    start = BoundStart(constant=1e-3)
+    defense = learning(keep="feasible", extra_steps=0, start=start, learning_rate=1e-4, lambda_={"min_agreement": 1.0})
+    repaired = fit(defense, victim, clean)
+    assert defense.relaxed > 0 and agreement_of(repaired, victim, clean) >= 0.95
+    repaired.load_bounds(defense.most_accurate)
+    shares = (0.0, *SHARES)
+    Relaxation(repaired, correct_ones(victim, clean)[0]).go(shares[shares.index(defense.relaxed) - 1])
+    assert agreement_of(repaired, victim, clean) < 0.95
 
 
 def test_last_is_the_last(victim, clean):
