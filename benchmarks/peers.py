@@ -42,8 +42,9 @@ class Method:
     settings: Mapping[str, float] = field(default_factory=dict)
 
 
+TWO_FOLDS = {"defense.detector.folds": 2}
 METHODS = {
-    "none": Method("no defense", "mmdf", "none"),
+    "none": Method("no defense", "mmdf", "none", TWO_FOLDS),
     "static_clip_0.9": Method("bounds set, 0.9 quantile", "static_clip", "static_clip", {"defense.start.quantile": 0.9}),
     "static_clip_1.0": Method("bounds set, maximum", "static_clip", "static_clip", {"defense.start.quantile": 1.0}),
     "finetune": Method("fine-tuning", "finetune", "finetune"),
@@ -58,10 +59,10 @@ METHODS = {
     "anp": Method("ANP", "anp", "anp"),
     "ft_sam": Method("FT-SAM", "ft_sam", "ft_sam"),
     "mmbm": Method("MMBM", "mmbm", "mmbm"),
-    "mmac": Method("MMAC", "mmdf", "mmac"),
-    "mmdf": Method("MMDF", "mmdf", "mmdf"),
-    "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both"),
-    "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired"),
+    "mmac": Method("MMAC", "mmdf", "mmac", TWO_FOLDS),
+    "mmdf": Method("MMDF", "mmdf", "mmdf", TWO_FOLDS),
+    "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both", TWO_FOLDS),
+    "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired", TWO_FOLDS),
     "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune"),
 }
 Points = dict[str, dict[str, dict[str, dict[str, float]]]]  # method -> attack -> seed -> measure -> value
