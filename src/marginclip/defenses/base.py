@@ -184,7 +184,12 @@ class LearningDefense(L.LightningModule, Defense):
     @property
     @abstractmethod
     def num_epochs(self) -> int:
-        """How many rounds over :meth:`batches` the repair takes."""
+        """How many rounds over :meth:`batches` the repair takes at most."""
+
+    @property
+    def usual_epochs(self) -> int:
+        """How many of them it takes as a rule: what a display of its progress counts at first."""
+        return self.num_epochs
 
     @abstractmethod
     def repaired(self) -> nn.Module:

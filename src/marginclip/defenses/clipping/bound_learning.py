@@ -85,6 +85,7 @@ class BoundLearning(LearningDefense):
     wanted: Tensor
     margin_inputs: Tensor
     last_loss: float
+    checked_at: int
     prefix: FixedPartCache | None
     at_once: int
 
@@ -189,6 +190,10 @@ class BoundLearning(LearningDefense):
     @property
     def num_epochs(self) -> int:
         return -(-(self.steps + self.extra_steps) // self.check_every)
+
+    @property
+    def usual_epochs(self) -> int:
+        return -(-self.steps // self.check_every)
 
     def repaired(self) -> BoundedNetwork:
         """The bounded network with the bounds to keep."""
