@@ -177,9 +177,8 @@ def evaluate(
         name = spec.defense.named_detector_row
         _note_detector(spec, setup, name, detector, evaluation, record)
         scores = {f"scores/{name}_{kind}": values for kind, values in evaluation.scores(name).items()}
-        same = [
-            row for row, (_, each) in detectors.items() if each.statistic == detector.statistic
-        ]  # thresholds hold for these
+        # The scores and the threshold that are saved hold for rows of the same statistic alone.
+        same = [row for row, (_, each) in detectors.items() if each.statistic == detector.statistic]
         scores |= {f"outcomes/{row}/{key}": codes for row in same for key, codes in evaluation.outcomes(row).items()}
         scores |= extreme_images(setup, name, evaluation.scores(name), evaluation.flagged_images(name))
     return (result.arrays if result is not None else {}) | scores | evaluation.class_arrays()
