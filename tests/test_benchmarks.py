@@ -68,8 +68,8 @@ def test_published_ascent_climbs_inside_the_feasible_space(load, toy):
 def test_one_side_of_the_repair_benchmark(load, tmp_path):
     overrides = [
         "dataset=digits", "trainer=exact", "training.epochs=1", "model.width=4", "clean_per_class=4", f"runs_dir={tmp_path}",
-        "defense.steps=2", "defense.check_every=1", "defense.ascent.first_steps=1", "defense.ascent.starts_per_class=1",
-        "trainer.enable_progress_bar=false",
+        "defense.steps=2", "defense.extra_steps=0", "defense.check_every=1", "defense.ascent.first_steps=1",
+        "defense.ascent.starts_per_class=1", "trainer.enable_progress_bar=false",
     ]  # fmt: skip
     row = load("repair").one_side("ours", overrides)
     assert row["seconds"] > 0

@@ -298,8 +298,8 @@ def test_image_folder_experiments_run_shrunk(experiment, image_root, tmp_path):
         "defend", f"experiment={experiment}", f"dataset.root={image_root}", f"runs_dir={tmp_path / 'runs'}", "logger=none",
         "trainer=exact", "trainer.enable_progress_bar=false", "training.epochs=1", "model.width=4", "clean_per_class=4",
         "reserve_per_class=auto",
-        *(["attack.min_success=0"] if attacked else []), "defense.steps=2", "defense.check_every=1", "defense.ascent.first_steps=1",
-        "defense.ascent.steps=1", "defense.ascent.starts_per_class=1", "x2x.target=1",
+        *(["attack.min_success=0"] if attacked else []), "defense.steps=2", "defense.extra_steps=0", "defense.check_every=1",
+        "defense.ascent.first_steps=1", "defense.ascent.steps=1", "defense.ascent.starts_per_class=1", "x2x.target=1",
     )  # fmt: skip
     done = defend(run_spec(plain(config)))
     content = json.loads(done.path.read_text())

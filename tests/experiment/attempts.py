@@ -43,7 +43,7 @@ def configuration(root):
         config = compose("defend", overrides=[
             "dataset=image_folder", f"dataset.root={root}", "logger=none", "trainer=exact", "trainer.enable_progress_bar=false",
             "model.width=2", "model.blocks=[1]", "training.epochs=2", "training.batch_size=4", "attack.min_success=0",
-            "attack.patch_size=2", "x2x.target=0", "clean_per_class=2", "reserve_per_class=2", "defense.steps=4",
+            "attack.patch_size=2", "x2x.target=0", "clean_per_class=2", "reserve_per_class=2", "defense.steps=4", "defense.extra_steps=4",
             "defense.check_every=2", "defense.ascent.first_steps=1", "defense.ascent.steps=1", "defense.ascent.starts_per_class=1",
             "defense/detector=paper", "figures=false",
         ])  # fmt: skip

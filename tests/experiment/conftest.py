@@ -21,6 +21,7 @@ SMALL = {
     "clean_per_class": 6,
     "figures": False,
     "defense.steps": 4,
+    "defense.extra_steps": 4,
     "defense.check_every": 2,
     "defense.ascent.first_steps": 2,
     "defense.ascent.steps": 1,

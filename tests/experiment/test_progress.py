@@ -171,7 +171,7 @@ def test_a_training_detector_folds_and_mmbd_are_shown(configure, monkeypatch):
     assert "train/loss" not in text
     assert "mmbd: 3 of 4 steps" in text
     assert "MMAC: 4 of 4 batches" in text, "extra steps count when they begin"
-    assert "MMAC: 5 of 184 batches" in text
+    assert "MMAC: 5 of 8 batches" in text
     assert "detector: 1 of 2 folds" in text
     assert "detector: 0 of 2 folds | repair without a fold: 0 of" in text
     assert "evaluation" in seen
