@@ -24,6 +24,8 @@ SMALL = {
     "defense": ["defense=static_clip", "defense.detector.folds=0"],
 }
 
+ROWS = {"none", "static_clip", "static_clip_mmdf", "static_clip_mmdf_repaired", "static_clip_mmdf_both"}
+
 
 def written(page, folder):
     """Write every block that has a title to its file below ``folder``; returns the lines of the page's commands."""
@@ -65,13 +67,7 @@ def test_the_attack_runs(tmp_path):
     assert record["status"] == "done"
     assert record["config"]["attack"]["_target_"] == "my_package.stripes.Stripes"
     assert record["identity"]["attack"]["name"] == "stripes"
-    assert record["rows"].keys() == {
-        "none",
-        "static_clip",
-        "static_clip_mmdf",
-        "static_clip_mmdf_repaired",
-        "static_clip_mmdf_both",
-    }
+    assert record["rows"].keys() == ROWS
 
 
 def test_the_data_set_runs_and_is_told_by_what_changes_its_images(tmp_path):
@@ -86,13 +82,7 @@ def test_the_model_runs(tmp_path):
     record = record_of("model", tmp_path)
     assert record["status"] == "done"
     assert record["identity"]["model"] == {"name": "plain", "_target_": "my_package.plain.Plain", "channels": 32}
-    assert record["rows"].keys() == {
-        "none",
-        "static_clip",
-        "static_clip_mmdf",
-        "static_clip_mmdf_repaired",
-        "static_clip_mmdf_both",
-    }
+    assert record["rows"].keys() == ROWS
 
 
 def test_the_defense_runs(tmp_path):

@@ -291,6 +291,20 @@ def folder_experiments():
     return [name for name, source in sources.items() if source.endswith("ImageFolder")]
 
 
+@pytest.mark.parametrize("defense", ["mmdf", "mmac", "mmom"])
+def test_marginclip_repair_detects_by_both_statistics(defense):
+    """Also where the defense names no detector; ``defense.detector.statistic=drop`` is the papers'."""
+
+    def detector(*overrides):
+        config = composed("repair", "victim.path=model.safetensors", "dataset.root=clean", f"defense={defense}", *overrides)
+        own = ("output", "tolerance", "json", "memory_gib")  # of the command itself
+        return run_spec({key: value for key, value in plain(config).items() if key not in own}).defense.detector
+
+    assert detector().settings["statistic"] == "both"
+    papers = detector("defense.detector.statistic=drop")
+    assert (papers.settings["statistic"], papers.folds) == ("drop", 2)
+
+
 @pytest.mark.parametrize("experiment", folder_experiments())
 def test_image_folder_experiments_run_shrunk(experiment, image_root, tmp_path):
     attacked = composed("defend", f"experiment={experiment}").attack.name != "none"

@@ -99,6 +99,17 @@ def test_a_tampered_description_is_refused(artefact, poisoned, tmp_path, change)
         Artefact.load(folder, poisoned)
 
 
+def test_an_artefact_detects_by_both_statistics_and_one_of_before_by_the_drop(artefact, poisoned, tmp_path):
+    folder = artefact.save(tmp_path / "kept")
+    assert Artefact.load(folder, poisoned).detector.statistic == artefact.detector.statistic == "both"
+    content = json.loads((folder / "artefact.json").read_text())
+    del content["detector"]["statistic"]
+    (folder / "artefact.json").write_text(json.dumps(content))
+    before = Artefact.load(folder, poisoned).detector
+    assert before.statistic == "drop"
+    assert torch.equal(before.clean_statistics, artefact.detector.clean_drops)
+
+
 def test_an_artefact_of_a_later_version_is_refused(artefact, poisoned, tmp_path):
     folder = artefact.save(tmp_path / "kept")
     content = json.loads((folder / "artefact.json").read_text()) | {"schema_version": 9}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from marginclip.errors import require
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
-from marginclip.maxmargin.statistic import STATISTICS, Line, detection_lines, largest_of, margin_drop, margins
+from marginclip.maxmargin.statistic import STATISTICS, Line, detection_lines, largest_of, margins
 from marginclip.networks.logits import batched_logits, check_images
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,8 @@ class MarginDropDetector(nn.Module):
         cls, model: nn.Module, repaired: nn.Module, logits: Tensor, bounded_logits: Tensor, **settings: Any
     ) -> MarginDropDetector:
         """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
-        drops, kept = margin_drop(logits, bounded_logits), margin(bounded_logits, logits.argmax(1))
+        without, kept = margins(logits, bounded_logits)
+        drops = without - kept
         detector = cls(model, repaired, drops, kept, **settings)
         if detector.threshold == float("inf"):
             alike = float(drops.min()) == float(drops.max())

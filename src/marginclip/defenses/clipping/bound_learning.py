@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.clipping.fixed_part import FixedPartCache, caching_pays
 from marginclip.defenses.base import History, LearningDefense
-from marginclip.defenses.clipping.feasibility import relax_until_accurate, start_offsets
+from marginclip.defenses.clipping.feasibility import ACCEPTED, LESS_ACCURATE, RELAXED, relax_until_accurate, start_offsets
 from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
 from marginclip.errors import require
 from marginclip.maxmargin.lambda_control import LambdaController
@@ -28,15 +28,6 @@ from marginclip.networks.memory import images_at_once, images_that_fit, memory_b
 
 log = logging.getLogger(__name__)
 KEEP = ("feasible", "best", "last")
-ACCEPTED = 0.95  # pi of the papers: less than what is asked for, and better than bounds that let the trigger in again
-SHORT = (
-    "no bounds classified %.3g %% of the clean images right in %d steps: those that classified %.1f %% right, the most, were kept. Allow "
-    "more steps (defense.extra_steps) for more accuracy"
-)
-RELAXED = (
-    "no bounds classified %.3g %% of the clean images right in %d steps, so the bounds were relaxed by %.0f %% of the way to the clean "
-    "maxima, and a backdoor may be left. Label the images by hand if the model itself did it, or allow more steps (defense.extra_steps)"
-)
 
 
 class BoundLearning(LearningDefense):
@@ -203,18 +194,22 @@ class BoundLearning(LearningDefense):
             # Not measured again: another precision would count an image or two otherwise, and relax all for it.
             self.bounded.load_bounds(self.best_bounds)
             return self.bounded
-        asked, enough, taken = self.lambda_.min_agreement, self.lambda_.min_agreement, self.stopped_at or self.checked_at
+        asked, taken = self.lambda_.min_agreement, self.stopped_at or self.checked_at
+        least = min(ACCEPTED, asked) if self.most_accurate else asked
         if self.most_accurate:
             self.bounded.load_bounds(self.most_accurate)
-            enough = min(ACCEPTED, asked)
-            if self.most_agreement >= enough:
-                if not self.of_a_part:
-                    log.warning(SHORT, 100 * asked, taken, 100 * self.most_agreement)
-                return self.bounded
-        self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, enough)
-        if self.relaxed and not self.of_a_part:
-            log.warning(RELAXED, 100 * enough, taken, 100 * self.relaxed)
+        if self.most_accurate and self.most_agreement >= least:
+            self._warn(LESS_ACCURATE, 100 * asked, taken, 100 * self.most_agreement)
+            return self.bounded
+        self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, least)
+        if self.relaxed:
+            self._warn(RELAXED, 100 * least, taken, 100 * self.relaxed)
         return self.bounded
+
+    def _warn(self, message: str, *values: float) -> None:
+        """Tell the user, unless these are the bounds of a fold."""
+        if not self.of_a_part:
+            log.warning(message, *values)
 
     @contextmanager
     def in_proportion(self, share: float) -> Iterator[None]:

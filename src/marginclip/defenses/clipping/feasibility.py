@@ -12,6 +12,15 @@ from marginclip.errors import require
 from marginclip.networks.logits import clean_logits
 
 OFFSET_L2 = 1e-6
+ACCEPTED = 0.95  # pi of the papers: less than what is asked for, and better than bounds that let the trigger in again
+LESS_ACCURATE = (
+    "no bounds classified %.3g %% of the clean images right in %d steps: those that classified %.1f %% right, the most, were kept. Allow "
+    "more steps (defense.extra_steps) for more accuracy"
+)
+RELAXED = (
+    "no bounds classified %.3g %% of the clean images right in %d steps, so the bounds were relaxed by %.0f %% of the way to the clean "
+    "maxima, and a backdoor may be left. Label the images by hand if the model itself did it, or allow more steps (defense.extra_steps)"
+)
 # Of the way to the clean maxima. Fine at first: a tenth of it can bring a trigger back, where less is as accurate as asked for.
 SHARES = (*(step / 50 for step in range(1, 10)), *(tenth / 10 for tenth in range(2, 11)))
 
