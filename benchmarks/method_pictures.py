@@ -82,6 +82,25 @@ def show(axes, image: Tensor, title: str) -> None:
     axes.set_yticks([])
 
 
+def cross_entropy_picture() -> Figure:
+    """The loss and its gradient over the margin of the true class, with label smoothing and without, of ten classes."""
+    figure = new_figure(7.2, 2.8, "Cross entropy of ten classes, nine of equal logit")
+    lost, slope = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    for smoothing, colour in ((0.0, BEFORE), (0.1, AFTER)):
+        own = torch.linspace(-6, 12, 200, requires_grad=True)
+        logits = torch.cat([own[:, None], torch.zeros(200, 9)], 1)
+        losses = nn.functional.cross_entropy(
+            logits, torch.zeros(200, dtype=torch.long), reduction="none", label_smoothing=smoothing
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), own)
+        for axes, values in ((lost, losses), (slope, gradient)):
+            axes.plot(own.detach(), values.detach(), color=colour, label=f"label smoothing {smoothing:g}")
+    lost.legend(frameon=False, fontsize=9)
+    tidy(lost, title="loss", xlabel="margin of the true class, logits", ylabel="nats")
+    tidy(slope, title="its derivative by the margin", xlabel="margin of the true class, logits", ylabel="")
+    return figure
+
+
 def mixup_picture(images: Tensor) -> Figure:
     """Two images and their mixture."""
     figure = new_figure(4.2, 1.9, "mixup, share 0.6")
@@ -287,6 +306,7 @@ def main() -> None:
     for name, attack in ATTACKS.items():
         made = attack(AllToOne(10, target=0), tuple(images.shape[1:]))
         save_png(attack_picture(name, made, images), folder / f"attack_{name}.png")
+    save_png(cross_entropy_picture(), folder / "loss_cross_entropy.png")
     save_png(mixup_picture(images), folder / "loss_mixup.png")
     save_png(ldam_picture(), folder / "loss_ldam.png")
     save_png(gcl_picture(), folder / "loss_gcl.png")

@@ -54,7 +54,7 @@ def make_model(name: str) -> nn.Module:
 
 def eager(artefact: Artefact, images: Tensor, *, compiled: bool = False) -> dict[str, Run]:
     """The variants in torch: the model, the bounded network as it is served, and the whole of MMDF; the same compiled."""
-    served = ServedNetwork(artefact.network).to(memory_format=torch.channels_last)
+    served = ServedNetwork(artefact.network, folded=True).to(memory_format=torch.channels_last)
     mmdf = DecisionNetwork(artefact.detector).eval().to(memory_format=torch.channels_last)
     networks: dict[str, nn.Module] = {"model": artefact.model, "bounded": served, "MMDF": mmdf}
     calls: dict[str, Callable[[Tensor], object]] = dict(networks)

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from marginclip.experiment.command import plain
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
-from marginclip.experiment.spec import run_spec
+from marginclip.experiment.spec import RunSpec, run_spec
 from marginclip.experiment.stages import load_model
 from marginclip.experiment.trainers import build_trainer
 from marginclip.files import write_whole
@@ -48,13 +48,18 @@ VICTIMS = [
 ]
 
 
-def obtained(options: str, runs_dir: str, *, clean_per_class: int = 50) -> tuple[VictimSetup, Any]:
-    """The victim with these options, found or trained, and the specification of its run."""
+def specified(options: str, runs_dir: str) -> RunSpec:
+    """The specification of a run with these options."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(
             "defend", [*options.split(), f"runs_dir={runs_dir}", "logger=none", "trainer.enable_progress_bar=false"]
         )
-    spec = run_spec(plain(config))
+    return run_spec(plain(config))
+
+
+def obtained(options: str, runs_dir: str, *, clean_per_class: int = 50) -> tuple[VictimSetup, RunSpec]:
+    """The victim with these options, found or trained, and the specification of its run."""
+    spec = specified(options, runs_dir)
     prepare_process(spec.trainer.threads)
     setup = build_setup(spec, clean_per_class=clean_per_class)
     load_model(spec, setup)

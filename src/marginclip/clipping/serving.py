@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from marginclip.clipping.bounded_network import BoundedNetwork
 from marginclip.clipping.bounds import Bound
 
+FOLDING: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Conv1d: fuse_conv_bn_eval,
+    nn.Conv2d: fuse_conv_bn_eval,
+    nn.Conv3d: fuse_conv_bn_eval,
+    nn.Linear: fuse_linear_bn_eval,
+}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RELUS = (F.relu, torch.relu, "relu")
 OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
@@ -51,11 +61,12 @@ class Clip(nn.Module):
 class ServedNetwork(nn.Module):
     """The logits of a :class:`BoundedNetwork`, to the same bits: bounds that can cut nothing are left out, a ReLU and its bound are one
     pass. It learns nothing more; nothing is shared with the network that was given. ``fused=False`` leaves ReLUs alone, for a runtime that
-    joins them to the layers before."""
+    joins them to the layers before. ``folded`` computes a batch norm as a part of the layer before it: faster, and the same but for
+    rounding."""
 
-    def __init__(self, bounded: BoundedNetwork, *, fused: bool = True) -> None:
+    def __init__(self, bounded: BoundedNetwork, *, fused: bool = True, folded: bool = False) -> None:
         super().__init__()
-        self.network = _Copying(bounded, fused=fused).graph_module(both=False)
+        self.network = _Copying(bounded, fused=fused, folded=folded).graph_module(both=False)
         self.offsets = copy.deepcopy(bounded.offsets)
         self.eval().requires_grad_(False)
 
@@ -66,11 +77,12 @@ class ServedNetwork(nn.Module):
 
 class PairedNetwork(nn.Module):
     """Images (N, C, H, W) to the logits (N, K) of a model and of its bounded network; what lies in front of the first bound that can cut
-    something is computed once. ``shared`` is the share of the model's graph that is, in [0, 1]."""
+    something is computed once. ``shared`` is the share of the model's graph that is, in [0, 1]. ``fused`` and ``folded`` as in
+    :class:`ServedNetwork`."""
 
-    def __init__(self, bounded: BoundedNetwork, *, fused: bool = True) -> None:
+    def __init__(self, bounded: BoundedNetwork, *, fused: bool = True, folded: bool = False) -> None:
         super().__init__()
-        copying = _Copying(bounded, fused=fused)
+        copying = _Copying(bounded, fused=fused, folded=folded)
         self.network = copying.graph_module(both=True)
         self.shared = copying.shared
         self.offsets = copy.deepcopy(bounded.offsets)
@@ -92,23 +104,24 @@ class NetworkPair(nn.Module):
         return self.model(images), self.repaired(images)
 
 
-def paired(model: nn.Module, repaired: nn.Module, *, fused: bool = True) -> PairedNetwork | NetworkPair:
+def paired(model: nn.Module, repaired: nn.Module, *, fused: bool = True, folded: bool = False) -> PairedNetwork | NetworkPair:
     """What gives the logits of both for the same images, of the fewest passes over them.
 
     Both are computed in full where they have other weights. Copies, in evaluation mode: later changes of either have no effect.
+    ``fused`` and ``folded`` as in :class:`ServedNetwork`.
     """
     with torch.inference_mode(False), torch.no_grad():
-        pair = _paired(model, repaired, fused)
+        pair = _paired(model, repaired, fused, folded)
     pair.eval().requires_grad_(False)
     return pair
 
 
-def _paired(model: nn.Module, repaired: nn.Module, fused: bool) -> PairedNetwork | NetworkPair:
+def _paired(model: nn.Module, repaired: nn.Module, fused: bool, folded: bool) -> PairedNetwork | NetworkPair:
     if not isinstance(repaired, BoundedNetwork):
         return NetworkPair(copy.deepcopy(model), copy.deepcopy(repaired))
     if same_weights(model, repaired):
-        return PairedNetwork(repaired, fused=fused)
-    return NetworkPair(copy.deepcopy(model), ServedNetwork(repaired, fused=fused))
+        return PairedNetwork(repaired, fused=fused, folded=folded)
+    return NetworkPair(copy.deepcopy(model), ServedNetwork(repaired, fused=fused, folded=folded))
 
 
 def same_weights(model: nn.Module, bounded: BoundedNetwork) -> bool:
@@ -127,10 +140,12 @@ class _Copying:
     ``of_model`` and ``of_bounded`` map each node to its copy in either; where both need the same value there is one copy.
     """
 
-    def __init__(self, bounded: BoundedNetwork, *, fused: bool) -> None:
+    def __init__(self, bounded: BoundedNetwork, *, fused: bool, folded: bool) -> None:
         assert isinstance(bounded.network, fx.GraphModule)
-        self.source, self.fused = bounded.network, fused
         self.root = copy.deepcopy(bounded.network)
+        if folded:
+            _fold_batch_norms(self.root)
+        self.source, self.fused = self.root, fused
         self.graph = fx.Graph()
         self.of_model: dict[fx.Node, fx.Node] = {}
         self.of_bounded: dict[fx.Node, fx.Node] = {}
@@ -181,6 +196,26 @@ class _Copying:
         self.of_bounded[node] = self.graph.call_module(name, (self.of_bounded[given],))
         if not self.both:
             self.of_model[node] = self.of_bounded[node]
+
+
+def _fold_batch_norms(network: fx.GraphModule) -> None:
+    """Make each batch norm a part of the convolution or linear layer before it, in place, where nothing else calls or reads that layer."""
+    calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
+    for node in list(network.graph.nodes):
+        norm = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if norm is None or type(norm) not in NORMS or norm.running_mean is None:
+            continue
+        (before,) = node.all_input_nodes
+        layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None
+        if layer is None or len(before.users) > 1 or calls[str(before.target)] > 1:
+            continue
+        if type(layer) not in FOLDING:
+            continue
+        network.set_submodule(str(before.target), FOLDING[type(layer)](layer.eval(), norm.eval()))
+        node.replace_all_uses_with(before)
+        network.graph.erase_node(node)
+    network.delete_all_unused_submodules()
+    network.recompile()
 
 
 def _bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:

@@ -26,9 +26,9 @@ TABLE = 512
 class DecisionNetwork(nn.Module):
     """MMDF as a network: images (N, C, H, W) in [0, 1] to corrected decisions (N,) int64, flags (N,) bool and p-values (N,).
 
-    What both networks compute up to the first bound that can cut something is computed once. Threshold and null are frozen: flags are
-    those of the detector. The p-value is looked up in a table of ``TABLE`` statistics and is that of the next smaller one there, so it is
-    never too small; -1 is a rejected image.
+    What both networks compute up to the first bound that can cut something is computed once, and a batch norm as a part of the layer
+    before it. Threshold and null are frozen: flags are those of the detector, but for rounding. The p-value is looked up in a table of
+    ``TABLE`` statistics and is that of the next smaller one there, so it is never too small; -1 is a rejected image.
     """
 
     grid: Tensor
@@ -36,7 +36,7 @@ class DecisionNetwork(nn.Module):
 
     def __init__(self, detector: MarginDropDetector, *, fused: bool = True) -> None:
         super().__init__()
-        self.pair = paired(detector.model, detector.repaired, fused=fused)
+        self.pair = paired(detector.model, detector.repaired, fused=fused, folded=True)
         self.rule, self.correction = detector.rule, detector.correction
         self.lines, self.threshold, self.insisting_margin = detector.lines, detector.threshold, detector.insisting_margin
         clean = detector.clean_statistics
@@ -86,7 +86,9 @@ def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: 
     path = Path(path)
     fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip
     network: nn.Module = (
-        DecisionNetwork(artefact.detector, fused=fused) if part == "mmdf" else ServedNetwork(artefact.network, fused=fused)
+        DecisionNetwork(artefact.detector, fused=fused)
+        if part == "mmdf"
+        else ServedNetwork(artefact.network, fused=fused, folded=True)
     )
     network = network.cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     example = torch.rand(2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
