@@ -2,15 +2,12 @@
 
 import os
 
+if "MARGINCLIP_TEST_THREADS" not in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: one thread here and in programs that tests start
+
 import pytest
 import torch
 from torch import nn
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _threads():
-    if "MARGINCLIP_TEST_THREADS" not in os.environ:
-        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
