@@ -8,10 +8,11 @@ import pytest
 
 from marginclip.cli import main as marginclip
 from marginclip.experiment.progress import Display, task
-from marginclip.experiment.signs_of_life import FILE_NAME, STALE, alive, is_alive, sign_of
+from marginclip.experiment.signs_of_life import alive
 from marginclip.experiment.status import main
 from marginclip.experiment.sweep_display import SweepWatch, display_of
 from marginclip.experiment.sweep_state import sweep_state
+from marginclip.sweep_files import ALIVE, STALE, is_alive, sign_of
 
 
 def write(folder, name, content):
@@ -38,8 +39,8 @@ def sweep(tmp_path):
     write(folder, "sweep.json", {"asked": [f"seed={number}" for number in range(5)]})
     write(folder / "0", "outcome.json", {"overrides": "seed=0", "error": None, "record": "runs/a/run.json"})
     write(folder / "1", "outcome.json", {"overrides": "seed=1", "error": "attack.rate must be in (0, 1]", "record": None})
-    write(folder / "2", FILE_NAME, sign("seed=2", 5))
-    write(folder / "3", FILE_NAME, sign("seed=3", 2 * STALE))
+    write(folder / "2", ALIVE, sign("seed=2", 5))
+    write(folder / "3", ALIVE, sign("seed=3", 2 * STALE))
     write(folder / "victims", "sweep.json", {"asked": ["seed=0"]})
     write(
         folder / "victims" / "0", "outcome.json", {"overrides": "seed=0", "error": None, "record": "runs/victims/v/victim.json"}

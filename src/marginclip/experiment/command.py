@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from marginclip.errors import UserError, printable
 from marginclip.experiment.override_checks import check_overrides
+from marginclip.sweep_files import OUTCOME
 
 if TYPE_CHECKING:
     from marginclip.experiment.spec import RunSpec
 
 log = logging.getLogger(__name__)
-OUTCOME = "outcome.json"
 _failures: list[dict[str, Any]] = []
 SUSPICIOUS = 3  # the exit status of an audit that found something
 _found: list[bool] = []  # of each audit, whether it found something

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from marginclip.experiment import progress
-from marginclip.files import read_json, write_json
+from marginclip.files import write_json
+from marginclip.sweep_files import ALIVE
 
-FILE_NAME = "alive.json"
 EVERY = 20.0  # seconds
-STALE = 180.0  # seconds without a sign of life: several were missed, and clocks of hosts differ a little
 
 
 @contextmanager
 def alive(folder: Path, overrides: str, every: float = EVERY) -> Iterator[None]:
     """Renew ``alive.json`` in ``folder`` inside, and remove it at the end. A file that stays belongs to a killed job."""
-    file, ended = folder / FILE_NAME, threading.Event()
+    file, ended = folder / ALIVE, threading.Event()
     sign: dict[str, Any] = {"overrides": overrides, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
     sign["slurm_job"] = os.environ.get("SLURM_JOB_ID")
 
@@ -41,17 +40,3 @@ def alive(folder: Path, overrides: str, every: float = EVERY) -> Iterator[None]:
         ended.set()
         thread.join()
         file.unlink(missing_ok=True)
-
-
-def sign_of(folder: Path) -> dict[str, Any] | None:
-    """The last sign of life in ``folder``; None where there is none, or it cannot be read."""
-    try:
-        found: dict[str, Any] | None = read_json(folder / FILE_NAME)
-    except (OSError, ValueError):
-        return None
-    return found
-
-
-def is_alive(sign: dict[str, Any]) -> bool:
-    """Whether a sign of life is a recent one."""
-    return time.time() - float(sign["seen"]) < STALE

@@ -12,6 +12,7 @@ from pathlib import Path
 from marginclip.errors import UserError, require
 from marginclip.experiment.sweep_state import Cell, SweepState, cell_state, sweep_state
 from marginclip.record import find_records, read_record
+from marginclip.sweep_files import ALIVE, ASKED
 
 UNFINISHED = ("running", "failed", "killed", "missing")
 
@@ -39,7 +40,7 @@ def status_lines(runs_dir: Path) -> Iterator[str]:
     done = {cell.overrides for sweep in sweeps for cell in sweep.cells if cell.state == "done"}
     for sweep in sweeps:
         yield from sweep_lines(with_later_ones(sweep, done))
-    for file in sorted((runs_dir / "hydra").glob("*/*/alive.json")):
+    for file in sorted((runs_dir / "hydra").glob(f"*/*/{ALIVE}")):
         cell = cell_state(file.parent, "")
         yield f"{cell.state}: {cell.overrides}: {cell.why}"
     yield from record_lines(runs_dir)
@@ -47,7 +48,7 @@ def status_lines(runs_dir: Path) -> Iterator[str]:
 
 def sweep_folders(runs_dir: Path) -> list[Path]:
     """The folders of sweeps, in the order of their dates."""
-    folders = {file.parent for name in ("sweep.json", "multirun.yaml") for file in (runs_dir / "sweeps").glob(f"*/*/{name}")}
+    folders = {file.parent for name in (ASKED, "multirun.yaml") for file in (runs_dir / "sweeps").glob(f"*/*/{name}")}
     return sorted(folders)
 
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from marginclip.durations import duration
 from marginclip.experiment.progress import INTERVAL, Display, Lines
 from marginclip.experiment.progress_bars import Bars
-from marginclip.experiment.sweep_state import ASKED, SweepState, sweep_state
+from marginclip.experiment.sweep_state import SweepState, sweep_state
+from marginclip.sweep_files import ASKED
 
 EVERY = 2.0  # seconds between two looks at the folder
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from marginclip.durations import duration
-from marginclip.experiment.signs_of_life import is_alive, sign_of
+from marginclip.sweep_files import ASKED, OUTCOME, content_of, is_alive, sign_of
 
-ASKED, OUTCOME, VICTIMS = "sweep.json", "outcome.json", "victims"
+VICTIMS = "victims"
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class SweepState:
 
 def sweep_state(folder: Path) -> SweepState:
     """The state of the sweep in ``folder``, of cells ``0``, ``1`` ... and victims ``victims/0`` ..."""
-    asked: list[str] = _read(folder / ASKED).get("asked", [])
-    return SweepState(folder, _cells(folder, asked), _cells(folder / VICTIMS, _read(folder / VICTIMS / ASKED).get("asked", [])))
+    return SweepState(folder, _cells(folder, _asked(folder)), _cells(folder / VICTIMS, _asked(folder / VICTIMS)))
 
 
 def _cells(folder: Path, asked: list[str]) -> list[Cell]:
@@ -69,7 +66,7 @@ def _cells(folder: Path, asked: list[str]) -> list[Cell]:
 
 def cell_state(folder: Path, overrides: str) -> Cell:
     """The state of the cell whose job writes to ``folder``."""
-    outcome = _read(folder / OUTCOME)
+    outcome = content_of(folder / OUTCOME)
     if outcome:
         told, error = outcome["overrides"], outcome["error"]
         return Cell(told, "done", record=outcome["record"]) if error is None else Cell(told, "failed", error)
@@ -83,10 +80,7 @@ def cell_state(folder: Path, overrides: str) -> Cell:
     return Cell(sign["overrides"], "killed", f"{who}, no sign of life for {duration(time.time() - sign['seen'])}")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The content of a file; empty where there is none yet."""
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+def _asked(folder: Path) -> list[str]:
+    """What the sweep in ``folder`` asked for; empty where it has not said so yet."""
+    asked: list[str] = (content_of(folder / ASKED) or {}).get("asked", [])
+    return asked

@@ -9,8 +9,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from marginclip.experiment.command import OUTCOME, plain, report_sweep, sweep_name, with_group
+from marginclip.experiment.command import plain, report_sweep, sweep_name, with_group
 from marginclip.files import bytes_writer, write_whole
+from marginclip.sweep_files import OUTCOME
 
 
 class SweepReport(Callback):

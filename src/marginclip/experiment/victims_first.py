@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from marginclip.experiment.command import plain, victim_job
 from marginclip.experiment.sweep_display import Watching
-from marginclip.experiment.sweep_state import ASKED, VICTIMS
+from marginclip.experiment.sweep_state import VICTIMS
+from marginclip.sweep_files import ASKED
 
 _watching: list[Watching] = []  # not the callback's own, which launchers send to their workers
 log = logging.getLogger(__name__)

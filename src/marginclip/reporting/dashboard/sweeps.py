@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,7 @@ from typing import Any
 import yaml
 
 from marginclip.reporting.dashboard.runs import Run
-
-ASKED, OUTCOME, ALIVE = "sweep.json", "outcome.json", "alive.json"
-STALE = 180.0  # seconds without a sign of life after which a job counts as killed
+from marginclip.sweep_files import ASKED, OUTCOME, content_of, is_alive, sign_of
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,12 @@ def read_sweeps(runs_dir: Path, runs: list[Run]) -> list[Sweep]:
 
 
 def _read(folder: Path, place: str, by_name: dict[str, Run]) -> Sweep:
-    asked = _content(folder / ASKED)
+    asked = content_of(folder / ASKED)
     names = [str(name) for name in asked["asked"]] if asked and isinstance(asked.get("asked"), list) else []
     begun = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
     sweep = Sweep(place, complete=bool(names))
     for number in range(len(names)) if names else begun:
-        outcome = _content(folder / str(number) / OUTCOME)
+        outcome = content_of(folder / str(number) / OUTCOME)
         text = names[number] if names else _overrides(folder / str(number), outcome)
         sweep.cells.append(_cell(folder / str(number), number, text, outcome, by_name))
     return sweep
@@ -80,9 +76,8 @@ def _or_done(cell: Cell, elsewhere: Cell | None) -> Cell:
 
 
 def _lives(job: Path) -> bool:
-    sign = _content(job / ALIVE)
-    seen = None if sign is None else sign.get("seen")
-    return isinstance(seen, (int, float)) and time.time() - seen < STALE
+    sign = sign_of(job)
+    return sign is not None and is_alive(sign)
 
 
 def _cell(folder: Path, number: int, overrides: str, outcome: dict[str, Any] | None, by_name: dict[str, Run]) -> Cell:
@@ -105,12 +100,3 @@ def _overrides(job: Path, outcome: dict[str, Any] | None) -> str:
     except (OSError, ValueError, yaml.YAMLError):
         return ""
     return " ".join(map(str, listed)) if isinstance(listed, list) else ""
-
-
-def _content(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none, or a job was stopped while it wrote it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
