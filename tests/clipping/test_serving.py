@@ -96,50 +96,34 @@ def test_what_lies_before_the_first_cut_is_computed_once(images):
     assert shared[-1] == 1
 
 
-class Norms(nn.Module):
-    """Batch norms behind a convolution, a linear layer, a convolution that is called twice, and one that something else reads, too."""
+class Twice(nn.Module):
+    """A convolution that is called twice, each time with a batch norm of its own behind it."""
 
     def __init__(self):
         super().__init__()
-        self.plain, self.twice, self.read = (nn.Conv2d(size, 6, 3, padding=1) for size in (3, 6, 6))
-        self.norm, self.first, self.second, self.third = (nn.BatchNorm2d(6) for _ in range(4))
-        self.hidden, self.last = nn.Linear(6, 6), nn.Linear(6, 5)
-        self.flat = nn.BatchNorm1d(6)
+        self.conv, self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.last = nn.Linear(3, 5)
 
     def forward(self, x):
-        x = F.relu(self.norm(self.plain(x)))
-        x = F.relu(self.second(self.twice(F.relu(self.first(self.twice(x))))))
-        read = self.read(x)
-        x = F.relu(self.third(read)) + read
-        return self.last(F.relu(self.flat(self.hidden(x.mean((2, 3))))))
-
-
-def with_statistics(model):
-    """The model with other statistics and weights in its batch norms than those of a new network."""
-    generator = torch.Generator().manual_seed(2)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            for value in (module.running_mean, module.running_var, module.weight, module.bias):
-                value.data.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
+        x = F.relu(self.second(self.conv(F.relu(self.first(self.conv(x))))))
+        return self.last(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize(
-    ("make", "left"), [(lambda: ResNet(5, blocks=(1, 1), width=6), 0), (Norms, 3)], ids=["resnet", "norms"]
+    ("make", "left"), [(lambda: ResNet(5, blocks=(1, 1), width=6), 0), (Twice, 2)], ids=["resnet", "twice"]
 )
 @torch.no_grad()
-def test_batch_norms_are_folded_where_nothing_else_reads_the_layer(make, left, images):
-    model = with_statistics(make())
+def test_batch_norms_are_folded_where_that_is_the_same(make, left, images, settle):
+    model = settle(make())
     network = bounded(model, images)
-    pair = paired(model, network, folded=True)
+    pair, served = paired(model, network, folded=True), ServedNetwork(network, folded=True)
     logits, bounded_logits = pair(images)
-    torch.testing.assert_close(logits, model(images), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(bounded_logits, network(images), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(logits, bounded_logits, atol=1e-3)
-    served = ServedNetwork(network, folded=True)
-    torch.testing.assert_close(served(images), network(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bounded_logits, network(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(served(images), network(images), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, bounded_logits, atol=1e-2)
     for made in (pair.network, served.network):
-        assert sum(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in made.modules()) == left
+        assert sum(isinstance(module, nn.BatchNorm2d) for module in made.modules()) == left
 
 
 @torch.no_grad()

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from marginclip.clipping.bounded_network import BoundedNetwork
 from marginclip.clipping.bounds import Bound
 
-FOLDING: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Conv1d: fuse_conv_bn_eval,
-    nn.Conv2d: fuse_conv_bn_eval,
-    nn.Conv3d: fuse_conv_bn_eval,
-    nn.Linear: fuse_linear_bn_eval,
-}
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RELUS = (F.relu, torch.relu, "relu")
 OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
@@ -141,11 +131,10 @@ class _Copying:
     """
 
     def __init__(self, bounded: BoundedNetwork, *, fused: bool, folded: bool) -> None:
-        assert isinstance(bounded.network, fx.GraphModule)
-        self.root = copy.deepcopy(bounded.network)
-        if folded:
-            _fold_batch_norms(self.root)
-        self.source, self.fused = self.root, fused
+        network = bounded.fused().network if folded else bounded.network
+        assert isinstance(network, fx.GraphModule)
+        self.source, self.fused = network, fused
+        self.root = copy.deepcopy(network)
         self.graph = fx.Graph()
         self.of_model: dict[fx.Node, fx.Node] = {}
         self.of_bounded: dict[fx.Node, fx.Node] = {}
@@ -196,26 +185,6 @@ class _Copying:
         self.of_bounded[node] = self.graph.call_module(name, (self.of_bounded[given],))
         if not self.both:
             self.of_model[node] = self.of_bounded[node]
-
-
-def _fold_batch_norms(network: fx.GraphModule) -> None:
-    """Make each batch norm a part of the convolution or linear layer before it, in place, where nothing else calls or reads that layer."""
-    calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
-    for node in list(network.graph.nodes):
-        norm = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if norm is None or type(norm) not in NORMS or norm.running_mean is None:
-            continue
-        (before,) = node.all_input_nodes
-        layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None
-        if layer is None or len(before.users) > 1 or calls[str(before.target)] > 1:
-            continue
-        if type(layer) not in FOLDING:
-            continue
-        network.set_submodule(str(before.target), FOLDING[type(layer)](layer.eval(), norm.eval()))
-        node.replace_all_uses_with(before)
-        network.graph.erase_node(node)
-    network.delete_all_unused_submodules()
-    network.recompile()
 
 
 def _bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:
