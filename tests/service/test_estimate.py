@@ -62,6 +62,14 @@ def test_further_repairs_count_and_unknown_courses_are_not_guessed():
     assert passes_of(MMOM(), 500, 10).backward < passes_of(MMAC(), 500, 10).backward * 10
 
 
+def test_extra_steps_are_the_longest_course():
+    usual, longest = (passes_with_folds(MMAC(steps=60, extra_steps=180), 500, 10, 2, longest=extra) for extra in (False, True))
+    assert 3.5 * usual.backward < longest.backward < 4.5 * usual.backward
+    speed = Speed(forward=0.0, backward=1.0, kept=100, fixed=50, budget=1000)
+    assert "about 2 min (up to 6 min where bounds" in in_words(speed, Passes(backward=100), Passes(backward=360))
+    assert "up to" not in in_words(speed, Passes(backward=100), Passes(backward=110))
+
+
 def test_time_and_memory_follow_from_the_passes():
     speed = Speed(forward=1.0, backward=3.0, kept=100, fixed=50, budget=1000)
     assert speed.seconds(Passes(10, 20, at_once=5)) == 10 + 60

@@ -72,10 +72,14 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     # Under the bounds one of the two once more: at most the warps, which are longer.
     reached = STARTS * (STEPS + 1 + 2 * (WARP_STEPS + 1))
     searched = Passes(backward=(test.starts * (test.steps + 1) + reached) * classes)
-    learned = [passes_with_folds(mmac, len(images), classes, 2), passes_with_folds(MMOM(), len(images), classes, 2)]
-    _say(
-        in_words(speed, sum((passes for passes in learned if passes is not None), searched)) + ", or less: MM-BD may end early"
+    usual, longest = (
+        sum(
+            (found for each in (mmac, MMOM()) if (found := passes_with_folds(each, len(images), classes, 2, longest=extra))),
+            searched,
+        )
+        for extra in (False, True)
     )
+    _say(in_words(speed, usual, longest) + ", or less: MM-BD may end early")
     return audit(
         setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=methods.defense,
         seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
@@ -109,9 +113,11 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     methods, setup, images, labels = _given(spec)
     detector = spec.defense.detector
     folds = 2 if detector is None or detector.folds == 0 else detector.folds
-    passes = passes_with_folds(methods.defense, len(images), len(setup.classes), folds)
-    if passes is not None:
-        _say(in_words(measure(setup.model, images), passes))
+    usual, longest = (
+        passes_with_folds(methods.defense, len(images), len(setup.classes), folds, longest=extra) for extra in (False, True)
+    )
+    if usual is not None:
+        _say(in_words(measure(setup.model, images), usual, longest))
     return Artefact.fit(
         setup.model, images, labels, defense=methods.defense, classes=setup.classes, seed=spec.seed,
         make_trainer=_trainers(spec, methods.defense.label),

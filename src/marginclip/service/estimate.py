@@ -60,10 +60,12 @@ def measure(model: nn.Module, images: Tensor) -> Speed:
     return Speed(forward / len(batch), backward / len(batch), kept, fixed, budget)
 
 
-def in_words(speed: Speed, passes: Passes) -> str:
-    """One sentence: the time and the memory."""
+def in_words(speed: Speed, passes: Passes, longest: Passes | None = None) -> str:
+    """One sentence: the time, that of the ``longest`` course where it is another one, and the memory."""
+    usual, most = (max(1.0, speed.seconds(each)) for each in (passes, longest or passes))
+    at_most = f" (up to {duration(most)} where bounds that keep the accuracy are hard to find)" if most > 1.2 * usual else ""
     return (
-        f"this takes about {duration(max(1.0, speed.seconds(passes)))} and {speed.memory(passes) / 2**30:.1f} GiB beside what is in use "
+        f"this takes about {duration(usual)}{at_most} and {speed.memory(passes) / 2**30:.1f} GiB beside what is in use "
         f"(memory_gib limits a step to {speed.budget / 2**30:.1f} GiB)"
     )
 

@@ -23,14 +23,14 @@ class Passes:
         return Passes(self.forward + other.forward, self.backward + other.backward, max(self.at_once, other.at_once))
 
 
-def passes_of(defense: Defense, count: int, classes: int) -> Passes | None:
+def passes_of(defense: Defense, count: int, classes: int, *, longest: bool = False) -> Passes | None:
     """The passes of one repair from ``count`` clean images of so many ``classes``; None for a method whose course is not known before.
 
-    Of bound learning, without ``extra_steps``, and as if no loss came to rest before ``steps``.
+    Of bound learning, as if no loss came to rest before ``steps``; ``longest``: with all its ``extra_steps``.
     """
     if not isinstance(defense, BoundLearning):
         return None
-    plan, steps = defense.ascent, defense.steps
+    plan, steps = defense.ascent, defense.steps + (defense.extra_steps if longest else 0)
     inputs = len(plan.classes(classes)) if defense.objective.ascends else 0
     clean = 0 if defense.sites == "last" else min(defense.batch_size, count)  # what lies before the last activation is kept
     step = clean + min(inputs, plan.batch_size or inputs)
@@ -40,11 +40,11 @@ def passes_of(defense: Defense, count: int, classes: int) -> Passes | None:
     return Passes(checks + (RELAXING + STARTING) * count, steps * step + ascents, step)
 
 
-def passes_with_folds(defense: Defense, count: int, classes: int, folds: int) -> Passes | None:
+def passes_with_folds(defense: Defense, count: int, classes: int, folds: int, *, longest: bool = False) -> Passes | None:
     """The same of a repair and of ``folds`` further ones that each leave a part of the images out."""
     with defense.in_proportion(1 - 1 / folds if folds else 1.0):
-        part = passes_of(defense, count - count // max(1, folds), classes)
-    whole = passes_of(defense, count, classes)
+        part = passes_of(defense, count - count // max(1, folds), classes, longest=longest)
+    whole = passes_of(defense, count, classes, longest=longest)
     if part is None or whole is None:
         return None
     total = whole
