@@ -1,6 +1,7 @@
 """The contract that every defense holds to, whatever it does: found by the files in conf/defense."""
 
 import copy
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -32,6 +33,7 @@ FEW = {
     "epochs": 1,
     "teacher_epochs": 1,
     "steps": 2,
+    "extra_steps": 2,
     "check_every": 1,
     "ascent.first_steps": 2,
     "ascent.steps": 1,
@@ -46,14 +48,20 @@ FEW = {
 FEW |= {f"{repair}.{key}": value for repair in ("mmac", "mmom") for key, value in FEW.items()}  # the nested ones of auto
 
 
-def make(overrides):
-    """The defense of a command line, shortened to an epoch or two steps where it takes some."""
+@functools.cache
+def composed(*overrides):
+    """The configuration of a command line, its defense shortened to an epoch or two steps where it takes some."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("defend", overrides=overrides)
+        config = compose("defend", overrides=list(overrides))
     for key, value in FEW.items():
         if OmegaConf.select(config.defense, key) is not None:
             OmegaConf.update(config.defense, key, value)
-    return make_defense(config)
+    return config
+
+
+def make(overrides):
+    """The defense of a command line."""
+    return make_defense(composed(*overrides))
 
 
 def fingerprint(model):
