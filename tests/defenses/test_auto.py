@@ -238,7 +238,8 @@ def test_a_backdoored_model_gets_mmac(backdoored, fit, chosen):
 def test_both_faults_seem_to_be_there(unfair, chosen, suspect, keep):
     """A large margin of the common class, which is over-predicted, is imbalance; that of the rarest class is not."""
     model, clean = unfair
-    auto = Auto(detection=stub_margins(True, suspect), max_cost=0.5)
+    short = {"mmom": partial(MMOM, steps=40), "mmac": partial(MMAC, steps=20, extra_steps=0)}
+    auto = Auto(detection=stub_margins(True, suspect), max_cost=0.5, **short)
     assert isinstance((result := chosen(auto, model, clean)).network, BoundedNetwork)
     assert result.findings["decision"] == keep
     assert ("would also have gained" in result.findings["reason"]) is (keep == "mmac")
