@@ -23,7 +23,7 @@ SMALL = {
     "model": ["model.width=4"],
     "defense": ["defense=static_clip", "defense.detector.folds=0"],
 }
-
+TESTS = {"test_stripes.py", "test_bands.py", "test_plain.py", "test_hush.py"}
 ROWS = {"none", "static_clip", "static_clip_mmdf", "static_clip_mmdf_repaired", "static_clip_mmdf_both"}
 
 
@@ -55,11 +55,11 @@ def record_of(kind, folder):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("page", PAGES.values())
-def test_the_test_of_the_page_passes(page, tmp_path):
-    command = written(page, tmp_path)[0]
-    assert command == "python -m pytest"
-    run(command, tmp_path)
+def test_the_tests_of_the_pages_pass_in_one_package(tmp_path):
+    for page in PAGES.values():
+        assert written(page, tmp_path)[0] == "python -m pytest"
+    assert {path.name for path in (tmp_path / "tests").glob("test_*.py")} == TESTS
+    run("python -m pytest", tmp_path)
 
 
 def test_the_attack_runs(tmp_path):
