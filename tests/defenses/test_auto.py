@@ -164,12 +164,13 @@ def chosen():
 
 def test_an_imbalanced_model_gets_mmom(unfair, fit, chosen, caplog):
     model, clean = unfair
-    before, auto = state(model), Auto(detection=QUICK, seed=1)
+    short = partial(MMOM, steps=60)
+    before, auto = state(model), Auto(detection=QUICK, mmom=short, seed=1)
     with caplog.at_level("INFO", logger="marginclip"):
         result = chosen(auto, model, clean)
     assert result.findings["decision"] == "mmom"
     assert same(state(model), before)
-    assert same(state(result.network), state(fit(MMOM(seed=1), model, clean)))
+    assert same(state(result.network), state(fit(short(seed=1), model, clean)))
     assert caplog.messages[-1] == f"defense=auto keeps mmom: {result.findings['reason']}"
     assert result.history and result.findings["repair"]["bound_steps"] > 1
 
@@ -222,7 +223,8 @@ def test_a_backdoored_model_gets_mmac(backdoored, fit, chosen):
     with torch.no_grad():
         assert (backdoored(new).argmax(1) == labels).float().mean() > 0.9
         assert (backdoored(triggered(new)).argmax(1) == 3).float().mean() > 0.9
-    clean, auto = tenths(200, seed=2), Auto(detection=QUICK)
+    short = {"mmom": partial(MMOM, steps=40), "mmac": partial(MMAC, steps=30, extra_steps=0)}
+    clean, auto = tenths(200, seed=2), Auto(detection=QUICK, **short)
     result = chosen(auto, backdoored, clean)
     found = result.findings
     assert found["decision"] == "mmac"
@@ -230,7 +232,7 @@ def test_a_backdoored_model_gets_mmac(backdoored, fit, chosen):
     assert f"p = {found['detection']['p_value']:.2g}" in found["reason"]
     assert set(found["seconds"]) == {"detection", "mmom_out_of_fold", "mmac_out_of_fold", "repair"}
     assert found["mmac"]["images"] == 200
-    assert same(state(result.network), state(fit(MMAC(), backdoored, clean)))
+    assert same(state(result.network), state(fit(short["mmac"](), backdoored, clean)))
     assert result.arrays["auto/maximum_margins"].argmax() == 3
 
 

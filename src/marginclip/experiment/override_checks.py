@@ -64,6 +64,10 @@ class OptionFolders:
         """Whether there is such a group, written with slashes."""
         return any((folder / name).is_dir() for folder in self.folders)
 
+    def mention(self, key: str) -> bool:
+        """Whether any option writes a key of this name."""
+        return any(f"{key}:" in file.read_text(errors="ignore") for folder in self.folders for file in folder.rglob("*.yaml"))
+
 
 def check_overrides(overrides: list[str], config_name: str, config_dir: Path, own: Path | None = None) -> None:
     """Compose the configuration for every choice of a sweep; raises :class:`UserError` naming the nearest valid option or key."""
@@ -257,6 +261,8 @@ def _parts(config_name: str, overrides: list[str], group: str) -> list[str]:
 def _options_with(config_name: str, folders: OptionFolders, key: str) -> list[str]:
     """The options of the group that ``key`` begins with, with which the configuration has it."""
     group, nothing, found = key.partition(".")[0], object(), []
+    if not folders.mention(key.rpartition(".")[2]):  # most are misspelt: no option needs to be composed
+        return []
     for option in folders.options(group):
         try:
             config = compose(config_name, overrides=[f"{group}={option}"])
