@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from marginclip import files
 from marginclip.errors import UserError
-from marginclip.experiment import run, setup
+from marginclip.experiment import override_checks, run, setup
 from marginclip.experiment.override_checks import check_overrides
 from marginclip.experiment.recipe import run_folder
 from marginclip.models import ResNet
@@ -382,3 +383,22 @@ def test_a_fault_of_ours_is_told_and_does_not_stop_a_sweep(job, monkeypatch, cap
     with pytest.raises(AssertionError, match="a traceback was logged"):
         job("defense=none")
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_sweep_over_values_composes_its_first_alone(monkeypatch):
+    composed = []
+    monkeypatch.setattr(
+        override_checks, "compose", lambda name, overrides: composed.append(overrides) or compose(name, overrides)
+    )
+    check_overrides(["attack=badnet,blend", "seed=0,1,2,3", "attack.rate=0.1,0.2,0.3"], "defend", CONF)
+    assert {tuple(overrides[:2]) for overrides in composed} <= {
+        ("attack=badnet", "seed=0"), ("attack=blend", "seed=0"),  # whole
+        ("attack=badnet",), ("attack=blend",),  # their groups alone
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sweep", "part"), [("seed=0,1,${nowhere}", "nowhere"), ("runs_dir=/tmp,/dev/null/runs", "'/dev/null' is no folder")]
+)
+def test_later_values_that_may_be_wrong_are_checked(sweep, part):
+    assert part in complain(["attack=badnet", sweep])

@@ -81,12 +81,12 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path, ow
     folders = OptionFolders(tuple(folder.resolve() for folder in (own, config_dir) if folder is not None))
     with folders.composing():
         seen: set[str] = set()
-        for variant in _variants(parsed):
+        for variant in _variants(parsed, folders):
             _check_variant(variant, config_name, folders)
             experiment = next((text for text in variant if text.startswith("experiment=")), None)
             if experiment is not None and experiment not in seen:
                 seen.add(experiment)
-                for swept in _variants(_swept_by(experiment, variant, config_name)):
+                for swept in _variants(_swept_by(experiment, variant, config_name), folders):
                     _check_variant(swept + variant, config_name, folders)
 
 
@@ -129,13 +129,22 @@ def _swept_by(experiment: str, variant: list[str], config_name: str) -> list[Ove
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
 
 
-def _variants(parsed: list[Override]) -> Iterator[list[str]]:
-    """Override lists without sweeps: every choice of every sweep appears in at least one."""
+def _variants(parsed: list[Override], folders: OptionFolders) -> Iterator[list[str]]:
+    """Override lists without sweeps: every choice of every sweep appears in at least one, but plain values after a plain one."""
     choices = [_choices(override) for override in parsed]
     yield [options[0] for options in choices]
     for position, options in enumerate(choices):
+        alike = _is_plain(options[0], folders)
         for option in options[1:]:
-            yield [option if index == position else other[0] for index, other in enumerate(choices)]
+            if not (alike and _is_plain(option, folders)):
+                yield [option if index == position else other[0] for index, other in enumerate(choices)]
+
+
+def _is_plain(text: str, folders: OptionFolders) -> bool:
+    """Whether an override gives a key a word or number, so that another one in its place composes as well."""
+    key, _, value = text.partition("=")
+    word = re.fullmatch(r"[\w.+-]+", value) is not None and value != "null"
+    return word and key != "runs_dir" and "/" not in key and "@" not in key and not folders.is_group(key)
 
 
 def _choices(override: Override) -> list[str]:
