@@ -21,7 +21,7 @@ from functools import partial
 
 torch.manual_seed(0)
 def batches(channels):
-    for _ in range(60):
+    for _ in range(40):
         images = torch.rand(64, channels, 32, 32).contiguous(memory_format=torch.channels_last)
         yield {"images": images, "labels": torch.randint(0, 4, (64,))}
 
@@ -32,7 +32,7 @@ for width, channels in ((4, 1), (4, 3), (6, 1), (6, 3)):
     loader = torch.utils.data.DataLoader(list(batches(channels)), batch_size=None)
     silent_trainer(1, accelerator="cpu").fit(training, loader)
     images = torch.rand(512, channels, 32, 32).contiguous(memory_format=torch.channels_last)
-    defense = FineTune(epochs=4, batch_size=64, augmentation=Augment(crop_padding=2))
+    defense = FineTune(epochs=2, batch_size=64, augmentation=Augment(crop_padding=2))
     defense.fit(model, images, torch.arange(512) % 4, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
 print("trained")
 """

@@ -68,7 +68,7 @@ def test_learning_in_parts_is_the_same_learning(monkeypatch):
         for gib in (1.0, 2**-30):
             largest.clear()
             with memory_limited_to(gib):
-                network = MMAC(steps=4, check_every=2, ascent=plan).fit(model, images, labels).network
+                network = MMAC(steps=4, extra_steps=0, check_every=2, ascent=plan).fit(model, images, labels).network
             found.append((network.bounds_state(), max(largest)))
     finally:
         handle.remove()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def _refuse_replaced_groups(overrides: list[str], config_name: str, folders: Opt
     assignments = [text.lstrip("+").partition("=") for text in overrides if "." in text.partition("=")[0]]
     if not assignments:
         return
-    whole = _with_groups(config_name, overrides)
+    whole = _with_groups(config_name, overrides, folders)
     for key, _, value in assignments:
         found = None if key.startswith(("~", "hydra.")) else OmegaConf.select(whole, key)
         if isinstance(found, DictConfig) and value != "null" and not value.startswith(("{", "${")):
@@ -200,17 +201,24 @@ def _refuse_replaced_groups(overrides: list[str], config_name: str, folders: Opt
             )
 
 
-def _with_groups(config_name: str, overrides: list[str]) -> DictConfig:
+def _with_groups(config_name: str, overrides: list[str], folders: OptionFolders) -> DictConfig:
     """The configuration with the chosen options of groups, before single keys are set; the default where these do not compose."""
+    names = ((text, re.split("[@=]", text.lstrip("+"))[0]) for text in overrides)
+    return _of_groups(config_name, tuple(text for text, name in names if folders.is_group(name)), folders)
+
+
+@lru_cache(maxsize=64)  # the same ones are asked for at every choice of a sweep
+def _of_groups(config_name: str, groups: tuple[str, ...], folders: OptionFolders) -> DictConfig:
+    del folders  # where Hydra looks: the cache has to know
     try:
-        return compose(config_name, overrides=[text for text in overrides if "." not in text.partition("=")[0]])
+        return compose(config_name, overrides=list(groups))
     except (HydraException, OmegaConfBaseException):
         return compose(config_name)
 
 
 def _explain(error: Exception, config_name: str, overrides: list[str], folders: OptionFolders) -> str:
     text = str(error)
-    kept = _kept_although_deleted(text, config_name, overrides)
+    kept = _kept_although_deleted(text, config_name, overrides, folders)
     if kept is not None:
         return kept
     existing = re.search(r"already at '([^']+)'", text)
@@ -225,7 +233,7 @@ def _explain(error: Exception, config_name: str, overrides: list[str], folders: 
     if "/" in key and folders.is_group(key):  # the chosen option of the group has no such part, or has it under other names
         parts = _parts(config_name, [text for text in overrides if not text.startswith(key)], key)
         return f"'{key}' cannot be chosen here" + (f": write {' or '.join(f'{part}=...' for part in parts)}" if parts else "")
-    keys = _flat_keys(OmegaConf.to_container(_with_groups(config_name, overrides), resolve=False))
+    keys = _flat_keys(OmegaConf.to_container(_with_groups(config_name, overrides, folders), resolve=False))
     group, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == group]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == last]
@@ -240,14 +248,14 @@ def _explain(error: Exception, config_name: str, overrides: list[str], folders: 
     return f"unknown key '{key}'{hint}" + (f" (valid {where}: {', '.join(siblings)})" if siblings else "")
 
 
-def _kept_although_deleted(text: str, config_name: str, overrides: list[str]) -> str | None:
+def _kept_although_deleted(text: str, config_name: str, overrides: list[str], folders: OptionFolders) -> str | None:
     """What to say of ``~key`` for a key that is there: it is null already, or has another value than the one to delete."""
     found = re.search(r"Could not delete[^']*'([^']+)'", text)
     if found is None:
         return None
     key = found.group(1).partition("=")[0]
     group, _, last = key.rpartition(".")
-    config = _with_groups(config_name, overrides)
+    config = _with_groups(config_name, overrides, folders)
     node = OmegaConf.select(config, group) if group else config
     if not isinstance(node, DictConfig) or last not in node:
         return None
