@@ -189,7 +189,9 @@ def _refuse_replaced_groups(overrides: list[str], config_name: str, folders: Opt
     assignments = [text.lstrip("+").partition("=") for text in overrides if "." in text.partition("=")[0]]
     if not assignments:
         return
-    whole = _with_groups(config_name, overrides, folders)
+    about = {"experiment", *(re.split("[./]", key)[0] for key, _, _ in assignments)}  # what other groups are set to has no say
+    chosen = [text for text in overrides if re.split("[./@=]", text.lstrip("+"))[0] in about]
+    whole = _with_groups(config_name, chosen, folders)
     for key, _, value in assignments:
         found = None if key.startswith(("~", "hydra.")) else OmegaConf.select(whole, key)
         if isinstance(found, DictConfig) and value != "null" and not value.startswith(("{", "${")):
