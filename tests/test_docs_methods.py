@@ -34,6 +34,11 @@ def page_text(group, name):
     return (ROOT / "docs" / FOLDERS[group] / f"{name}.md").read_text()
 
 
+@pytest.mark.parametrize(("group", "name"), PAGES)
+def test_a_page_has_a_picture(group, name):
+    assert re.search(r"!\[[^\]]+\]\(\.\./figures/\w+\.png\)", page_text(group, name))
+
+
 def settings_table(text):
     """Heading cells and rows of cells of the table of settings."""
     (table,) = re.findall(r"^\| setting \| default \|.*\n(?:\|.*\n)+", text, flags=re.M)
