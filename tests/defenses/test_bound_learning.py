@@ -454,16 +454,18 @@ def test_learning_goes_on_until_bounds_are_accurate(victim, clean):
     assert short.relaxed > 0
 
 
-def test_bounds_that_keep_what_the_papers_ask_for_are_not_relaxed(victim, clean, caplog):
+def test_bounds_that_keep_what_the_papers_ask_for_are_not_relaxed(victim, draw_quarters, caplog):
     """The most accurate of them, where none kept what was asked for."""
-    lambda_ = {"initial": 0.0, "min_agreement": 1.0}
-    settings = {"keep": "feasible", "check_every": 1, "start": BoundStart(share=0.05, quantile=1.0), "learning_rate": 0.01}
-    defense = learning(steps=4, extra_steps=9, lambda_=lambda_, **settings)
+    clean = draw_quarters(200, seed=4)
+    settings = {"keep": "feasible", "check_every": 1, "start": BoundStart(share=0.05, quantile=1.0), "learning_rate": 0.005}
+    until = learning(steps=1, extra_steps=200, lambda_={"initial": 0.0, "min_agreement": 0.95}, **settings)
+    fit(until, victim, clean)
+    enough = until.findings()["bound_steps"]  # as many as it takes to 0.95: it differs from processor to processor
+    defense = learning(steps=1, extra_steps=enough - 1, lambda_={"initial": 0.0, "min_agreement": 1.0}, **settings)
     watch = Watch(epoch=lambda module: module.bounded.bounds_state())
     repaired = fit(defense, victim, clean, callbacks=[watch])
     agreement = [entry["agreement"] for entry in defense.history[1:]]
-    assert len(agreement) == 13, "choose steps after which some but not all are right"
-    assert 1 > max(agreement) >= 0.95 > agreement[0]
+    assert 1 > max(agreement) >= 0.95 > agreement[0], "choose smaller steps"
     last = max(number for number, value in enumerate(agreement) if value == max(agreement))
     assert all(torch.equal(value, watch.notes[last][name]) for name, value in repaired.bounds_state().items())
     assert defense.relaxed == 0
