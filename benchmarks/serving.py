@@ -55,7 +55,7 @@ def make_model(name: str) -> nn.Module:
 def eager(artefact: Artefact, images: Tensor, *, compiled: bool = False) -> dict[str, Run]:
     """The variants in torch: the model, the bounded network as it is served, and the whole of MMDF; the same compiled."""
     served = ServedNetwork(artefact.network, folded=True).to(memory_format=torch.channels_last)
-    mmdf = DecisionNetwork(artefact.detector).eval().to(memory_format=torch.channels_last)
+    mmdf = DecisionNetwork(artefact.detector, images=images).eval().to(memory_format=torch.channels_last)
     networks: dict[str, nn.Module] = {"model": artefact.model, "bounded": served, "MMDF": mmdf}
     calls: dict[str, Callable[[Tensor], object]] = dict(networks)
     if compiled:
@@ -74,7 +74,7 @@ def onnx(artefact: Artefact, images: Tensor, folder: Path) -> dict[str, Run]:
         "model": export(Artefact(artefact.model, plain, artefact.detector, artefact.classes, artefact.image_shape),
                         folder / "model.onnx", part="repaired"),
         "bounded": export(artefact, folder / "bounded.onnx", part="repaired"),
-        "MMDF": export(artefact, folder / "mmdf.onnx"),
+        "MMDF": export(artefact, folder / "mmdf.onnx", batch_size=len(images)),
     }  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

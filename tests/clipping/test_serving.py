@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
+from marginclip.clipping.one_batch import OneBatchPair, in_one_batch
+from marginclip.clipping.scaled_bounds import scale_bounds
 from marginclip.clipping.serving import Clip, ClippedReLU, NetworkPair, PairedNetwork, ServedNetwork, paired
 from marginclip.models import ResNet
 
@@ -172,3 +174,91 @@ def test_nothing_is_shared_with_what_was_given(images):
         network.set_constant(0.01)
         network.network.get_submodule("conv1").weight.zero_()
         assert torch.equal(pair(images)[1], before)
+
+
+class SizesOfTheBatch(nn.Module):
+    """Reshapes by the size of the batch that came in, which is not that of two batches in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+
+    def forward(self, images):
+        return self.last(F.relu(self.conv(images)).reshape(images.shape[0], -1))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("wide", [0, 1, 2, 9])
+@torch.no_grad()
+def test_one_batch_of_both_gives_the_logits_of_both(model, images, wide, count, settle):
+    model = settle(model)
+    network = bounded(model, images, wide=wide)
+    pair = in_one_batch(network, images[:count])
+    assert isinstance(pair, OneBatchPair)
+    logits, bounded_logits = pair(images[-count:])
+    torch.testing.assert_close(logits, model(images[-count:]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bounded_logits, network(images[-count:]), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_one_batch_keeps_offsets_for_the_bounded_logits(images):
+    model = ResNet(5, blocks=(1, 1), width=6).eval()
+    network = bounded(model, images, offsets=True)
+    network.offsets.load({"offsets": torch.arange(5.0)})
+    logits, bounded_logits = in_one_batch(network, images)(images)
+    torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bounded_logits, network(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_counts_its_images_is_not_put_into_one_batch(images):
+    assert in_one_batch(bounded(SizesOfTheBatch().eval(), images), images) is None
+
+
+class Branching(nn.Module):
+    """Bounded maps that a convolution alone reads, that a sum reads too, of grouped layers, and of one called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=3)
+        self.strided, self.again = nn.Conv2d(6, 6, 3, padding=1, stride=2, bias=False), nn.Conv2d(6, 6, 1)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.relu(self.grouped(x)) + x
+        x = F.relu(self.strided(x))
+        x = F.relu(self.again(x))
+        x = F.relu(self.again(x)).mean((2, 3))
+        return self.last(F.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "scaled", "new_layers"),
+    [(lambda: ResNet(5, blocks=(1, 1), width=6), 5, 4), (Branching, 5, 7), (lambda: dict(networks())["gelu"], 0, 0)],
+    ids=["resnet", "branching", "gelu"],
+)
+@torch.no_grad()
+def test_scaled_bounds_give_the_same_logits(make, scaled, new_layers, images, settle):
+    model = settle(make())
+    network = bounded(model, images)
+    (_, first), *_ = network.each()
+    first.upper[0] = 0  # a map that is off
+    served = ServedNetwork(network, fused=False, folded=True)
+    count = sum(isinstance(module, nn.Conv2d) for module in served.modules())
+    before = served(images)
+    assert not torch.allclose(before, model(images), atol=1e-2)
+    assert scale_bounds(served.network) == scaled
+    torch.testing.assert_close(served(images), before, atol=1e-5, rtol=1e-5)
+    assert sum(isinstance(module, nn.Conv2d) for module in served.modules()) - count == new_layers
+    torch.testing.assert_close(network(images), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -0.5])
+@torch.no_grad()
+def test_bounds_that_no_scale_can_stand_for_stay(images, value):
+    network = BoundedNetwork(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)), images[:1])
+    ((_, bound),) = network.each()
+    bound.upper.copy_(torch.tensor([0.1, 0.2, 0.3, value]))
+    served = ServedNetwork(network, fused=False)
+    assert scale_bounds(served.network) == 0
+    assert torch.equal(served(images), network(images))

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from marginclip.clipping.one_batch import OneBatchPair
+from marginclip.clipping.serving import PairedNetwork
 from marginclip.errors import UserError
 from marginclip.maxmargin import MarginDropDetector
 from marginclip.service import Artefact, DecisionNetwork, export
+from marginclip.service.export import FEW_IMAGES
 
 from .conftest import quarters, triggered
 
@@ -46,6 +49,30 @@ def test_the_whole_of_mmdf_is_one_graph(artefact, images, run, tmp_path, format)
         assert bool((values >= wanted.p_values - 1e-6).all())
         torch.testing.assert_close(values, wanted.p_values, rtol=0.15, atol=2e-3)
     assert 0 < int(artefact(images).flagged.sum()) < len(images)
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("part", ["mmdf", "repaired"])
+def test_a_batch_size_can_be_fixed(artefact, images, run, tmp_path, format, part):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    path = export(artefact, tmp_path / f"three.{format}", format=format, part=part, batch_size=3)
+    for few in images.split(3)[:4]:
+        found = run(path, few)
+        if part == "mmdf":
+            assert torch.equal(found[0], artefact(few).decisions)
+            assert torch.equal(found[1], artefact(few).flagged)
+        else:
+            torch.testing.assert_close(found[0], artefact.network(few), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_few_images_are_one_batch_for_both_networks(artefact, images):
+    few, many = (DecisionNetwork(artefact.detector, images=images[:count]) for count in (FEW_IMAGES, FEW_IMAGES + 1))
+    assert isinstance(few.pair, OneBatchPair)
+    assert isinstance(many.pair, PairedNetwork)
+    for found, wanted in zip(few(images[:FEW_IMAGES]), many(images[:FEW_IMAGES]), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
@@ -102,6 +129,7 @@ def test_the_artefact_is_left_as_it_was(artefact, tmp_path):
     [
         ({"format": "tflite"}, "format must be one of onnx, pt2, got 'tflite'"),
         ({"part": "all"}, "part must be one of mmdf, repaired"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_written_is_refused(artefact, tmp_path, settings, message):

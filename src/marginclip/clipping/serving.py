@@ -146,7 +146,7 @@ class _Copying:
         for node in self.source.graph.nodes:
             if node.op == "output":
                 self.graph.output(self._result(node.args[0]))
-            elif (bound := _bound_at(self.source, node)) is not None:
+            elif (bound := bound_at(self.source, node)) is not None:
                 self._copy_bound(node, bound)
             else:
                 self._copy(node)
@@ -175,10 +175,10 @@ class _Copying:
     def _copy_bound(self, node: fx.Node, bound: Bound) -> None:
         (source,) = node.all_input_nodes
         self.of_model[node] = self.of_model[source]
-        if not _can_cut(bound):
+        if not can_cut(bound):
             self.of_bounded[node] = self.of_bounded[source]
             return
-        joined = self.fused and bound.lower is None and _is_relu(self.source, source)
+        joined = self.fused and bound.lower is None and is_relu(self.source, source)
         module, given = (ClippedReLU(bound), source.all_input_nodes[0]) if joined else (Clip(bound), source)
         name = f"{node.target}_served"
         self.root.add_submodule(name, module)
@@ -187,16 +187,17 @@ class _Copying:
             self.of_model[node] = self.of_bounded[node]
 
 
-def _bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:
+def bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:
     module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
     return module if isinstance(module, Bound) else None
 
 
-def _can_cut(bound: Bound) -> bool:
+def can_cut(bound: Bound) -> bool:
     return bool((bound.upper < float("inf")).any()) or (bound.lower is not None and bool((bound.lower > float("-inf")).any()))
 
 
-def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
+def is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a ReLU, as a module, a function or a method."""
     if node.op == "call_module":
         return type(network.get_submodule(str(node.target))) is nn.ReLU
     return node.op in ("call_function", "call_method") and node.target in RELUS

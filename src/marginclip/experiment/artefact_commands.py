@@ -177,10 +177,12 @@ def _summary(counts: dict[str, Any]) -> str:
 
 
 def _export(arguments: list[str]) -> int:
-    allowed = ("format", "output", "part", "model")
+    allowed = ("format", "output", "part", "batch_size", "model")
     folders = [word for word in arguments if "=" not in word and not word.startswith("-")]
     flags = [word for word in arguments if word.startswith("-")]
-    usage = "marginclip export ARTEFACT format=onnx|pt2 output=FILE [part=mmdf|repaired] [model=FILE] [--trust-code]"
+    usage = (
+        "marginclip export ARTEFACT format=onnx|pt2 output=FILE [part=mmdf|repaired] [batch_size=N] [model=FILE] [--trust-code]"
+    )
     if flags and flags[0] in ("-h", "--help"):
         print(usage)
         return 0
@@ -189,7 +191,19 @@ def _export(arguments: list[str]) -> int:
     for name in options:
         require(name in allowed, f"unknown option '{name}' (there are {', '.join(allowed)})")
     require("output" in options, f"export needs output=FILE; {usage}")
+    size = options.get("batch_size", "")
+    require(
+        "batch_size" not in options or size.isdecimal(),
+        f"batch_size must be a whole number of images, at least 1, got '{size}'",
+    )
+    batch_size = int(size) if size else None
     artefact = open_artefact(folders[0], model_path=options.get("model"), trust_code=bool(flags))
-    path = export(artefact, options["output"], format=options.get("format", "onnx"), part=options.get("part", "mmdf"))
+    path = export(
+        artefact,
+        options["output"],
+        format=options.get("format", "onnx"),
+        part=options.get("part", "mmdf"),
+        batch_size=batch_size,
+    )
     print(path)
     return 0

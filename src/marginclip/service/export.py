@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from marginclip.clipping.serving import ServedNetwork, paired
+from marginclip.clipping.bounded_network import BoundedNetwork
+from marginclip.clipping.one_batch import OneBatchPair, in_one_batch
+from marginclip.clipping.scaled_bounds import scale_bounds
+from marginclip.clipping.serving import NetworkPair, PairedNetwork, ServedNetwork, paired, same_weights
 from marginclip.errors import UserError, require
 from marginclip.files import write_whole
 from marginclip.maxmargin import MarginDropDetector
@@ -21,6 +24,7 @@ from marginclip.service.artefact import Artefact
 FORMATS = ("onnx", "pt2")
 PARTS = ("mmdf", "repaired")
 TABLE = 512
+FEW_IMAGES = 8  # up to so many, model and bounded network are faster as one batch (benchmarks/serving.py)
 
 
 class DecisionNetwork(nn.Module):
@@ -29,14 +33,20 @@ class DecisionNetwork(nn.Module):
     What both networks compute up to the first bound that can cut something is computed once, and a batch norm as a part of the layer
     before it. Threshold and null are frozen: flags are those of the detector, but for rounding. The p-value is looked up in a table of
     ``TABLE`` statistics and is that of the next smaller one there, so it is never too small; -1 is a rejected image.
+
+    Args:
+        detector: with the model and its repair; both are copied.
+        fused: False leaves ReLUs alone, for a runtime that joins them to the layers before.
+        images: as many as every call will have, if that is known. Up to ``FEW_IMAGES`` of them go through model and bounded network in
+            one batch, which is faster.
     """
 
     grid: Tensor
     table: Tensor
 
-    def __init__(self, detector: MarginDropDetector, *, fused: bool = True) -> None:
+    def __init__(self, detector: MarginDropDetector, *, fused: bool = True, images: Tensor | None = None) -> None:
         super().__init__()
-        self.pair = paired(detector.model, detector.repaired, fused=fused, folded=True)
+        self.pair = _pair(detector.model, detector.repaired, fused, images)
         self.rule, self.correction = detector.rule, detector.correction
         self.lines, self.threshold, self.insisting_margin = detector.lines, detector.threshold, detector.insisting_margin
         clean = detector.clean_statistics
@@ -64,9 +74,24 @@ class DecisionNetwork(nn.Module):
         return torch.where(flagged, instead, standing), flagged, values
 
 
-def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: str = "mmdf") -> Path:
-    """Write one graph with a free batch size.
+def _pair(
+    model: nn.Module, repaired: nn.Module, fused: bool, images: Tensor | None
+) -> OneBatchPair | PairedNetwork | NetworkPair:
+    few = None if images is None or len(images) > FEW_IMAGES else images
+    if few is not None and isinstance(repaired, BoundedNetwork) and same_weights(model, repaired):
+        pair = in_one_batch(repaired, few)
+        if pair is not None:
+            return pair
+    return paired(model, repaired, fused=fused, folded=True)
 
+
+def export(
+    artefact: Artefact, path: str | Path, *, format: str = "onnx", part: str = "mmdf", batch_size: int | None = None
+) -> Path:
+    """Write one graph.
+
+    Weights of the graph are those of the model, with batch norms as a part of the layers before them; the bounded network's graph for
+    ONNX has bounds as scales of the layers around them, too (:func:`~marginclip.clipping.scaled_bounds.scale_bounds`).
     The program that was written is not run: compare it with the artefact on your own images.
 
     Args:
@@ -74,25 +99,23 @@ def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: 
         path: of the file to write.
         format: ``onnx``, which needs the packages onnx and onnxscript, or ``pt2`` (``torch.export``).
         part: ``mmdf``: images to decisions, flags and p-values (:class:`DecisionNetwork`); ``repaired``: images to logits.
+        batch_size: of every call. None leaves it free; a small one makes ``mmdf`` faster.
 
     Returns:
         The path of the file.
 
     Raises:
-        UserError: for another format or part, and where onnx is not installed.
+        UserError: for another format or part, a batch size below 1, and where onnx is not installed.
     """
     require(format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got '{format}'")
     require(part in PARTS, f"part must be one of {', '.join(PARTS)}, got '{part}'")
+    require(batch_size is None or batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
     path = Path(path)
+    example = torch.rand(batch_size or 2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
     fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip
-    network: nn.Module = (
-        DecisionNetwork(artefact.detector, fused=fused)
-        if part == "mmdf"
-        else ServedNetwork(artefact.network, fused=fused, folded=True)
-    )
+    network = _to_be_written(artefact, part, fused, None if batch_size is None else example)
     network = network.cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    example = torch.rand(2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
-    shapes = ({0: torch.export.Dim("batch")},)
+    shapes = ({0: torch.export.Dim("batch")},) if batch_size is None else None
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -103,6 +126,15 @@ def export(artefact: Artefact, path: str | Path, *, format: str = "onnx", part: 
     except ImportError as error:
         raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'marginclip[onnx]'") from error
     return path
+
+
+def _to_be_written(artefact: Artefact, part: str, fused: bool, images: Tensor | None) -> nn.Module:
+    if part == "mmdf":
+        return DecisionNetwork(artefact.detector, fused=fused, images=images)
+    served = ServedNetwork(artefact.network, fused=fused, folded=True)
+    if not fused:
+        scale_bounds(served.network)
+    return served
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
