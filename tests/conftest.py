@@ -5,6 +5,9 @@ import os
 if "MARGINCLIP_TEST_THREADS" not in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: one thread here and in programs that tests start
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +17,17 @@ from torch import nn
 def _seed():
     """What a test draws without a generator is the same in every order of tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def program():
+    """``program(["-m", "marginclip", ...], cwd=...)``: ``subprocess.run`` of a Python that has imported everything (``programs.py``)."""
+    spec = importlib.util.spec_from_file_location("programs", Path(__file__).with_name("programs.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    programs = module.Programs()
+    yield programs.run
+    programs.close()
 
 
 @pytest.fixture

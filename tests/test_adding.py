@@ -1,12 +1,11 @@
 """The pages about adding things: the files they show are written to a folder, and the commands they give are run in it."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -35,56 +34,62 @@ def written(page, folder):
     return block.splitlines()
 
 
-def run(line, folder, *further):
-    """Run a command of a page with this Python and this checkout."""
-    words = shlex.split(line.removeprefix("python -m "))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", *words, *further]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def run(program, tmp_path):
+    """Runs a command of a page in the test's folder, with this checkout."""
+
+    def run(line, *further):
+        done = program(["-m", *shlex.split(line.removeprefix("python -m ")), *further], cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
-def record_of(kind, folder):
+@pytest.fixture
+def record_of(run, tmp_path):
     """The record of the run that the page about ``kind`` gives, made small wherever the page does not choose itself."""
-    command = written(PAGES[kind], folder)[1]
-    small = [option for group, options in SMALL.items() if group != kind for option in options]
-    run(command, folder, *ALWAYS, *small)
-    (path,) = folder.glob("runs/*/run.json")
-    return json.loads(path.read_text())
+
+    def record_of(kind):
+        command = written(PAGES[kind], tmp_path)[1]
+        run(command, *ALWAYS, *(option for group, options in SMALL.items() if group != kind for option in options))
+        (path,) = tmp_path.glob("runs/*/run.json")
+        return json.loads(path.read_text())
+
+    return record_of
 
 
-def test_the_tests_of_the_pages_pass_in_one_package(tmp_path):
+def test_the_tests_of_the_pages_pass_in_one_package(run, tmp_path):
     for page in PAGES.values():
         assert written(page, tmp_path)[0] == "python -m pytest"
     assert {path.name for path in (tmp_path / "tests").glob("test_*.py")} == TESTS
-    run("python -m pytest", tmp_path)
+    run("python -m pytest")
 
 
-def test_the_attack_runs(tmp_path):
-    record = record_of("attack", tmp_path)
+def test_the_attack_runs(record_of):
+    record = record_of("attack")
     assert record["status"] == "done"
     assert record["config"]["attack"]["_target_"] == "my_package.stripes.Stripes"
     assert record["identity"]["attack"]["name"] == "stripes"
     assert record["rows"].keys() == ROWS
 
 
-def test_the_data_set_runs_and_is_told_by_what_changes_its_images(tmp_path):
-    record = record_of("dataset", tmp_path)
+def test_the_data_set_runs_and_is_told_by_what_changes_its_images(record_of):
+    record = record_of("dataset")
     assert record["status"] == "done"
     assert record["classes"] == ["first", "second", "third", "last"]
     assert record["config"]["dataset"]["verbose"] is False
     assert record["identity"]["dataset"].keys() == {"name", "_target_", "per_class", "held_out_share", "augment"}
 
 
-def test_the_model_runs(tmp_path):
-    record = record_of("model", tmp_path)
+def test_the_model_runs(record_of):
+    record = record_of("model")
     assert record["status"] == "done"
     assert record["identity"]["model"] == {"name": "plain", "_target_": "my_package.plain.Plain", "channels": 32}
     assert record["rows"].keys() == ROWS
 
 
-def test_the_defense_runs(tmp_path):
-    record = record_of("defense", tmp_path)
+def test_the_defense_runs(record_of):
+    record = record_of("defense")
     assert record["status"] == "done"
     assert record["rows"] == {"none": {"label": "no defense", "phases": []}, "hush": {"label": "hush", "phases": ["repair"]}}
     assert record["repaired_row"] == "hush"

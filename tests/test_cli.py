@@ -77,10 +77,10 @@ def option(folder, target):
     path.write_text(f"name: own\nrepaired_row: own\ndetector_row: null\ndetector: null\n_target_: {target}\n")
 
 
-def test_a_class_that_does_not_exist_is_one_sentence(tmp_path):
+def test_a_class_that_does_not_exist_is_one_sentence(program, tmp_path):
     option(tmp_path, "nowhere.Own")
     small = [word for word in SMALL if not word.startswith("defense")]
-    done = call("defend", "--config-dir", "mine", "defense=own", *small, cwd=tmp_path)
+    done = program(["-m", "marginclip", "defend", "--config-dir", "mine", "defense=own", *small], cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: defense._target_='nowhere.Own' cannot be imported (")
     assert "Traceback" not in done.stderr

@@ -1,10 +1,8 @@
-"""The entry points as a user starts them: in a process of their own, with nobody there to answer a prompt."""
+"""The entry points as a user starts them: as a program of its own, with nobody there to answer a prompt."""
 
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,14 @@ SMALL = [
 
 
 @pytest.fixture
-def command(tmp_path):
+def command(tmp_path, program):
     """Runs ``python SCRIPT.py ARGUMENTS`` in an empty folder, without any W&B login and with the standard input closed."""
 
     def command(script, *arguments):
         hidden = ("WANDB_", "NETRC")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-        return subprocess.run(
-            [sys.executable, str(ROOT / f"{script}.py"), *arguments],
-            capture_output=True, text=True, cwd=tmp_path, timeout=240, stdin=subprocess.DEVNULL,
-            env=environment | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        given = environment | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        return program([str(ROOT / f"{script}.py"), *arguments], cwd=tmp_path, env=given)
 
     return command
 

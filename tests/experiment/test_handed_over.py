@@ -138,7 +138,10 @@ def test_the_export_decides_as_the_scan(handed, repaired, tmp_path, capsys):
         (["scan", "ARTEFACT", "absent-folder"], "no image could be used"),
         (["export", "ARTEFACT"], "export needs output=FILE"),
         (["export", "ARTEFACT", "output=x", "size=3"], "unknown option 'size'"),
-        (["export", "ARTEFACT", "output=x", "batch_size=two"], "batch_size must be a whole number of images, at least 1, got 'two'"),
+        (
+            ["export", "ARTEFACT", "output=x", "batch_size=two"],
+            "batch_size must be a whole number of images, at least 1, got 'two'",
+        ),
         (["export", "ARTEFACT", "output=x", "format=tflite"], "format must be one of"),
     ],
 )

@@ -387,9 +387,12 @@ def test_a_fault_of_ours_is_told_and_does_not_stop_a_sweep(job, monkeypatch, cap
 
 def test_a_sweep_over_values_composes_its_first_alone(monkeypatch):
     composed = []
-    monkeypatch.setattr(
-        override_checks, "compose", lambda name, overrides: composed.append(overrides) or compose(name, overrides)
-    )
+
+    def counted(name, overrides, **settings):
+        composed.append(overrides)
+        return compose(name, overrides, **settings)
+
+    monkeypatch.setattr(override_checks, "compose", counted)
     check_overrides(["attack=badnet,blend", "seed=0,1,2,3", "attack.rate=0.1,0.2,0.3"], "defend", CONF)
     whole = [overrides for overrides in composed if len(overrides) == 3]
     assert whole == [[attack, "seed=0", "attack.rate=0.1"] for attack in ("attack=badnet", "attack=blend")]

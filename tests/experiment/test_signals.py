@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -39,11 +37,10 @@ main()
 """
 
 
-def run(folder, number, place, *words):
-    return subprocess.run(
-        [sys.executable, "-c", CODE, str(int(number)), place, "defend", *words, *WORDS],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@pytest.fixture
+def run(program, tmp_path):
+    """Runs ``marginclip defend WORDS``, which signals itself with ``number`` at ``place``."""
+    return lambda number, place, *words: program(["-c", CODE, str(int(number)), place, "defend", *words, *WORDS], cwd=tmp_path)
 
 
 def check(done, number):
@@ -55,18 +52,18 @@ def check(done, number):
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_before_training_ends_a_run(tmp_path):
-    check(run(tmp_path, INT, "load"), INT)
+def test_a_signal_before_training_ends_a_run(run):
+    check(run(INT, "load"), INT)
 
 
-def test_a_signal_during_training_ends_a_sweep_which_goes_on(tmp_path):
+def test_a_signal_during_training_ends_a_sweep_which_goes_on(run, tmp_path):
     """Eight steps an epoch, sixteen a run: step 28 is in the second epoch of the second run."""
     sweep = ("-m", "seed=0,1")
-    check(run(tmp_path, TERM, "28", *sweep), TERM)
+    check(run(TERM, "28", *sweep), TERM)
     assert len(list(tmp_path.glob("runs/victims/*/checkpoint/last.ckpt"))) == 1
     (first,) = tmp_path.glob("runs/*/run.json")
     written = first.stat().st_mtime_ns
-    assert run(tmp_path, TERM, "9", *sweep).returncode == 0, "one epoch was left, eight steps"
+    assert run(TERM, "9", *sweep).returncode == 0, "one epoch was left, eight steps"
     assert first.stat().st_mtime_ns == written
     assert [json.loads(path.read_text())["status"] for path in tmp_path.glob("runs/*/run.json")] == ["done", "done"]
 
@@ -95,9 +92,9 @@ print("repaired")
 
 
 @pytest.mark.parametrize(("name", "step", "statuses"), [("SIGTERM", 5, (143, -15)), ("SIGINT", 3, (130, -2))])
-def test_a_signal_during_a_repair_is_no_success(name, step, statuses):
+def test_a_signal_during_a_repair_is_no_success(program, tmp_path, name, step, statuses):
     """In the last of six steps, too; Ctrl-C reaches the caller as the exception that Python makes of it."""
     code = REPAIR.format(name=name, step=step)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = program(["-c", code], cwd=tmp_path)
     assert "repaired" not in done.stdout
     assert done.returncode in statuses, done.stderr

@@ -188,11 +188,13 @@ class _Copying:
 
 
 def bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:
+    """The bound that the node calls, if it calls one."""
     module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
     return module if isinstance(module, Bound) else None
 
 
 def can_cut(bound: Bound) -> bool:
+    """Whether any of its numbers is finite."""
     return bool((bound.upper < float("inf")).any()) or (bound.lower is not None and bool((bound.lower > float("-inf")).any()))
 
 

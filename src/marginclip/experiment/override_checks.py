@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from marginclip.errors import UserError, nearest
@@ -83,19 +83,23 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path, ow
     with folders.composing():
         seen: set[str] = set()
         for variant in _variants(parsed, folders):
-            _check_variant(variant, config_name, folders)
+            hydra = _check_variant(variant, config_name, folders)
             experiment = next((text for text in variant if text.startswith("experiment=")), None)
             if experiment is not None and experiment not in seen:
                 seen.add(experiment)
-                for swept in _variants(_swept_by(experiment, variant, config_name), folders):
-                    _check_variant(swept + variant, config_name, folders)
+                for swept in _variants(_swept_by(hydra, variant), folders):
+                    if swept:
+                        _check_variant(swept + variant, config_name, folders)
 
 
-def _check_variant(variant: list[str], config_name: str, folders: OptionFolders) -> None:
+def _check_variant(variant: list[str], config_name: str, folders: OptionFolders) -> DictConfig:
+    """Raises :class:`UserError` where the command line cannot be run; returns Hydra's own settings for it."""
     _refuse_missing_launcher(variant)
     _refuse_missing_groups(variant, folders)
-    _refuse_unusable_folder(Path(str(_compose(variant, config_name, folders).runs_dir)))
+    config, hydra = _compose(variant, config_name, folders)
+    _refuse_unusable_folder(Path(str(config.runs_dir)))
     _refuse_replaced_groups(variant, config_name, folders)
+    return hydra
 
 
 def plugin_installed(plugin: str) -> bool:
@@ -122,10 +126,9 @@ def _refuse_unusable_folder(runs_dir: Path) -> None:
         raise UserError(f"runs_dir='{runs_dir}' cannot be used: '{there}' cannot be written to")
 
 
-def _swept_by(experiment: str, variant: list[str], config_name: str) -> list[Override]:
+def _swept_by(hydra: DictConfig, variant: list[str]) -> list[Override]:
     """What the experiment sweeps by itself, where the command line does not say otherwise."""
-    own = compose(config_name, overrides=[experiment], return_hydra_config=True).hydra
-    params = (own.sweeper.params or {}) if own.mode == RunMode.MULTIRUN else {}
+    params = (hydra.sweeper.params or {}) if hydra.mode == RunMode.MULTIRUN else {}
     given = {text.lstrip("+").partition("=")[0] for text in variant}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
 
@@ -159,11 +162,15 @@ def _choices(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _compose(overrides: list[str], config_name: str, folders: OptionFolders) -> DictConfig:
+def _compose(overrides: list[str], config_name: str, folders: OptionFolders) -> tuple[DictConfig, DictConfig]:
+    """The configuration, and Hydra's own settings."""
     try:
-        config = compose(config_name, overrides=[text for text in overrides if not text.startswith("hydra.")])
+        given = [text for text in overrides if not text.startswith("hydra.")]
+        config = compose(config_name, overrides=given, return_hydra_config=True)
+        with open_dict(config):
+            hydra = config.pop("hydra")
         OmegaConf.to_container(config, resolve=True)
-        return config
+        return config, hydra
     except MissingConfigException as error:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         options = list(error.options or [])
