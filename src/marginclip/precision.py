@@ -24,6 +24,13 @@ def precision_for(choice: str, *, accelerator: str = "auto") -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX), and oneDNN was not told to do without (``ONEDNN_MAX_CPU_ISA``)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks) and _onednn_takes_bf16()
+
+
+def _onednn_takes_bf16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
