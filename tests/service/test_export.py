@@ -129,7 +129,8 @@ def test_the_artefact_is_left_as_it_was(artefact, tmp_path):
     [
         ({"format": "tflite"}, "format must be one of onnx, pt2, got 'tflite'"),
         ({"part": "all"}, "part must be one of mmdf, repaired"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be 1 to 1024, or not given, which leaves it free; got 0"),
+        ({"batch_size": 10**9}, "batch_size must be 1 to 1024"),
     ],
 )
 def test_what_cannot_be_written_is_refused(artefact, tmp_path, settings, message):

@@ -194,7 +194,7 @@ def _export(arguments: list[str]) -> int:
     size = options.get("batch_size", "")
     require(
         "batch_size" not in options or size.isdecimal(),
-        f"batch_size must be a whole number of images, at least 1, got '{size}'",
+        f"batch_size must be a whole number, got '{size}'",
     )
     batch_size = int(size) if size else None
     artefact = open_artefact(folders[0], model_path=options.get("model"), trust_code=bool(flags))

@@ -25,6 +25,7 @@ FORMATS = ("onnx", "pt2")
 PARTS = ("mmdf", "repaired")
 TABLE = 512
 FEW_IMAGES = 8  # up to so many, model and bounded network are faster as one batch (benchmarks/serving.py)
+MOST_IMAGES = 1024  # of a fixed batch: an example of it is made
 
 
 class DecisionNetwork(nn.Module):
@@ -99,20 +100,23 @@ def export(
         path: of the file to write.
         format: ``onnx``, which needs the packages onnx and onnxscript, or ``pt2`` (``torch.export``).
         part: ``mmdf``: images to decisions, flags and p-values (:class:`DecisionNetwork`); ``repaired``: images to logits.
-        batch_size: of every call. None leaves it free; a small one makes ``mmdf`` faster.
+        batch_size: of every call, 1 to ``MOST_IMAGES``. None leaves it free; up to ``FEW_IMAGES`` make ``mmdf`` faster.
 
     Returns:
         The path of the file.
 
     Raises:
-        UserError: for another format or part, a batch size below 1, and where onnx is not installed.
+        UserError: for another format or part, a batch size outside its range, and where onnx is not installed.
     """
     require(format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got '{format}'")
     require(part in PARTS, f"part must be one of {', '.join(PARTS)}, got '{part}'")
-    require(batch_size is None or batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
+    require(
+        batch_size is None or 1 <= batch_size <= MOST_IMAGES,
+        f"batch_size must be 1 to {MOST_IMAGES}, or not given, which leaves it free; got {batch_size}",
+    )
     path = Path(path)
     example = torch.rand(batch_size or 2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
-    fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip
+    fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip with a number for each channel
     network = _to_be_written(artefact, part, fused, None if batch_size is None else example)
     network = network.cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     shapes = ({0: torch.export.Dim("batch")},) if batch_size is None else None
