@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "nets", None)  # another test's file of this name may be there; it is again afterwards
+    del sys.modules["nets"]
     monkeypatch.setattr(handed_over, "audit", partial(audit, mmom=MMOM(steps=4, check_every=2)))
     space = {}
     for kind, block in BLOCKS:
