@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from marginclip.clipping.bounded_network import BoundedNetwork
 from marginclip.clipping.bounds import Bound
-from marginclip.clipping.serving import PairedNetwork, bound_at, can_cut, is_relu
+from marginclip.clipping.serving import PairedNetwork, bound_at, can_cut, is_relu, module_of
 
 
 class Twice(nn.Module):
@@ -79,6 +79,7 @@ def in_one_batch(bounded: BoundedNetwork, images: Tensor) -> OneBatchPair | None
 
 
 def _graph_module(network: nn.Module) -> fx.GraphModule:
+    """Images to the logits (2 N, K): nodes in front of the first cut are copied to ``once``, what needs both networks to ``twice``."""
     assert isinstance(network, fx.GraphModule)
     root, graph = copy.deepcopy(network), fx.Graph()
     root.add_submodule("twice", Twice())
@@ -109,9 +110,4 @@ def _graph_module(network: nn.Module) -> fx.GraphModule:
             twice[node] = graph.node_copy(node, doubled)
         else:
             once[node] = graph.node_copy(node, lambda source: once[source])
-    made = fx.GraphModule(root, graph)
-    made.graph.eliminate_dead_code()
-    made.delete_all_unused_submodules()
-    made.graph.lint()
-    made.recompile()
-    return made
+    return module_of(root, graph)

@@ -152,12 +152,7 @@ class _Copying:
                 self._copy(node)
         alike = [node for node, copied in self.of_model.items() if self.of_bounded[node] is copied]
         self.shared = len(alike) / max(1, len(self.of_model))
-        made = fx.GraphModule(self.root, self.graph)
-        made.graph.eliminate_dead_code()
-        made.delete_all_unused_submodules()
-        made.graph.lint()
-        made.recompile()
-        return made
+        return module_of(self.root, self.graph)
 
     def _result(self, logits: fx.Node) -> Any:
         return (self.of_model[logits], self.of_bounded[logits]) if self.both else self.of_bounded[logits]
@@ -185,6 +180,16 @@ class _Copying:
         self.of_bounded[node] = self.graph.call_module(name, (self.of_bounded[given],))
         if not self.both:
             self.of_model[node] = self.of_bounded[node]
+
+
+def module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The network of a graph that was written anew, with those modules of ``root`` that it calls."""
+    made = fx.GraphModule(root, graph)
+    made.graph.eliminate_dead_code()
+    made.delete_all_unused_submodules()
+    made.graph.lint()
+    made.recompile()
+    return made
 
 
 def bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:
