@@ -1,12 +1,14 @@
 """The scalar objective against loops in plain Python, and what its terms must not do."""
 
+import math
+
 import pytest
 import torch
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.errors import UserError
 from marginclip.maxmargin.margin import margin
-from marginclip.maxmargin.objectives import Measured, MMACObjective, margin_hinge, mmac
+from marginclip.maxmargin.objectives import Measured, MMACObjective, kl_divergence, margin_hinge, mmac
 
 CLASSES = torch.arange(12) % 4
 
@@ -105,10 +107,29 @@ def test_the_objectives_terms_are_chosen_one_by_one():
     assert ours.loss.item() == pytest.approx(entropy + 0.3 * excess, rel=1e-5)
 
 
+def test_the_divergence_compares_probabilities_of_both_networks():
+    measured = Measured(torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4, torch.randn(9), [])
+    bounded, clean = measured.bounded_logits.double().softmax(1), measured.clean_logits.double().softmax(1)
+    expected = sum(
+        clean[i, k].item() * math.log(clean[i, k].item() / bounded[i, k].item()) for i in range(6) for k in range(4)
+    )
+    assert MMACObjective(data="kl_divergence")(measured, 0.3).data.item() == pytest.approx(expected / 6, rel=1e-4)
+
+
+def test_the_divergence_rests_where_nothing_changed_and_ignores_the_size_of_logits():
+    logits = 30 * torch.randn(8, 5)
+    same = logits.clone().requires_grad_(True)
+    kl_divergence(same, logits).backward()
+    assert same.grad.abs().max() < 1e-6
+    assert kl_divergence(logits + 7.0, logits).item() == pytest.approx(0.0, abs=1e-5)
+    sure = torch.tensor([[40.0, 0.0]])
+    assert kl_divergence(sure / 2, sure).item() < 1e-6 < torch.nn.functional.mse_loss(sure / 2, sure).item()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"data": "l2"}, "defense.objective.data must be one of cross_entropy, squared_error, got 'l2'"),
+        ({"data": "l2"}, "defense.objective.data must be one of kl_divergence, cross_entropy, squared_error, got 'l2'"),
         ({"penalty": "max"}, "defense.objective.penalty must be one of hinge, signed, got 'max'"),
         ({"largest": 0}, "defense.objective.largest must be at least 1 or null, got 0"),
         ({"kappa": float("nan")}, "defense.objective.kappa must be a finite number of logits, got nan"),

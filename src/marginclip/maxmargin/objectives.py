@@ -70,6 +70,19 @@ def margin_hinge(margins: Tensor, kappa: float, *, reduction: str = "mean", larg
     return _reduced(F.relu(margins.float() + kappa), reduction)
 
 
+def kl_divergence(bounded_logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """The mean divergence KL(model || bounded network) of the class probabilities that these logits, both (B, K), stand for, in nats.
+
+    It is 0 where the bounds change no probability, so unlike the cross entropy it does not ask for more certainty than the model had;
+    and unlike a difference of logits it does not ask for their size.
+
+    >>> kl_divergence(torch.tensor([[9.0, 0.0]]), torch.tensor([[9.0, 0.0]])).item()
+    0.0
+    """
+    bounded, clean = bounded_logits.float().log_softmax(1), clean_logits.float().log_softmax(1)
+    return F.kl_div(bounded, clean, reduction="batchmean", log_target=True)
+
+
 def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], lambda_: float) -> Objective:
     """The MMBM objective (Wang et al. 2022): stay close to the model's logits on clean images, with small bounds.
 
@@ -155,7 +168,7 @@ class BoundObjective(Protocol):
     def __call__(self, step: Measured, lambda_: float) -> Objective: ...
 
 
-DATA_TERMS = ("cross_entropy", "squared_error")
+DATA_TERMS = ("kl_divergence", "cross_entropy", "squared_error")
 MARGIN_TERMS = ("hinge", "signed")
 
 
@@ -164,8 +177,10 @@ class MMACObjective:
     """A data term plus lambda times a margin term; ``squared_error`` with ``signed`` is Eq. 3 of the MMAC paper (:func:`mmac`).
 
     Args:
-        data: the data term: the ``cross_entropy`` with the labels, or the ``squared_error`` against the model's own logits. The
-            latter wants the large logits back that an attack has caused, and so wide bounds.
+        data: the data term: the ``kl_divergence`` from the model's own class probabilities to those under bounds, the
+            ``cross_entropy`` with the labels, or the ``squared_error`` against the model's own logits. The cross entropy goes on
+            widening the bounds where the model was never sure. The squared error wants the large logits back that an attack has
+            caused, and so wide bounds.
         penalty: the margin term: the ``hinge`` of :func:`margin_hinge`, or the ``signed`` margins.
         kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa. Without effect on
             ``signed``.
@@ -197,7 +212,9 @@ class MMACObjective:
         )
 
     def __call__(self, step: Measured, lambda_: float) -> Objective:
-        if self.data == "cross_entropy":
+        if self.data == "kl_divergence":
+            data = kl_divergence(step.bounded_logits, step.clean_logits)
+        elif self.data == "cross_entropy":
             data = F.cross_entropy(step.bounded_logits.float(), step.labels)
         else:
             data = F.mse_loss(step.bounded_logits.float(), step.clean_logits.float())
