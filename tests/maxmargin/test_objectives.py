@@ -99,7 +99,7 @@ def test_the_objectives_terms_are_chosen_one_by_one():
     bounded, clean, labels, margins = measured.bounded_logits, measured.clean_logits, measured.labels, measured.margins
     paper = MMACObjective(data="squared_error", penalty="signed")(measured, 0.3)
     torch.testing.assert_close(paper.loss, mmac(bounded, clean, margins, 0.3).loss)
-    ours = MMACObjective(kappa=0.5)(measured, 0.3)
+    ours = MMACObjective(data="cross_entropy", kappa=0.5)(measured, 0.3)
     entropy = sum(-bounded[i].log_softmax(0)[labels[i]].item() for i in range(6)) / 6
     excess = sum(max(0.0, value + 0.5) for value in margins.tolist()) / 9
     assert ours.data.item() == pytest.approx(entropy, rel=1e-5)
@@ -110,9 +110,7 @@ def test_the_objectives_terms_are_chosen_one_by_one():
 def test_the_divergence_compares_probabilities_of_both_networks():
     measured = Measured(torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4, torch.randn(9), [])
     bounded, clean = measured.bounded_logits.double().softmax(1), measured.clean_logits.double().softmax(1)
-    expected = sum(
-        clean[i, k].item() * math.log(clean[i, k].item() / bounded[i, k].item()) for i in range(6) for k in range(4)
-    )
+    expected = sum(clean[i, k].item() * math.log(clean[i, k].item() / bounded[i, k].item()) for i in range(6) for k in range(4))
     assert MMACObjective(data="kl_divergence")(measured, 0.3).data.item() == pytest.approx(expected / 6, rel=1e-4)
 
 

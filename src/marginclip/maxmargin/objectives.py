@@ -192,7 +192,7 @@ class MMACObjective:
         UserError: for a setting that is not one of these.
     """
 
-    data: str = "cross_entropy"
+    data: str = "kl_divergence"
     penalty: str = "hinge"
     kappa: float = 1.0
     reduction: str = "mean"
