@@ -10,7 +10,8 @@ class MMAC(BoundLearning):
 
     Bounds start tight, at 0.4 of the 0.9 quantile of the clean activations, where a model has lost accuracy and most attacks have, too.
     The divergence from the model's own class probabilities on clean images buys the accuracy back, while a hinge keeps down the margins
-    of clean images that were moved towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and so are their defaults.
+    of clean images that were moved towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and
+    so are their defaults.
 
     Examples:
         >>> MMAC(steps=120).steps

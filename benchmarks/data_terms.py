@@ -1,0 +1,100 @@
+"""What MMAC costs on clean images that it did not learn from, by data term and pi: how the default's were chosen.
+
+    python benchmarks/data_terms.py experiment=cifar10_folder_small attack=badnet trainer.threads=1
+
+Bounds are learned from the defender's clean set, and judged on the reserve: held-out images that are neither learned from nor evaluated
+on. Nothing here knows a trigger. *Loss* is the accuracy of the model less that of the bounded network. *Kept* is the share of rightly
+decided images that stay right. *Margin* is the mean of the ten largest margins, in logits, that the ascent of the default schedule finds
+from the reserve under the bounds. The victim is found in the store or trained; arguments are options of ``marginclip defend``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from marginclip.data.batches import load_all
+from marginclip.defenses import MMAC
+from marginclip.defenses.clipping.settings import AscentPlan
+from marginclip.experiment.command import plain
+from marginclip.experiment.process import prepare_process
+from marginclip.experiment.setup import VictimSetup, build_setup
+from marginclip.experiment.spec import run_spec
+from marginclip.experiment.stages import load_model
+from marginclip.experiment.trainers import build_trainer
+from marginclip.maxmargin import LambdaController, MMACObjective
+from marginclip.maxmargin.margin import ascend_margins, margin
+from marginclip.networks.logits import batched_logits
+from marginclip.silence import SILENT, silence_lightning
+
+CONF = Path(__file__).parents[1] / "conf"
+PIS = {"cross_entropy": (0.97, 0.98, 0.99), "kl_divergence": (0.95, 0.96, 0.97, 0.98)}
+STARTS_PER_CLASS, LARGEST = 50, 10
+
+
+def reserve(setup: VictimSetup) -> tuple[Tensor, Tensor]:
+    """Held-out images (N, C, H, W) that are in neither the clean set nor the evaluation set, and their labels (N,)."""
+    held_out, data = setup.splits.held_out, setup.data
+    unused = torch.ones(len(held_out), dtype=torch.bool)
+    unused[data.clean_index] = unused[data.eval_index] = False
+    rows = unused.nonzero().flatten()
+    if len(rows) == 0:
+        sys.exit("error: all held-out images are in the clean set or evaluated on; set reserve_per_class")
+    return load_all(Subset(held_out.images, rows)), held_out.labels[rows]
+
+
+def largest_margin(network: nn.Module, images: Tensor, labels: Tensor, classes: int) -> float:
+    """The mean of the largest margins that are found from images (N, C, H, W) with these labels (N,)."""
+    plan = AscentPlan(starts_per_class=STARTS_PER_CLASS, max_inputs=None)
+    wanted = plan.classes(classes)
+    starts = plan.starts(images, labels, wanted, torch.Generator().manual_seed(5))
+    found = []
+    for part, towards in zip(starts.split(100), wanted.split(100), strict=True):
+        moved = ascend_margins(network, towards, part, **plan.search(first=True)).images
+        found.append(margin(network(moved).float(), towards).detach())
+    return float(torch.cat(found).topk(LARGEST).values.mean())
+
+
+def main() -> None:
+    silence_lightning()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("defend", ["logger=none", "trainer.enable_progress_bar=false", *sys.argv[1:]])
+    spec = run_spec(plain(config))
+    prepare_process(spec.trainer.threads)
+    setup = build_setup(spec, clean_per_class=MMAC.clean_per_class)
+    load_model(spec, setup)
+    model, learned_from, (images, labels) = setup.model.eval(), setup.data.clean_set(), reserve(setup)
+
+    def make_trainer(epochs: int) -> Any:
+        return build_trainer(spec.trainer, max_epochs=epochs, **SILENT)
+
+    right = batched_logits(model, images).argmax(1) == labels
+    print(
+        f"{len(images)} images that bounds were not learned from; the model is right about {100 * float(right.float().mean()):.1f} %"
+    )
+    print("| data term | pi | steps | loss | kept % | margin |\n|---|---|---|---|---|---|", flush=True)
+    for data, pis in PIS.items():
+        for pi in pis:
+            method = MMAC(objective=MMACObjective(data=data), lambda_=LambdaController(min_agreement=pi), seed=spec.seed)
+            bounded = method.fit(model, *learned_from, make_trainer=make_trainer).network
+            kept = batched_logits(bounded, images).argmax(1) == labels
+            loss = 100 * float(right.float().mean() - kept.float().mean())
+            largest = largest_margin(bounded, images[right], labels[right], len(setup.classes))
+            print(
+                f"| {data} | {pi} | {method.findings()['bound_steps']} | {loss:.1f} | {100 * float(kept[right].float().mean()):.1f} "
+                f"| {largest:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
