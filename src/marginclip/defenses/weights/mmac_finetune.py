@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
@@ -18,23 +18,30 @@ from marginclip.defenses.clipping.mmac import MMAC
 from marginclip.defenses.clipping.settings import AscentPlan
 from marginclip.defenses.weights.finetune import FineTune
 from marginclip.errors import UserError, require
-from marginclip.maxmargin.margin import ascend_margins
+from marginclip.maxmargin.margin import ascend_margins, margin
+from marginclip.maxmargin.objectives import kl_divergence, margin_hinge
+from marginclip.networks.copies import frozen_copy
 from marginclip.silence import nested_trainers, silent_trainer
 
 
 class MMACFineTune(FineTune):
     """Learns bounds with MMAC, then fine-tunes the weights below them. **It changes weights**, unlike MMAC itself.
 
-    Each step takes clean images with their labels, and margin inputs: clean images of other classes that ``ascent`` moves towards
-    each class on the network as it is. They keep the label of the class that they came from. So the network unlearns that a small
-    change can turn an image into another class. Adam takes the steps, its rate falls to zero along a cosine, and batch norms keep the
-    model's statistics. The bounded network before the fine-tuning is the row ``mmac``.
+    Each step takes clean images, mixtures of two clean images, and margin inputs: clean images of other classes that ``ascent`` moves
+    towards each class on the network as it is. On the first two the network is to decide as the model did, by the divergence from the
+    class probabilities of the model as it was given. On the margin inputs a hinge lowers the largest margins. So the network unlearns
+    that a small change can turn an image into another class, and little else. Adam takes the steps, its rate falls to zero along a
+    cosine, and batch norms keep the model's statistics. The bounded network before the fine-tuning is the row ``mmac``.
 
     Args:
         mmac: makes the bound learning that comes first; it is called with a ``seed``. None leaves the activations unbounded.
         ascent: how margin inputs are made, anew at every step. None: its defaults with ``refresh_every=1``. Inputs that are kept, a
             part of them, and the network without bounds are not for this method.
-        margin_weight: weight of the margin inputs' cross entropy against that of the clean images.
+        margin_weight: weight of the hinge on the margins of the margin inputs.
+        kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa.
+        largest: how many margin inputs count in the hinge, those of the largest margins. None: all.
+        mixup: whether mixtures of clean images are taken, each of two in a random proportion (Zhang et al. 2018), as many as clean
+            images: a few hundred images alone are soon known by heart.
         epochs: passes over the clean set.
         batch_size: clean images in a step.
         learning_rate: of Adam.
@@ -52,7 +59,10 @@ class MMACFineTune(FineTune):
         *,
         mmac: Callable[..., MMAC] | None = MMAC,
         ascent: AscentPlan | None = None,
-        margin_weight: float = 0.3,
+        margin_weight: float = 0.1,
+        kappa: float = 1.0,
+        largest: int | None = 10,
+        mixup: bool = True,
         epochs: int = 12,
         batch_size: int = 100,
         learning_rate: float = 3e-4,
@@ -65,7 +75,10 @@ class MMACFineTune(FineTune):
             augmentation=augmentation, seed=seed,
         )  # fmt: skip
         require(margin_weight >= 0, f"defense.margin_weight must not be negative, got {margin_weight:g}")
-        self.margin_weight, self.ascent = margin_weight, ascent or AscentPlan(refresh_every=1)
+        require(math.isfinite(kappa), f"defense.kappa must be a finite number of logits, got {kappa}")
+        require(largest is None or largest >= 1, f"defense.largest must be at least 1 or null, got {largest}")
+        self.margin_weight, self.kappa, self.largest, self.mixup = margin_weight, kappa, largest, mixup
+        self.ascent = ascent or AscentPlan(refresh_every=1)
         self._check_ascent()
         try:
             self.bound_learning = None if mmac is None else copy.deepcopy(mmac)(seed=seed)
@@ -119,6 +132,7 @@ class MMACFineTune(FineTune):
         super().prepare(model, images, labels)
         if self.bounded is not None:
             self.network = copy.deepcopy(self.bounded.network).to(images.device)
+        self.given = [frozen_copy(model).to(images.device)]  # in a list: it is no part of what is learned
         self.num_classes = len(self.network(self.images[:1])[0])
         self.network.requires_grad_(True)
         if isinstance(self.network, BoundedNetwork):
@@ -150,19 +164,39 @@ class MMACFineTune(FineTune):
         self.before_epoch(self.current_epoch)
         self.totals.clear()
 
+    def on_fit_start(self) -> None:
+        self.given[0].to(self.device)
+
     def augmented(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The clean batch and, behind it, the margin inputs of this step with the labels of the images that they come from."""
-        clean, labels = super().augmented(images, labels, generator)
-        if self.margin_weight == 0:
-            return clean, labels
-        wanted = self.ascent.classes(self.num_classes, refresh=self.global_step, seed=self.seed).to(labels.device)
-        rows = self.ascent.start_rows(self.labels, wanted, generator)
-        starts, origins = super().augmented(self.images[rows], self.labels[rows], generator)
-        moved = ascend_margins(self.network, wanted, starts, **self.ascent.search(first=self.global_step == 0)).images
-        return torch.cat([clean, moved.to(clean)]), torch.cat([labels, origins])
+        """Clean images and, behind them, their mixtures and the margin inputs of this step; the classes that the latter climb for."""
+        clean, _ = super().augmented(images, labels, generator)
+        parts = [clean]
+        if self.mixup:
+            share = torch.rand(len(clean), 1, 1, 1, generator=generator).to(clean)
+            parts.append(share * clean + (1 - share) * clean[torch.randperm(len(clean), generator=generator).to(clean.device)])
+        wanted = self._wanted(labels.device)
+        if len(wanted):
+            rows = self.ascent.start_rows(self.labels, wanted, generator)
+            starts, _ = super().augmented(self.images[rows], self.labels[rows], generator)
+            moved = ascend_margins(self.network, wanted, starts, **self.ascent.search(first=self.global_step == 0)).images
+            parts.append(moved.to(clean))
+        return torch.cat(parts), wanted
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        inputs = 0 if self.margin_weight == 0 else len(self.ascent.classes(self.num_classes))
-        clean, moved = self.network(images).float().split([len(labels) - inputs, inputs])
-        data = F.cross_entropy(clean, labels[: len(clean)])
-        return data if inputs == 0 else data + self.margin_weight * F.cross_entropy(moved, labels[len(clean) :])
+        """The loss of what :meth:`augmented` gave; ``labels`` are the classes of the margin inputs."""
+        kept = len(images) - len(labels)
+        logits = self.network(images).float()
+        with torch.no_grad():
+            targets = self.given[0](images[:kept]).float()
+        kinds = 2 if self.mixup else 1
+        pairs = zip(logits[:kept].chunk(kinds), targets.chunk(kinds), strict=True)
+        data = torch.stack([kl_divergence(own, given) for own, given in pairs]).sum()
+        if len(labels) == 0:
+            return data
+        return data + self.margin_weight * margin_hinge(margin(logits[kept:], labels), self.kappa, largest=self.largest)
+
+    def _wanted(self, device: torch.device) -> Tensor:
+        """The class that each margin input of this step climbs for, (N,); none where they have no weight."""
+        if self.margin_weight == 0:
+            return torch.zeros(0, dtype=torch.long, device=device)
+        return self.ascent.classes(self.num_classes, refresh=self.global_step, seed=self.seed).to(device)
