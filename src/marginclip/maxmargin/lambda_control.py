@@ -43,7 +43,7 @@ class LambdaController:
         initial: float = 0.3,
         control: str = "agreement",
         factor: float = 1.5,
-        min_agreement: float = 0.97,
+        min_agreement: float = 0.98,
         first_check: int = 7,
         smallest: float = 1e-5,
         largest: float = 50.0,
