@@ -34,7 +34,7 @@ from marginclip.networks.logits import batched_logits
 from marginclip.silence import SILENT, silence_lightning
 
 CONF = Path(__file__).parents[1] / "conf"
-PIS = {"cross_entropy": (0.97, 0.98, 0.99), "kl_divergence": (0.95, 0.96, 0.97, 0.98)}
+PIS = {"cross_entropy": (0.98, 0.99), "kl_divergence": (0.97, 0.98)}
 STARTS_PER_CLASS, LARGEST = 50, 10
 
 

@@ -99,7 +99,7 @@ def test_the_objectives_terms_are_chosen_one_by_one():
     bounded, clean, labels, margins = measured.bounded_logits, measured.clean_logits, measured.labels, measured.margins
     paper = MMACObjective(data="squared_error", penalty="signed")(measured, 0.3)
     torch.testing.assert_close(paper.loss, mmac(bounded, clean, margins, 0.3).loss)
-    ours = MMACObjective(data="cross_entropy", kappa=0.5)(measured, 0.3)
+    ours = MMACObjective(kappa=0.5)(measured, 0.3)
     entropy = sum(-bounded[i].log_softmax(0)[labels[i]].item() for i in range(6)) / 6
     excess = sum(max(0.0, value + 0.5) for value in margins.tolist()) / 9
     assert ours.data.item() == pytest.approx(entropy, rel=1e-5)
@@ -127,7 +127,7 @@ def test_the_divergence_rests_where_nothing_changed_and_ignores_the_size_of_logi
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"data": "l2"}, "defense.objective.data must be one of kl_divergence, cross_entropy, squared_error, got 'l2'"),
+        ({"data": "l2"}, "defense.objective.data must be one of cross_entropy, kl_divergence, squared_error, got 'l2'"),
         ({"penalty": "max"}, "defense.objective.penalty must be one of hinge, signed, got 'max'"),
         ({"largest": 0}, "defense.objective.largest must be at least 1 or null, got 0"),
         ({"kappa": float("nan")}, "defense.objective.kappa must be a finite number of logits, got nan"),

@@ -168,7 +168,7 @@ class BoundObjective(Protocol):
     def __call__(self, step: Measured, lambda_: float) -> Objective: ...
 
 
-DATA_TERMS = ("kl_divergence", "cross_entropy", "squared_error")
+DATA_TERMS = ("cross_entropy", "kl_divergence", "squared_error")
 MARGIN_TERMS = ("hinge", "signed")
 
 
@@ -177,9 +177,9 @@ class MMACObjective:
     """A data term plus lambda times a margin term; ``squared_error`` with ``signed`` is Eq. 3 of the MMAC paper (:func:`mmac`).
 
     Args:
-        data: the data term: the ``kl_divergence`` from the model's own class probabilities to those under bounds, the
-            ``cross_entropy`` with the labels, or the ``squared_error`` against the model's own logits. The cross entropy goes on
-            widening the bounds where the model was never sure. The squared error wants the large logits back that an attack has
+        data: the data term: the ``cross_entropy`` with the labels, the ``kl_divergence`` from the model's own class probabilities to
+            those under bounds, or the ``squared_error`` against the model's own logits. The divergence costs less accuracy, and can
+            bring back a backdoor that lives on ordinary activations. The squared error wants the large logits back that an attack has
             caused, and so wide bounds.
         penalty: the margin term: the ``hinge`` of :func:`margin_hinge`, or the ``signed`` margins.
         kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa. Without effect on
@@ -192,7 +192,7 @@ class MMACObjective:
         UserError: for a setting that is not one of these.
     """
 
-    data: str = "kl_divergence"
+    data: str = "cross_entropy"
     penalty: str = "hinge"
     kappa: float = 1.0
     reduction: str = "mean"
@@ -212,10 +212,10 @@ class MMACObjective:
         )
 
     def __call__(self, step: Measured, lambda_: float) -> Objective:
-        if self.data == "kl_divergence":
-            data = kl_divergence(step.bounded_logits, step.clean_logits)
-        elif self.data == "cross_entropy":
+        if self.data == "cross_entropy":
             data = F.cross_entropy(step.bounded_logits.float(), step.labels)
+        elif self.data == "kl_divergence":
+            data = kl_divergence(step.bounded_logits, step.clean_logits)
         else:
             data = F.mse_loss(step.bounded_logits.float(), step.clean_logits.float())
         if self.penalty == "hinge":

@@ -9,9 +9,8 @@ class MMAC(BoundLearning):
     """Maximum-margin activation clipping: :class:`BoundLearning` with its own defaults, which are the schedule ``tight_start``.
 
     Bounds start tight, at 0.4 of the 0.9 quantile of the clean activations, where a model has lost accuracy and most attacks have, too.
-    The divergence from the model's own class probabilities on clean images buys the accuracy back, while a hinge keeps down the margins
-    of clean images that were moved towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and
-    so are their defaults.
+    The cross entropy of the clean images buys the accuracy back, while a hinge keeps down the margins of clean images that were moved
+    towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and so are their defaults.
 
     Examples:
         >>> MMAC(steps=120).steps

@@ -90,8 +90,7 @@ class MMACFineTune(FineTune):
         """Raise :class:`UserError` for a plan that this method cannot follow."""
         require(
             self.ascent.start_from == "clean",
-            f"defense.ascent.start_from must be clean: margin inputs keep the label of the image that they come from; got "
-            f"{self.ascent.start_from}",
+            f"defense.ascent.start_from must be clean: margin inputs are clean images of other classes; got {self.ascent.start_from}",
         )
         for key, only in (("network", "bounded"), ("refresh_every", 1), ("warm_start", False), ("batch_size", None)):
             shown = {None: "null", False: "false"}.get(only, only)  # type: ignore[arg-type]
