@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
@@ -18,30 +18,27 @@ from marginclip.defenses.clipping.mmac import MMAC
 from marginclip.defenses.clipping.settings import AscentPlan
 from marginclip.defenses.weights.finetune import FineTune
 from marginclip.errors import UserError, require
-from marginclip.maxmargin.margin import ascend_margins, margin
-from marginclip.maxmargin.objectives import kl_divergence, margin_hinge
-from marginclip.networks.copies import frozen_copy
+from marginclip.maxmargin.margin import ascend_margins
+from marginclip.maxmargin.objectives import kl_divergence
 from marginclip.silence import nested_trainers, silent_trainer
 
 
 class MMACFineTune(FineTune):
     """Learns bounds with MMAC, then fine-tunes the weights below them. **It changes weights**, unlike MMAC itself.
 
-    Each step takes clean images, mixtures of two clean images, and margin inputs: clean images of other classes that ``ascent`` moves
-    towards each class on the network as it is. On the first two the network is to decide as the model did, by the divergence from the
-    class probabilities of the model as it was given. On the margin inputs a hinge lowers the largest margins. So the network unlearns
-    that a small change can turn an image into another class, and little else. Adam takes the steps, its rate falls to zero along a
-    cosine, and batch norms keep the model's statistics. The bounded network before the fine-tuning is the row ``mmac``.
+    Each step takes clean images with their labels, and margin inputs: clean images of other classes that ``ascent`` moves towards
+    each class on the network as it is. They keep the label of the class that they came from. So the network unlearns that a small
+    change can turn an image into another class. A few hundred images are soon known by heart, so mixtures of two clean images (Zhang et
+    al. 2018) hold the network to what it was before: on these it is to give the class probabilities of the bounded network. Adam takes
+    the steps, its rate falls to zero along a cosine, and batch norms keep the model's statistics. The bounded network before the
+    fine-tuning is the row ``mmac``.
 
     Args:
         mmac: makes the bound learning that comes first; it is called with a ``seed``. None leaves the activations unbounded.
         ascent: how margin inputs are made, anew at every step. None: its defaults with ``refresh_every=1``. Inputs that are kept, a
             part of them, and the network without bounds are not for this method.
-        margin_weight: weight of the hinge on the margins of the margin inputs.
-        kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa.
-        largest: how many margin inputs count in the hinge, those of the largest margins. None: all.
-        mixup: whether mixtures of clean images are taken, each of two in a random proportion (Zhang et al. 2018), as many as clean
-            images: a few hundred images alone are soon known by heart.
+        margin_weight: weight of the margin inputs' cross entropy against that of the clean images.
+        mixture_weight: weight of the divergence from the bounded network on the mixtures, as many as clean images. 0: none.
         epochs: passes over the clean set.
         batch_size: clean images in a step.
         learning_rate: of Adam.
@@ -59,10 +56,8 @@ class MMACFineTune(FineTune):
         *,
         mmac: Callable[..., MMAC] | None = MMAC,
         ascent: AscentPlan | None = None,
-        margin_weight: float = 0.1,
-        kappa: float = 1.0,
-        largest: int | None = 10,
-        mixup: bool = True,
+        margin_weight: float = 0.3,
+        mixture_weight: float = 1.0,
         epochs: int = 12,
         batch_size: int = 100,
         learning_rate: float = 3e-4,
@@ -75,10 +70,12 @@ class MMACFineTune(FineTune):
             augmentation=augmentation, seed=seed,
         )  # fmt: skip
         require(margin_weight >= 0, f"defense.margin_weight must not be negative, got {margin_weight:g}")
-        require(math.isfinite(kappa), f"defense.kappa must be a finite number of logits, got {kappa}")
-        require(largest is None or largest >= 1, f"defense.largest must be at least 1 or null, got {largest}")
-        self.margin_weight, self.kappa, self.largest, self.mixup = margin_weight, kappa, largest, mixup
-        self.ascent = ascent or AscentPlan(refresh_every=1)
+        require(mixture_weight >= 0, f"defense.mixture_weight must not be negative, got {mixture_weight:g}")
+        self.margin_weight, self.mixture_weight, self.ascent = (
+            margin_weight,
+            mixture_weight,
+            ascent or AscentPlan(refresh_every=1),
+        )
         self._check_ascent()
         try:
             self.bound_learning = None if mmac is None else copy.deepcopy(mmac)(seed=seed)
@@ -90,7 +87,8 @@ class MMACFineTune(FineTune):
         """Raise :class:`UserError` for a plan that this method cannot follow."""
         require(
             self.ascent.start_from == "clean",
-            f"defense.ascent.start_from must be clean: margin inputs are clean images of other classes; got {self.ascent.start_from}",
+            f"defense.ascent.start_from must be clean: margin inputs keep the label of the image that they come from; got "
+            f"{self.ascent.start_from}",
         )
         for key, only in (("network", "bounded"), ("refresh_every", 1), ("warm_start", False), ("batch_size", None)):
             shown = {None: "null", False: "false"}.get(only, only)  # type: ignore[arg-type]
@@ -131,8 +129,8 @@ class MMACFineTune(FineTune):
         super().prepare(model, images, labels)
         if self.bounded is not None:
             self.network = copy.deepcopy(self.bounded.network).to(images.device)
-        self.given = [frozen_copy(model).to(images.device)]  # in a list: it is no part of what is learned
         self.num_classes = len(self.network(self.images[:1])[0])
+        self.before = [copy.deepcopy(self.network).eval().requires_grad_(False)]  # in a list: it is no part of what is learned
         self.network.requires_grad_(True)
         if isinstance(self.network, BoundedNetwork):
             for bound in self.network.bound_parameters():
@@ -164,38 +162,35 @@ class MMACFineTune(FineTune):
         self.totals.clear()
 
     def on_fit_start(self) -> None:
-        self.given[0].to(self.device)
+        self.before[0].to(self.device)
 
     def augmented(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Clean images and, behind them, their mixtures and the margin inputs of this step; the classes that the latter climb for."""
-        clean, _ = super().augmented(images, labels, generator)
-        parts = [clean]
-        if self.mixup:
+        """Clean images, then their mixtures, then the margin inputs of this step; and the labels of the first and of the last.
+
+        The label of a margin input is that of the image that it comes from.
+        """
+        clean, labels = super().augmented(images, labels, generator)
+        parts, answers = [clean], [labels]
+        if self.mixture_weight:
             share = torch.rand(len(clean), 1, 1, 1, generator=generator).to(clean)
-            parts.append(share * clean + (1 - share) * clean[torch.randperm(len(clean), generator=generator).to(clean.device)])
-        wanted = self._wanted(labels.device)
-        if len(wanted):
+            others = torch.randperm(len(clean), generator=generator).to(clean.device)
+            parts.append(share * clean + (1 - share) * clean[others])
+        if self.margin_weight:
+            wanted = self.ascent.classes(self.num_classes, refresh=self.global_step, seed=self.seed).to(labels.device)
             rows = self.ascent.start_rows(self.labels, wanted, generator)
-            starts, _ = super().augmented(self.images[rows], self.labels[rows], generator)
+            starts, origins = super().augmented(self.images[rows], self.labels[rows], generator)
             moved = ascend_margins(self.network, wanted, starts, **self.ascent.search(first=self.global_step == 0)).images
             parts.append(moved.to(clean))
-        return torch.cat(parts), wanted
+            answers.append(origins)
+        return torch.cat(parts), torch.cat(answers)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of what :meth:`augmented` gave; ``labels`` are the classes of the margin inputs."""
-        kept = len(images) - len(labels)
-        logits = self.network(images).float()
-        with torch.no_grad():
-            targets = self.given[0](images[:kept]).float()
-        kinds = 2 if self.mixup else 1
-        pairs = zip(logits[:kept].chunk(kinds), targets.chunk(kinds), strict=True)
-        data = torch.stack([kl_divergence(own, given) for own, given in pairs]).sum()
-        if len(labels) == 0:
-            return data
-        return data + self.margin_weight * margin_hinge(margin(logits[kept:], labels), self.kappa, largest=self.largest)
-
-    def _wanted(self, device: torch.device) -> Tensor:
-        """The class that each margin input of this step climbs for, (N,); none where they have no weight."""
-        if self.margin_weight == 0:
-            return torch.zeros(0, dtype=torch.long, device=device)
-        return self.ascent.classes(self.num_classes, refresh=self.global_step, seed=self.seed).to(device)
+        inputs = len(self.ascent.classes(self.num_classes)) if self.margin_weight else 0
+        clean, mixtures = len(labels) - inputs, len(images) - len(labels)
+        logits, mixed, moved = self.network(images).float().split([clean, mixtures, inputs])
+        loss = F.cross_entropy(logits, labels[:clean])
+        if mixtures:
+            with torch.no_grad():
+                targets = self.before[0](images[clean : clean + mixtures])
+            loss = loss + self.mixture_weight * kl_divergence(mixed, targets)
+        return loss if inputs == 0 else loss + self.margin_weight * F.cross_entropy(moved, labels[clean:])
