@@ -1,4 +1,4 @@
-"""What MMAC costs on clean images that it did not learn from, by data term and pi: how the default's were chosen.
+"""What MMAC costs on clean images that it did not learn from, by data term and pi.
 
     python benchmarks/data_terms.py experiment=cifar10_folder_small attack=badnet trainer.threads=1
 

@@ -71,11 +71,8 @@ class MMACFineTune(FineTune):
         )  # fmt: skip
         require(margin_weight >= 0, f"defense.margin_weight must not be negative, got {margin_weight:g}")
         require(mixture_weight >= 0, f"defense.mixture_weight must not be negative, got {mixture_weight:g}")
-        self.margin_weight, self.mixture_weight, self.ascent = (
-            margin_weight,
-            mixture_weight,
-            ascent or AscentPlan(refresh_every=1),
-        )
+        self.margin_weight, self.mixture_weight = margin_weight, mixture_weight
+        self.ascent = ascent or AscentPlan(refresh_every=1)
         self._check_ascent()
         try:
             self.bound_learning = None if mmac is None else copy.deepcopy(mmac)(seed=seed)
