@@ -11,29 +11,23 @@ from the reserve under the bounds. The victim is found in the store or trained; 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from attacked_model import attacked_model
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from marginclip.data.batches import load_all
 from marginclip.defenses import MMAC
 from marginclip.defenses.clipping.settings import AscentPlan
-from marginclip.experiment.command import plain
-from marginclip.experiment.process import prepare_process
-from marginclip.experiment.setup import VictimSetup, build_setup
-from marginclip.experiment.spec import run_spec
-from marginclip.experiment.stages import load_model
+from marginclip.experiment.setup import VictimSetup
 from marginclip.experiment.trainers import build_trainer
 from marginclip.maxmargin import LambdaController, MMACObjective
 from marginclip.maxmargin.margin import ascend_margins, margin
 from marginclip.networks.logits import batched_logits
 from marginclip.silence import SILENT, silence_lightning
 
-CONF = Path(__file__).parents[1] / "conf"
 PIS = {"cross_entropy": (0.98, 0.99), "kl_divergence": (0.97, 0.98)}
 STARTS_PER_CLASS, LARGEST = 50, 10
 
@@ -66,12 +60,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("defend", ["logger=none", "trainer.enable_progress_bar=false", *sys.argv[1:]])
-    spec = run_spec(plain(config))
-    prepare_process(spec.trainer.threads)
-    setup = build_setup(spec, clean_per_class=MMAC.clean_per_class)
-    load_model(spec, setup)
+    spec, setup = attacked_model(sys.argv[1:])
     model, learned_from, (images, labels) = setup.model.eval(), setup.data.clean_set(), reserve(setup)
 
     def make_trainer(epochs: int) -> Any:

@@ -11,26 +11,18 @@ victim is found in the store or trained; arguments are options of ``marginclip d
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from attacked_model import attacked_model
 from torch import Tensor
 
 from marginclip.attacks import Attack
 from marginclip.defenses import MMAC, StaticClip
 from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.evaluation import Evaluation
-from marginclip.experiment.command import plain
-from marginclip.experiment.process import prepare_process
-from marginclip.experiment.setup import build_setup
-from marginclip.experiment.spec import run_spec
-from marginclip.experiment.stages import load_model
 from marginclip.experiment.trainers import build_trainer
 from marginclip.silence import SILENT, silence_lightning
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 class Oracle(MMAC):
@@ -61,12 +53,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("defend", ["logger=none", "trainer.enable_progress_bar=false", *sys.argv[1:]])
-    spec = run_spec(plain(config))
-    prepare_process(spec.trainer.threads)
-    setup = build_setup(spec, clean_per_class=MMAC.clean_per_class)
-    load_model(spec, setup)
+    spec, setup = attacked_model(sys.argv[1:])
     if setup.attack is None:
         sys.exit("error: attack=none has no trigger that could be known")
     images, labels = setup.data.clean_set()

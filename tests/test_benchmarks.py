@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.data import ImageSet, Splits
+from marginclip.data import ImageData, ImageSet, Splits
+from marginclip.experiment.setup import VictimSetup
 from marginclip.maxmargin import margin
 from marginclip.record import Row, RunRecord
 
@@ -52,6 +53,31 @@ def test_published_schedule_takes_one_adam_step_a_batch(load, toy):
     steps = (bounds - 1).abs()  # Adam's first step is its learning rate wherever there is a gradient
     assert ((steps < 1e-6) | ((steps - 0.1).abs() < 1e-3)).all()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_reserve_is_neither_learned_from_nor_evaluated_on(load):
+    labels = torch.arange(60) % 3
+    images = torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    held_out = ImageSet(images, labels, ("a", "b", "c"))
+    data = ImageData(Splits(held_out, held_out), clean_per_class=4, reserve_per_class=10)
+    script = load("data_terms")
+    found, answers = script.reserve(VictimSetup(data.splits, None, data, nn.Identity()))
+    assert len(found) == len(answers) == 60 - len(data.clean_index) - len(data.eval_index) == 18
+    used = torch.cat([data.clean_index, data.eval_index])
+    rows = [row for row in range(60) if row not in used.tolist()]
+    torch.testing.assert_close(found, images[rows].float() / 255)
+    assert torch.equal(answers, labels[rows])
+    data = ImageData(Splits(held_out, held_out), clean_per_class=4, reserve_per_class=4)
+    with pytest.raises(SystemExit, match="set reserve_per_class"):
+        script.reserve(VictimSetup(data.splits, None, data, nn.Identity()))
+
+
+def test_the_largest_margin_is_that_of_images_that_climbed(load, toy):
+    model, images, labels = toy
+    found = load("data_terms").largest_margin(model, images, labels, 3)
+    with torch.no_grad():
+        resting = [float(margin(model(images), torch.full((30,), c))[labels != c].max()) for c in range(3)]
+    assert found > max(resting)
 
 
 def test_published_ascent_climbs_inside_the_feasible_space(load, toy):
