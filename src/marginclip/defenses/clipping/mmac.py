@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marginclip.clipping import BoundedNetwork
+from marginclip.defenses.base import RepairResult, TrainerFactory
 from marginclip.defenses.clipping.bound_learning import BoundLearning
+from marginclip.errors import require
+from marginclip.silence import nested_trainers, silent_trainer
+
+log = logging.getLogger(__name__)
+SEEDS_APART = 1000  # between two repeats, so that neighbouring seeds of an experiment share none
 
 
 class MMAC(BoundLearning):
@@ -10,7 +25,19 @@ class MMAC(BoundLearning):
 
     Bounds start tight, at 0.4 of the 0.9 quantile of the clean activations, where a model has lost accuracy and most attacks have, too.
     The cross entropy of the clean images buys the accuracy back, while a hinge keeps down the margins of clean images that were moved
-    towards other classes by a few small steps. Its arguments are those of :class:`BoundLearning`, and so are their defaults.
+    towards other classes by a few small steps.
+
+    A part of what bounds cut is chance: it follows from the order of the clean images and from which margin inputs were drawn. So
+    bounds can be learned several times, each time from a seed of its own. Every activation then keeps the loosest of its bounds: only
+    what all repeats cut is cut.
+
+    Args:
+        repeats: how often bounds are learned.
+        seed: of the first time.
+        **settings: those of :class:`BoundLearning`, with its defaults.
+
+    Raises:
+        UserError: as :class:`BoundLearning`.
 
     Examples:
         >>> MMAC(steps=120).steps
@@ -18,6 +45,80 @@ class MMAC(BoundLearning):
         >>> MMAC(steps=0)
         Traceback (most recent call last):
         marginclip.errors.UserError: defense.steps must be at least 1, got 0
+        >>> MMAC(repeats=0)
+        Traceback (most recent call last):
+        marginclip.errors.UserError: defense.repeats must be at least 1, got 0
     """
 
     label = "MMAC"
+
+    def __init__(self, *, repeats: int = 1, seed: int = 0, **settings: Any) -> None:
+        super().__init__(seed=seed, **settings)
+        self.repeats, self.others = repeats, list[RepairResult]()
+        require(repeats >= 1, f"defense.repeats must be at least 1, got {repeats}")
+        require(
+            repeats == 1 or self.offset_rate is None,
+            f"defense.repeats={repeats} needs defense.offset_rate=null: there is no loosest offset; got {self.offset_rate}",
+        )
+
+    def fit(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        make_trainer: TrainerFactory = silent_trainer,
+        resume: Path | None = None,
+    ) -> RepairResult:
+        """See :meth:`Defense.fit`. The first repeat alone can be resumed: the others are learned again, to the same values."""
+        self.others = []
+        others = [self._repeat(repeat, model, images, labels, make_trainer) for repeat in range(1, self.repeats)]
+        self.others = others
+        return super().fit(model, images, labels, make_trainer=make_trainer, resume=resume)
+
+    def _repeat(
+        self, repeat: int, model: nn.Module, images: Tensor, labels: Tensor, make_trainer: TrainerFactory
+    ) -> RepairResult:
+        """Bounds learned from the seed of a further repeat."""
+        log.info("MMAC: repeat %d of %d", repeat + 1, self.repeats)
+        own, self.seed = self.seed, self.seed + SEEDS_APART * repeat
+        try:
+            return super().fit(model, images, labels, make_trainer=nested_trainers(make_trainer(1)))
+        finally:
+            self.seed = own
+
+    def repaired(self) -> BoundedNetwork:
+        """The bounded network with the loosest bounds of all repeats. Relaxed ones count only where all had to be relaxed."""
+        network = super().repaired()
+        if self.others:
+            found = [(self.relaxed, network.bounds_state())]
+            found += [(other.findings["relaxed"], bounds_of(other.network)) for other in self.others]
+            kept = [bounds for relaxed, bounds in found if not relaxed] or [bounds for _, bounds in found]
+            network.load_bounds(loosest(kept))
+        return network
+
+    def findings(self) -> dict[str, Any]:
+        """Those of :class:`BoundLearning`, of the first repeat; below ``other_repeats`` those of the others, where there are such."""
+        others = [other.findings for other in self.others]
+        return super().findings() | ({"other_repeats": others} if others else {})
+
+
+def bounds_of(network: nn.Module) -> dict[str, Tensor]:
+    """The bounds of a bounded network."""
+    assert isinstance(network, BoundedNetwork)
+    return network.bounds_state()
+
+
+def loosest(bounds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Of several states of the same bounds the largest upper and the smallest lower ones.
+
+    Examples:
+        >>> loosest([{"act.upper": torch.tensor([1.0, 3.0])}, {"act.upper": torch.tensor([2.0, 1.0])}])
+        {'act.upper': tensor([2., 3.])}
+    """
+    return {
+        name: torch.stack([state[name] for state in bounds]).amax(0)
+        if name.endswith("upper")
+        else torch.stack([state[name] for state in bounds]).amin(0)
+        for name in bounds[0]
+    }
