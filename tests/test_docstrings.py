@@ -100,7 +100,6 @@ WITHOUT_ARGUMENTS = {
     "RepairResult",
     "Variant",
     "Network",
-    "MMAC",
     "MMBM",
     "MMOM",
     "BoundObjective",
