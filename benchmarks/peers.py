@@ -63,7 +63,7 @@ METHODS = {
     "mmdf": Method("MMDF", "mmdf", "mmdf", TWO_FOLDS),
     "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both", TWO_FOLDS),
     "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired", TWO_FOLDS),
-    "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune"),
+    "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune", {"defense.mixture_weight": 0}),
 }
 Points = dict[str, dict[str, dict[str, dict[str, float]]]]  # method -> attack -> seed -> measure -> value
 

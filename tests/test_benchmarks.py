@@ -240,3 +240,24 @@ def test_peers_are_compared_on_the_victims_that_both_have(load):
     assert "| NAD | 92.0 ± 0.0 / 3.0 ± 0.0 / 90.1 ± 0.1 |" in peers.table(points)
     with pytest.raises(SystemExit, match="two runs have no defense on badnet, seed 0"):
         peers.measured([*records, records[0]])
+
+
+@pytest.mark.parametrize(("weight", "taken"), [(0.0, True), (1.0, False)])
+def test_the_row_of_fine_tuning_is_without_mixtures(load, weight, taken):
+    """A run with mixtures of clean images, as the default has them, does not replace the row that was measured without."""
+    values = {"acc": 0.9, "asr": 0.1, "pacc": 0.8}
+    defense = {"name": "mmac_finetune", "mixture_weight": weight}
+    record = RunRecord(
+        status="done",
+        config={
+            "dataset": {"name": "mnist_m"},
+            "defense": defense,
+            "x2x": {"name": "all2one"},
+            "attack": {"name": "badnet"},
+        },
+        seed=0,
+        metrics={"mmac_finetune": values},
+        rows={"mmac_finetune": Row(label="fine-tuned", phases=["repair"])},
+        seconds={"repair": 3.0},
+    )
+    assert ("mmac_finetune" in load("peers").measured([record])) == taken
