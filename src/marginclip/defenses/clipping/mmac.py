@@ -80,7 +80,8 @@ class MMAC(BoundLearning):
         self, repeat: int, model: nn.Module, images: Tensor, labels: Tensor, make_trainer: TrainerFactory
     ) -> RepairResult:
         """Bounds learned from the seed of a further repeat."""
-        log.info("MMAC: repeat %d of %d", repeat + 1, self.repeats)
+        if not self.of_a_part:
+            log.info("MMAC learns its bounds %d times: time %d, without a progress display", self.repeats, repeat)
         own, self.seed = self.seed, self.seed + SEEDS_APART * repeat
         try:
             return super().fit(model, images, labels, make_trainer=nested_trainers(make_trainer(1)))
