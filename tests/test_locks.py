@@ -50,23 +50,71 @@ def test_a_lock_ends_with_the_process_that_is_killed(tmp_path):
         pass
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
-    (tmp_path / "checkpoint").mkdir()
-    left = [partial_of(tmp_path / "model.safetensors"), partial_of(tmp_path / "checkpoint" / "last.ckpt")]
-    kept = [tmp_path / "notes.partial", tmp_path / ".hidden", tmp_path / "model.safetensors"]
+@pytest.fixture
+def of_killed(monkeypatch):
+    """Names of temporary files as a process gave them that is gone."""
+    process = FORK.Process(target=os.getpid)
+    process.start()
+    process.join(60)
+
+    def name(path):
+        with monkeypatch.context() as changed:
+            changed.setattr("os.getpid", lambda: process.pid)
+            return partial_of(path)
+
+    return name
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, of_killed):
+    left = [of_killed(tmp_path / place) for place in ("model.safetensors", "checkpoint/last.ckpt", "figures/margins.png")]
+    kept = [tmp_path / "notes.partial", tmp_path / ".hidden", tmp_path / "model.safetensors", tmp_path / ".download.partial"]
+    kept += [tmp_path / ".site.4194304.partial", tmp_path / "checkpoint" / ".last.ckpt.partial"]
+    kept += [tmp_path / "photos" / ".download.partial", of_killed(tmp_path / "photos" / "rows.csv")]
     for path in left + kept:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("half of")
     with locked(tmp_path):
         assert not any(path.exists() for path in left)
         assert all(path.exists() for path in kept)
 
 
-def test_folders_below_that_have_a_writer_of_their_own_are_left_alone(tmp_path):
-    with locked(tmp_path / "run"):
-        writing = partial_of(tmp_path / "run" / "run.json")
-        writing.write_text("half of")
+def test_a_file_of_a_living_process_is_left_alone(tmp_path):
+    """Such as the rows of a scan into the folder of the artefact, which takes no lock."""
+
+    def slow(partial):
+        partial.write_text("rows")
         with locked(tmp_path):
-            assert writing.exists()
+            pass
+
+    assert write_whole(tmp_path / "rows.csv", slow).read_text() == "rows"
+
+
+@pytest.mark.parametrize(("age", "kept"), [(3600, True), (8 * 24 * 3600, False)])
+def test_a_file_of_another_host_is_removed_when_it_is_old(tmp_path, monkeypatch, of_killed, age, kept):
+    with monkeypatch.context() as changed:
+        changed.setattr("platform.node", lambda: "far-away")
+        path = of_killed(tmp_path / "run.json")
+    path.write_text("half of")
+    os.utime(path, (time.time() - age,) * 2)
+    with locked(tmp_path):
+        assert path.exists() == kept
+
+
+def test_hosts_whose_names_begin_alike_are_told_apart(tmp_path, monkeypatch, of_killed):
+    names = "marginclip-sweep-worker-1", "marginclip-sweep-worker-2"
+    monkeypatch.setattr("platform.node", lambda: names[0])
+    path = of_killed(tmp_path / "run.json")
+    path.write_text("half of")
+    monkeypatch.setattr("platform.node", lambda: names[1])
+    with locked(tmp_path):
+        assert path.exists()
+
+
+def test_a_folder_with_the_name_of_a_temporary_file_stops_nobody(tmp_path, of_killed):
+    for folder in (tmp_path / ".site.99.partial", of_killed(tmp_path / "site")):
+        folder.mkdir()
+    with locked(tmp_path):
+        pass
 
 
 def test_partial_files_of_two_hosts_differ(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 Write = Callable[[Path], None]
+PARTIAL = re.compile(r"\..+\.([A-Za-z0-9-]*)\.(\d{1,9})\.[0-9a-f]{8}\.partial")  # what partial_of gives: host and process
+WEEK = 7 * 24 * 3600.0  # seconds
 
 
 def write_whole(path: Path, write: Write) -> Path:
@@ -46,14 +49,36 @@ def write_all_whole(files: dict[Path, Write]) -> None:
 
 def partial_of(path: Path) -> Path:
     """A name for the temporary file beside ``path`` that no other process, here or on another host, gives to one of its own."""
-    host = re.sub(r"[^A-Za-z0-9]+", "-", platform.node())[:20]
-    return path.with_name(f".{path.name[:150]}.{host}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    return path.with_name(f".{path.name[:150]}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.partial")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in ``folder`` that killed processes left; to be called by its only writer."""
+    """Remove the temporary files in ``folder`` that killed processes left.
+
+    Such a file has a name of :func:`partial_of`. Its process was on this host and is gone, or nobody wrote to the file for a week.
+    """
     for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+        named = PARTIAL.fullmatch(partial.name)
+        if named is None or partial.is_dir():
+            continue
+        with suppress(OSError):  # its process moved it just now, or it is another user's
+            gone = named[1] == _host() and not _lives(int(named[2]))
+            if gone or time.time() - partial.stat().st_mtime > WEEK:
+                partial.unlink()
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", platform.node())[:64]
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this host is there."""
+    with suppress(PermissionError):  # it is another user's
+        try:
+            os.kill(process, 0)  # sends no signal
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def write_json(path: Path, content: Any) -> Path:

@@ -15,6 +15,7 @@ from marginclip.files import remove_leftovers
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
+BELOW = ("checkpoint", "figures")  # folders in the folder of a run or a victim that have the same writer
 MISSING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without flock answer
 
 
@@ -23,7 +24,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Make ``folder`` where it is missing, and be its only writer inside; waits for another one, and says so.
 
     The lock is that of the operating system: it ends with the process that holds it, however that ends. What killed processes left
-    half written in the folder is removed first. Raises :class:`UserError` on a file system that has no such locks.
+    half written in the folder is removed first (:func:`~marginclip.files.remove_leftovers`). Raises :class:`UserError` on a file system
+    that has no such locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
@@ -33,8 +35,8 @@ def locked(folder: Path) -> Iterator[None]:
         log.info("waiting for another process that writes '%s'", folder)
         _acquire(lock, folder, timeout=-1)
     try:
-        for place in (folder, *(below for below in folder.iterdir() if below.is_dir() and not (below / LOCK).exists())):
-            remove_leftovers(place)  # folders below with a lock have a writer of their own
+        for place in (folder, *(folder / name for name in BELOW)):
+            remove_leftovers(place)
         yield
     finally:
         lock.release()

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import random
+import struct
 
 import lightning as L
 import pytest
@@ -12,6 +14,7 @@ from torchvision.models import resnet18
 
 from marginclip.errors import UserError
 from marginclip.experiment.checkpoints import file_digest, load_checkpoint
+from marginclip.experiment.whole_checkpoints import WholeCheckpoints
 from marginclip.models import ResNet, TorchvisionModel
 from marginclip.training import PoisonedTraining
 
@@ -127,6 +130,50 @@ def test_truncated_file_is_refused(tmp_path, given, suffix, share):
     with pytest.raises(UserError, match=r"truncated|damaged|no complete") as caught:
         load_checkpoint(str(path), network())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, given, zipped):
+    """Bytes of its pickle at random: torch meets them as AttributeError, TypeError, IndexError, struct.error and others."""
+    path, generator = tmp_path / "model.pt", random.Random(0)
+    torch.save(given.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    content, told = path.read_bytes(), []
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(generator.randint(1, 20)):
+            damaged[generator.randrange(3000)] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(str(path), network())
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) > 50
+    assert all(str(path) in message and "\n" not in message for message in told)
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, IndexError, AssertionError, struct.error, KeyError])
+def test_whatever_torch_raises_for_a_damaged_file_is_told_with_its_name(tmp_path, given, monkeypatch, error):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": given.state_dict()}, path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: raise_(error))
+    with pytest.raises(UserError, match=rf"last\.ckpt' is truncated, damaged or no checkpoint \({error.__name__}\)"):
+        load_checkpoint(str(path), network())
+    with pytest.raises(UserError, match=rf"last\.ckpt' is damaged \({error.__name__}\): remove it"):
+        WholeCheckpoints().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, FileNotFoundError, PermissionError])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, given, monkeypatch, error):
+    """What goes on from it would tell to remove it."""
+    torch.save({"state_dict": given.state_dict()}, tmp_path / "last.ckpt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: raise_(error))
+    with pytest.raises(error):
+        WholeCheckpoints().load_checkpoint(tmp_path / "last.ckpt")
+
+
+def raise_(error):
+    raise error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """Architectures from elsewhere: what is called with what, and a sentence for each way in which somebody else's code fails."""
 
+import copy
+import importlib
+import pickle
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -118,3 +123,78 @@ def test_a_network_that_needs_no_sizes_is_called_without(tmp_path):
     (tmp_path / "plain.py").write_text("from torch import nn\ndef make():\n    return nn.Flatten()\n")
     model = imported_model(3, 1, target=f"{tmp_path / 'plain.py'}:make")
     assert isinstance(model.network, nn.Flatten)
+
+
+SETTINGS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class Settings:
+    width: int = 4
+
+class Net(nn.Module):
+    def __init__(self, settings):
+        super().__init__()
+        self.settings, self.layer = settings, nn.Linear(settings.width, 3)
+    def forward(self, images):
+        return self.layer(images)
+
+def make():
+    return Net(Settings())
+"""
+
+
+def test_a_file_takes_the_place_of_no_module(tmp_path):
+    """Neither of one that is imported nor of one that will be."""
+    names = "safetensors", "colorsys"  # colorsys: of the standard library; nothing here imports it
+    before = sys.modules["safetensors"]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(SETTINGS)
+        imported_model(3, target=f"{tmp_path / name}.py:make")
+    assert sys.modules["safetensors"] is before
+    assert importlib.import_module("colorsys").__file__ != str(tmp_path / "colorsys.py")
+
+
+def test_a_network_of_a_file_is_pickled_and_copied(tmp_path):
+    (tmp_path / "nets.py").write_text(SETTINGS)
+    model = imported_model(3, target=f"{tmp_path / 'nets.py'}:make").network
+    images = torch.rand(2, 4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model) and other.settings == model.settings
+        assert torch.equal(other(images), model(images))
+
+
+def test_another_process_unpickles_a_network_of_a_file(tmp_path, monkeypatch):
+    """As the processes of several devices do, which have not imported the file."""
+    (tmp_path / "nets.py").write_text(SETTINGS)
+    model = imported_model(3, target=f"{tmp_path / 'nets.py'}:make").network
+    pickled = pickle.dumps(model)
+    monkeypatch.delitem(sys.modules, type(model).__module__)
+    other = pickle.loads(pickled)
+    assert type(other) is not type(model)
+    assert torch.equal(other(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+def test_a_file_is_run_once_for_each_content(tmp_path, monkeypatch):
+    file = tmp_path / "nets.py"
+    file.write_text(SETTINGS)
+    first = imported_model(3, target=f"{file}:make").network
+    monkeypatch.chdir(tmp_path)
+    assert type(imported_model(3, target="nets.py:make").network) is type(first)
+    file.write_text(SETTINGS.replace("width: int = 4", "width: int = 50"))
+    assert imported_model(3, target="nets.py:make").network.settings.width == 50
+    assert type(pickle.loads(pickle.dumps(first))) is type(first)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "nets.py").write_text(SETTINGS)
+    assert type(imported_model(3, target="other/nets.py:make").network) is not type(first)
+
+
+@pytest.mark.parametrize("fault", ["raise KeyError('no weights here')", "raise SystemExit", "def ("])
+def test_a_file_that_fails_leaves_nothing_behind(tmp_path, fault):
+    before = set(sys.modules)
+    (tmp_path / "broken.py").write_text(fault)
+    with pytest.raises((UserError, SystemExit)):
+        imported_model(3, target=f"{tmp_path / 'broken.py'}:make")
+    assert set(sys.modules) == before

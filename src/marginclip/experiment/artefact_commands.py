@@ -29,6 +29,8 @@ OWN_MODELS = (
     "marginclip.models.timm_model",
     "marginclip.models.huggingface_model",
 )
+# What Hydra acts on, and arguments of timm that read or download further files.
+ODD_KEYS = ("_", "pretrained", "checkpoint_path")
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -45,7 +47,8 @@ def main(command: str, arguments: list[str]) -> int:
 def open_artefact(folder: str, *, model_path: str | None = None, trust_code: bool = False) -> Artefact:
     """The artefact in ``folder`` with its model, made anew from the settings there and loaded from its checkpoint.
 
-    An artefact can name any Python code as its architecture: code that is not the project's own runs only with ``trust_code``.
+    An artefact can name any Python code as its architecture, at any depth of its settings: code that is not the project's own runs only
+    with ``trust_code``. Without it the settings are checked before anything is imported.
     """
     description = read_artefact(folder)
     model = _model(description, folder, model_path, trust_code=trust_code)
@@ -64,6 +67,12 @@ def _model(description: Description, folder: str, model_path: str | None, *, tru
         f"the artefact '{folder}' makes its model with '{settings.get('target', target)}', code that is not marginclip's: "
         "--trust-code runs it",
     )
+    odd = next(_odd_words({name: value for name, value in settings.items() if name != "_target_"}), None)
+    require(
+        trust_code or odd is None,
+        f"the artefact '{folder}' has '{str(odd)[:60]}' in the settings of its model, which can run code or load files that are not "
+        "marginclip's: --trust-code allows that",
+    )
     path = model_path or description.model_path
     require(path is not None, f"the artefact '{folder}' does not say where its model is: give --model FILE")
     require(
@@ -79,6 +88,20 @@ def _model(description: Description, folder: str, model_path: str | None, *, tru
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.eval().to(memory_format=torch.channels_last).to(device)
     return model
+
+
+def _odd_words(settings: Any) -> Iterator[str]:
+    """What can make more of settings than numbers and words, at any depth: keys of ``ODD_KEYS``, and interpolations."""
+    if isinstance(settings, str) and "${" in settings:
+        yield settings
+    elif isinstance(settings, Mapping):
+        for key, value in settings.items():
+            if key.startswith(ODD_KEYS):
+                yield key
+            yield from _odd_words(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _odd_words(value)
 
 
 def _scan(arguments: list[str]) -> int:

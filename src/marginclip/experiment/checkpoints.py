@@ -6,14 +6,13 @@ import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from marginclip.errors import UserError, require
+from marginclip.errors import UserError, first_line, require
 
 WRAPPING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 PREFIXES = ("module.", "model.", "net.", "network.", "backbone.", "_orig_mod.")
@@ -67,10 +66,10 @@ def _read(file: Path, told: str) -> Any:
             f"{told} was refused: it carries more than weights (loading it could run code) or is damaged; "
             "save its state_dict as safetensors instead"
         ) from error
-    except (EOFError, RuntimeError, OSError, BadZipFile, ValueError, KeyError) as error:
-        raise UserError(
-            f"{told} is truncated or no checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'})"
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch meets in a damaged file
+        raise UserError(f"{told} is truncated, damaged or no checkpoint ({first_line(error)})") from error
 
 
 def _unwrap(content: Any, told: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ class WholeCheckpoints(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *arguments: Any, **settings: Any) -> dict[str, Any]:
         try:
             found: dict[str, Any] = super().load_checkpoint(path, *arguments, **settings)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        except (MemoryError, FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # whatever torch meets in a damaged file
             raise UserError(
                 f"the checkpoint '{path}' is damaged ({first_line(error)}): remove it, and the same command begins anew"
             ) from error

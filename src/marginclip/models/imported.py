@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, nearest, require
 from marginclip.models.normalize import make_normalize
+
+PRIVATE = "marginclip_file_"  # how the names of files that are imported as modules begin
 
 
 class NormalizedNetwork(nn.Module):
@@ -53,7 +59,8 @@ def imported_model(
 ) -> nn.Module:
     """The network that the factory ``target`` makes from ``arguments``.
 
-    **Importing a module or a file runs its code**: name only what you trust.
+    **Importing a module or a file runs its code**: name only what you trust. A file is run once for each content, under a name of its own:
+    it takes the place of no other module.
 
     Args:
         num_classes: given to the factory where it takes an argument of this name and ``arguments`` does not say otherwise.
@@ -144,14 +151,23 @@ def _factory(target: str) -> Callable[..., Any]:
 
 
 def _from_file(file: Path) -> Any:
+    """The file as a module, run once for each content; its private name takes the place of no other module."""
     require(file.is_file(), f"'{file}' is not a file")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    place = os.path.abspath(file)
+    name = PRIVATE + hashlib.sha256(os.fsencode(place) + b"\0" + file.read_bytes()).hexdigest()[:16]
+    os.environ[name] = place
+    return importlib.import_module(name)
+
+
+class _Files(MetaPathFinder):
+    """Finds the files of :func:`_from_file` by their private names, for pickled networks in the processes of several devices, too."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        place = os.environ.get(name) if name.startswith(PRIVATE) else None
+        return None if place is None else importlib.util.spec_from_file_location(name, place)
+
+
+sys.meta_path.append(_Files())
 
 
 def _arguments_of(factory: Callable[..., Any]) -> set[str]:

@@ -4,8 +4,10 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,6 +20,7 @@ from marginclip.reporting.__main__ import main
 from marginclip.reporting.dashboard import write_dashboard
 from marginclip.reporting.dashboard.repeat import repeat_command
 from marginclip.reporting.dashboard.runs import read_runs
+from marginclip.reporting.dashboard.site import MARK
 from marginclip.reporting.dashboard.sweeps import read_sweeps
 from marginclip.reporting.dashboard.victims import victims
 
@@ -258,13 +261,102 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, synthetic, arg
     assert message in error and error.count("\n") == 1
 
 
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_an_earlier_dashboard_is_replaced_and_pictures_can_be_left_out(tmp_path, synthetic):
-    synthetic.write_runs(tmp_path / "runs", 2)
-    index = write_dashboard(tmp_path / "runs", tmp_path / "site")
-    (tmp_path / "site" / "run" / "of-before.html").write_text("")
-    assert write_dashboard(tmp_path / "runs", tmp_path / "site", pictures=False) == index
-    assert not (tmp_path / "site" / "run" / "of-before.html").exists()
+    runs, site = tmp_path / "runs", tmp_path / "site"
+    first, *_ = synthetic.write_runs(runs, 2)
+    index = write_dashboard(runs, site)
+    shutil.copytree(first, runs / "another")
+    assert write_dashboard(runs, site, pictures=False) == index
+    assert (site / "run" / "another.html").exists()
+    shutil.rmtree(runs / "another")
+    write_dashboard(runs, site)
+    assert not (site / "run" / "another.html").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "site"}
-    assert write_dashboard(tmp_path / "runs", tmp_path / "site", single_file=True).stat().st_size > 300_000
+    assert write_dashboard(runs, site, single_file=True).stat().st_size > 300_000
+    assert {path.name for path in site.iterdir()} == {"index.html", MARK}
     with pytest.raises(UserError, match=r"there is no run\.json"):
-        write_dashboard(tmp_path / "site", tmp_path / "other")
+        write_dashboard(site, tmp_path / "other")
+
+
+def test_a_page_in_a_folder_does_not_make_it_a_dashboard(tmp_path, synthetic):
+    synthetic.write_runs(tmp_path / "runs", 1)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "thesis.tex").write_text("years of work")
+    write_dashboard(tmp_path / "runs", tmp_path / "site" / "index.html")
+    for single_file in (False, True):
+        with pytest.raises(UserError, match="holds files that are no dashboard"):
+            write_dashboard(tmp_path / "runs", tmp_path / "site", single_file=single_file)
+    assert files(tmp_path / "site") == {"thesis.tex", "index.html"}
+
+
+def test_what_somebody_put_beside_the_pages_stays(tmp_path, synthetic):
+    synthetic.write_runs(tmp_path / "runs", 1)
+    site = tmp_path / "site"
+    write_dashboard(tmp_path / "runs", site)
+    own = {"notes.txt", "run/notes.txt", "mine/pages.html"}
+    (site / "mine").mkdir()
+    for name in own:
+        (site / name).write_text("mine")
+    write_dashboard(tmp_path / "runs", site)
+    write_dashboard(tmp_path / "runs", site, single_file=True)
+    assert files(site) == own | {"index.html", MARK}
+    (site / "pivot.html").write_text("mine")
+    with pytest.raises(UserError, match=r"holds 'pivot\.html', which is not of the dashboard"):
+        write_dashboard(tmp_path / "runs", site)
+    assert files(site) == own | {"index.html", "pivot.html", MARK}
+
+
+@pytest.mark.parametrize("content", ["", "thesis.tex", "1", "[1]"])
+def test_a_dashboard_without_a_list_of_its_files_is_left_alone(tmp_path, synthetic, content):
+    """That of an earlier version, whose folder can hold anything."""
+    synthetic.write_runs(tmp_path / "runs", 1)
+    (tmp_path / "site").mkdir()
+    for name in ("index.html", "thesis.tex"):
+        (tmp_path / "site" / name).write_text("")
+    (tmp_path / "site" / MARK).write_text(content)
+    with pytest.raises(UserError, match="holds a dashboard that does not list its files"):
+        write_dashboard(tmp_path / "runs", tmp_path / "site")
+    assert files(tmp_path / "site") == {"index.html", "thesis.tex", MARK}
+
+
+def test_a_list_that_leads_out_of_the_folder_removes_nothing_there(tmp_path, synthetic):
+    synthetic.write_runs(tmp_path / "runs", 1)
+    site, away = tmp_path / "site", tmp_path / "away"
+    for folder in (site, away):
+        folder.mkdir()
+    (away / "thesis.tex").write_text("years of work")
+    (site / "link").symlink_to(away)
+    (site / MARK).write_text(json.dumps(["../away/thesis.tex", str(away / "thesis.tex"), "link/thesis.tex", "", ".", ".."]))
+    write_dashboard(tmp_path / "runs", site)
+    assert (away / "thesis.tex").exists() and (site / "link").exists()
+
+
+def test_a_move_that_was_cut_off_is_finished_by_the_next(tmp_path, synthetic, monkeypatch):
+    synthetic.write_runs(tmp_path / "runs", 1)
+    site, moved, replace = tmp_path / "site", [], Path.replace
+
+    def cut(source, place):
+        moved.append(place)
+        if len(moved) == 5:
+            raise KeyboardInterrupt
+        return replace(source, place)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Path, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            write_dashboard(tmp_path / "runs", site)
+    write_dashboard(tmp_path / "runs", site)
+    whole = write_dashboard(tmp_path / "runs", tmp_path / "whole").parent
+    assert files(site) == files(whole)
+
+
+def test_the_dashboard_can_be_the_folder_of_the_command(tmp_path, synthetic, monkeypatch):
+    synthetic.write_runs(tmp_path / "runs", 1)
+    (tmp_path / "site").mkdir()
+    monkeypatch.chdir(tmp_path / "site")
+    for _ in range(2):
+        assert write_dashboard(tmp_path / "runs", Path()).exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from marginclip.errors import UserError, require
-from marginclip.files import write_whole
+from marginclip.files import partial_of, write_json, write_whole
 from marginclip.reporting.dashboard.overview import STATUSES, overview
 from marginclip.reporting.dashboard.pictures import sheet
 from marginclip.reporting.dashboard.run_page import figure, run_content
@@ -35,7 +34,7 @@ STYLE = "static/dashboard.css"
 PAGES = {"index": "Overview", "pivot": "Pivot", "runs": "Runs", "compare": "Compare", "victims": "Victims"}
 WITH_TABLE = ("pivot", "runs", "compare")
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
-MARK = ".marginclip-dashboard"
+MARK = ".marginclip-dashboard"  # in the folder of a dashboard: the names of its files, which alone are replaced
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def write_dashboard(runs_dir: Path, target: Path, *, single_file: bool = False, 
     """Write the dashboard of all runs below ``runs_dir``; returns the file to open.
 
     ``target`` is a folder, or a file whose name ends in ``.html``, which takes everything; with ``single_file`` a folder takes one file,
-    too. An earlier dashboard is replaced. Raises :class:`UserError` where there is no run to show, and where ``target`` is a folder that
-    holds something else.
+    too. The files of an earlier dashboard are replaced, and no others. Raises :class:`UserError` where there is no run to show, and where
+    ``target`` is a folder that holds something else.
     """
     require(runs_dir.is_dir(), f"there is no folder '{runs_dir}'")
     runs, unreadable = read_runs(runs_dir)
@@ -79,32 +78,24 @@ def write_dashboard(runs_dir: Path, target: Path, *, single_file: bool = False, 
         not target.exists() or target.is_dir(),
         f"--html must be a folder or a name that ends in .html, but '{target}' is a file",
     )
-    _refuse_foreign(target)
-    if single_file:
-        return _write_single(target / "index.html", runs_dir, runs, unreadable, pictures)
-    return _write_folder(target, runs_dir, runs, unreadable, pictures)
-
-
-def _refuse_foreign(target: Path) -> None:
-    foreign = target.is_dir() and any(target.iterdir()) and not (target / MARK).exists()
-    require(
-        not foreign,
-        f"--html='{target}' holds files that are no dashboard; give an empty folder, or one that does not exist yet",
-    )
+    _own_files(target)
+    return _write_folder(target, runs_dir, runs, unreadable, single_file, pictures)
 
 
 # -- a folder -----------------------------------------------------------------------------------------------------------------
 
 
-def _write_folder(target: Path, runs_dir: Path, runs: list[Run], unreadable: list[str], pictures: bool) -> Path:
-    partial_folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+def _write_folder(
+    target: Path, runs_dir: Path, runs: list[Run], unreadable: list[str], single_file: bool, pictures: bool
+) -> Path:
+    partial_folder = partial_of(target.absolute())
     try:
-        (partial_folder / "pictures").mkdir(parents=True)
-        (partial_folder / "run").mkdir()
-        _fill(partial_folder, runs_dir, runs, unreadable, pictures)
-        (partial_folder / MARK).write_text("")
-        shutil.rmtree(target, ignore_errors=True)
-        partial_folder.rename(target)
+        partial_folder.mkdir(parents=True)
+        if single_file:
+            _write_single(partial_folder / "index.html", runs_dir, runs, unreadable, pictures)
+        else:
+            _fill(partial_folder, runs_dir, runs, unreadable, pictures)
+        _move(partial_folder, target)
     except OSError as error:
         raise UserError(f"--html='{target}' cannot be written ({error.strerror or error})") from error
     finally:
@@ -112,8 +103,51 @@ def _write_folder(target: Path, runs_dir: Path, runs: list[Run], unreadable: lis
     return target / "index.html"
 
 
+def _own_files(target: Path) -> set[str]:
+    """The files of the dashboard in ``target``, as its mark lists them; raises :class:`UserError` where the folder holds something else."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return set()
+    require(
+        (target / MARK).exists(),
+        f"--html='{target}' holds files that are no dashboard; give an empty folder, or one that does not exist yet",
+    )
+    try:
+        names = json.loads((target / MARK).read_text())
+        files = {name: target / name for name in names if (target / name).is_file()}
+        return {name for name, file in files.items() if file.parent.resolve().is_relative_to(target.resolve())}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--html='{target}' holds a dashboard that does not list its files, as earlier versions wrote it; give another folder, or "
+            "remove this one where it holds nothing else"
+        ) from error
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move the files of ``source`` into ``target``, in the place of those of an earlier dashboard; nothing else is touched.
+
+    At any time the mark lists every file of either dashboard that is there.
+    """
+    old = _own_files(target)
+    new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    for name in sorted(new - old):
+        fault = f"--html='{target}' holds '{name}', which is not of the dashboard; give another folder"
+        require(not (target / name).exists(), fault)
+    write_json(target / MARK, sorted(old | new))
+    for name in sorted(new):
+        (target / name).parent.mkdir(exist_ok=True)
+        (source / name).replace(target / name)
+    for name in old - new:
+        (target / name).unlink(missing_ok=True)
+    for folder in {(target / name).parent for name in old - new} - {target}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    write_json(target / MARK, sorted(new))
+
+
 def _fill(folder: Path, runs_dir: Path, runs: list[Run], unreadable: list[str], pictures: bool) -> None:
     _write_assets(folder / "assets")
+    (folder / "pictures").mkdir()
+    (folder / "run").mkdir()
     environment, data = make_environment(Form(single=False)), dict[str, Any]()
     for page, png in _pages(environment, Form(single=False), runs_dir, runs, unreadable, pictures, data):
         root = "../" if "/" in page.name else ""
@@ -157,10 +191,7 @@ def _write_single(target: Path, runs_dir: Path, runs: list[Run], unreadable: lis
     text = environment.get_template("single.html").render(
         pages=pages, table=data["table"], scripts=[Markup(script) for script in scripts], style=Markup(style), policy=policy
     )
-    written = write_whole(target, lambda path: _write_text(path, text))
-    if target.name == "index.html":
-        (target.parent / MARK).write_text("")
-    return written
+    return write_whole(target, lambda path: _write_text(path, text))
 
 
 def _hash(text: str) -> str:
