@@ -1,11 +1,13 @@
 """An artefact from somebody else runs no code of theirs: whatever its settings name, and however deep, is refused before it is imported."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from marginclip.errors import UserError
-from marginclip.experiment.artefact_commands import main, open_artefact
+from marginclip.experiment.artefact_commands import OWN_MODELS, main, open_artefact
 from marginclip.service.artefact import Description
 
 CODE = """
@@ -92,3 +94,10 @@ def test_plain_settings_are_taken(tmp_path):
     """As far as the weights, which this artefact lacks."""
     with pytest.raises(UserError, match="is no complete safetensors file"):
         open_artefact(artefact(tmp_path, {"_target_": RESNET, "name": "small", "blocks": [1], "width": 4, "mean": None}))
+
+
+def test_every_model_of_ours_that_runs_no_other_code_needs_no_trust():
+    conf = Path(__file__).parents[2] / "conf" / "model"
+    options = {path.stem: yaml.safe_load(path.read_text()) for path in conf.glob("*.yaml")}
+    targets = {name: option["_target_"] for name, option in options.items()}
+    assert {name for name, target in targets.items() if target not in OWN_MODELS} == {"exported", "import"}

@@ -25,6 +25,9 @@ from marginclip.service.verdict import UNTESTED
 
 OWN_MODELS = (
     "marginclip.models.ResNet",
+    "marginclip.models.PreActResNet",
+    "marginclip.models.VGG",
+    "marginclip.models.ViT",
     "marginclip.models.TorchvisionModel",
     "marginclip.models.timm_model",
     "marginclip.models.huggingface_model",
