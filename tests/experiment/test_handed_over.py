@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from marginclip.cli import _as_options
+from marginclip.errors import UserError
 from marginclip.experiment import artefact_commands
 from marginclip.experiment.setup import build_setup
 from marginclip.experiment.victim import obtain_victim
@@ -85,6 +86,16 @@ def test_the_audit_names_the_target_and_writes_its_report(handed, tmp_path, conf
     assert told.startswith(content["verdict"]["headline"])
     assert "not tested:" in told
     assert (tmp_path / "out" / "audit.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("defense", ["finetune", "mmom", "auto", "none"])
+def test_an_audit_by_another_repair_than_mmac_is_refused_before_anything_is_read(tmp_path, configure_at, defense):
+    from marginclip.experiment.handed_over import audit_model
+
+    words = ["dataset=image_folder", "dataset.root=absent", "victim=checkpoint", "victim.path=absent.pt", f"defense={defense}"]
+    with pytest.raises(UserError) as caught:
+        audit_model(configure_at(tmp_path / "runs", *words), output=str(tmp_path / "out"), images_suspect=None, json=False)
+    assert str(caught.value) == f"marginclip audit repairs by MMAC: defense must be mmdf or mmac, got {defense}"
 
 
 def test_scanning_writes_a_row_for_every_image_and_a_summary(handed, repaired, tmp_path, capsys):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from marginclip.defenses import MMOM
+from marginclip.defenses import MMOM, FineTune
 from marginclip.defenses.choosing.evidence import Paired
 from marginclip.errors import UserError
 from marginclip.maxmargin import MaximumMarginTest
@@ -26,7 +26,7 @@ def look(clean, short):
 
     def look(model, **settings):
         return audit(
-            model, *clean, test=QUICK, mmac=short, mmom=MMOM(steps=4, check_every=2), **({"classes": NAMES} | settings)
+            model, *clean, **({"classes": NAMES, "test": QUICK, "mmac": short, "mmom": MMOM(steps=4, check_every=2)} | settings)
         )
 
     return look
@@ -156,6 +156,14 @@ def test_few_classes_and_wrong_names_are_refused(look, poisoned, clean):
     two = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
     with pytest.raises(UserError, match="needs at least 3 classes, got 2"):
         audit(two, clean[0], clean[1] % 2)
+
+
+@pytest.mark.parametrize("defense", [FineTune(epochs=1), MMOM(steps=4)])
+def test_a_repair_that_is_not_mmac_is_refused_at_once(look, poisoned, defense):
+    parts = []
+    with pytest.raises(UserError, match=rf"mmac must be an MMAC, such as MMAC\(steps=120\), got {type(defense).__name__}"):
+        look(poisoned, mmac=defense, progress=parts.append)
+    assert parts == []
 
 
 @pytest.mark.parametrize("test", [reach, warp_reach])

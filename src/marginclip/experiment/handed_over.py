@@ -22,7 +22,7 @@ from marginclip.experiment.groups import Settings
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
-from marginclip.experiment.stages import load_model, make_methods
+from marginclip.experiment.stages import Methods, load_model, make_methods
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
 from marginclip.locks import locked
@@ -57,7 +57,12 @@ def audit_model(
 
 
 def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
-    methods, setup, images, labels = _given(spec)
+    methods = make_methods(spec)
+    mmac = methods.defense
+    if not isinstance(mmac, MMAC):
+        name = "none" if spec.defense is None else spec.defense.choice.name
+        raise UserError(f"marginclip audit repairs by MMAC: defense must be mmdf or mmac, got {name}")
+    setup, images, labels = _given(spec, methods)
     suspects = (
         None
         if images_suspect is None
@@ -67,7 +72,7 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     def tell(part: str) -> None:
         _say(f"{part} ...")
 
-    speed, classes, mmac = measure(setup.model, images), len(setup.classes), methods.defense or MMAC(seed=spec.seed)
+    speed, classes = measure(setup.model, images), len(setup.classes)
     test = methods.test or MaximumMarginTest(seed=spec.seed)
     # Under the bounds one of the two once more: at most the warps, which are longer.
     reached = STARTS * (STEPS + 1 + 2 * (WARP_STEPS + 1))
@@ -81,7 +86,7 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     )
     _say(in_words(speed, usual, longest) + ", or less: MM-BD may end early")
     return audit(
-        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=methods.defense,
+        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=mmac,
         seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
     )  # fmt: skip
 
@@ -110,7 +115,7 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     if methods.defense is None or spec.defense is None:
         raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
     check_bounds(methods.defense, bounded=methods.defense.bounds_activations is not False)
-    methods, setup, images, labels = _given(spec)
+    setup, images, labels = _given(spec, methods)
     detector = spec.defense.detector
     folds = 2 if detector is None or detector.folds == 0 else detector.folds
     usual, longest = (
@@ -133,14 +138,13 @@ def _with_whole_path(settings: Settings) -> dict[str, Any]:
     return whole | ({"path": str(Path(whole["path"]).resolve())} if isinstance(whole.get("path"), str) else {})
 
 
-def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
-    """The methods, the setup with the model loaded, and the clean images on its device."""
+def _given(spec: RunSpec, methods: Methods) -> tuple[VictimSetup, Tensor, Tensor]:
+    """The setup with the model loaded, and the clean images on its device."""
     require(
         spec.from_checkpoint,
         "audit and repair take a model that exists: give victim.path=FILE, or a model that brings its weights, without victim=trained",
     )
     prepare_process(spec.trainer.threads)
-    methods = make_methods(spec)
     setup = build_setup(spec)
     if methods.defense is not None:
         methods.defense.check_model(setup.model, torch.zeros(1, *setup.splits.image_shape))
@@ -158,7 +162,7 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
             "the classes have %d to %d clean images. Such an uneven set costs accuracy like a small one, and causes more false alarms than "
             "theta promises. Put as many images of every class into dataset.root", fewest, most,
         )  # fmt: skip
-    return methods, setup, images.to(device_of(spec.trainer)), labels
+    return setup, images.to(device_of(spec.trainer)), labels
 
 
 def _trainers(spec: RunSpec, shown: str) -> Any:

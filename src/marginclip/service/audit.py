@@ -84,7 +84,7 @@ def audit(
     classes: tuple[str, ...] | None = None,
     suspect_images: Tensor | None = None,
     test: MaximumMarginTest | None = None,
-    mmac: Defense | None = None,
+    mmac: MMAC | None = None,
     mmom: Defense | None = None,
     folds: int = 2,
     seed: int = 0,
@@ -111,8 +111,13 @@ def audit(
         The verdict and what it rests on.
 
     Raises:
-        UserError: for a model or images that do not fit, and for fewer than 3 classes.
+        UserError: for a model or images that do not fit, for fewer than 3 classes, and for an ``mmac`` of another kind.
     """
+    repair = MMAC(seed=seed) if mmac is None else mmac
+    require(
+        isinstance(repair, MMAC),
+        f"an audit repairs by MMAC: mmac must be an MMAC, such as MMAC(steps=120), got {type(repair).__name__}",
+    )
     logits = clean_logits(model, images).cpu()
     labels = labels.cpu()
     check_clean_set(images, labels, logits.shape[1])
@@ -136,14 +141,14 @@ def audit(
     closest = stronger(reached, warped)
     correct = logits.argmax(1) == labels
     fitted = {}
-    for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", mmac or MMAC(seed=seed))):
+    for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", repair)):
         fitted[name] = clock.timed(
             f"{name} out of fold",
             lambda defense=defense: cross_fitted_logits(  # type: ignore[misc]
                 defense, model, images, labels, folds=folds, seed=seed, make_trainer=nested
             ),
         )
-    result = clock.timed("mmac", lambda: (mmac or MMAC(seed=seed)).fit(model, images, labels, make_trainer=nested))
+    result = clock.timed("mmac", lambda: repair.fit(model, images, labels, make_trainer=nested))
     again = warp_reach if closest is warped else reach
     under_bounds = clock.timed("reach under the bounds", lambda: again(result.network, images, labels, seed=seed))
     detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], statistic="both")
