@@ -166,6 +166,28 @@ def test_a_repair_that_is_not_mmac_is_refused_at_once(look, poisoned, defense):
     assert parts == []
 
 
+def test_the_detector_has_the_settings_that_are_given_and_the_report_says_its_theta(look, poisoned, found):
+    images, _ = quarters(40, seed=11)
+    loose = look(poisoned, suspect_images=torch.cat([images, triggered(images[:20])]), detector={"theta": 0.25}, folds=3)
+    assert loose.suspicious.flagged > found.suspicious.flagged
+    assert loose.verdict.reasons[-1].endswith("; 25 % of clean images are by chance.")
+    assert found.verdict.reasons[-1].endswith("; 0.5 % of clean images are by chance.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"theta": 5}, r"detector.theta must be in \(0, 1\), got 5"),
+        ({"tetha": 0.1}, "unknown setting detector.tetha; did you mean 'theta'?"),
+    ],
+)
+def test_wrong_settings_of_the_detector_are_told_at_once(look, poisoned, settings, message):
+    parts = []
+    with pytest.raises(UserError, match=message):
+        look(poisoned, detector=settings, progress=parts.append)
+    assert parts == []
+
+
 @pytest.mark.parametrize("test", [reach, warp_reach])
 def test_images_of_one_class_are_not_enough(test, poisoned, clean):
     with pytest.raises(UserError, match="all clean images are of class 0: an audit needs images of other classes"):

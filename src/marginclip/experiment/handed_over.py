@@ -18,7 +18,7 @@ from marginclip.defenses import MMAC, MMOM
 from marginclip.defenses.clipping.passes import Passes, passes_with_folds
 from marginclip.defenses.clipping.tolerance import check_tolerance
 from marginclip.errors import UserError, require
-from marginclip.experiment.groups import Settings
+from marginclip.experiment.groups import DetectorSpec, Settings
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
@@ -58,10 +58,7 @@ def audit_model(
 
 def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     methods = make_methods(spec)
-    mmac = methods.defense
-    if not isinstance(mmac, MMAC):
-        name = "none" if spec.defense is None else spec.defense.choice.name
-        raise UserError(f"marginclip audit repairs by MMAC: defense must be mmdf or mmac, got {name}")
+    mmac, test, detector = _parts_of_audit(spec, methods)
     setup, images, labels = _given(spec, methods)
     suspects = (
         None
@@ -73,22 +70,42 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
         _say(f"{part} ...")
 
     speed, classes = measure(setup.model, images), len(setup.classes)
-    test = methods.test or MaximumMarginTest(seed=spec.seed)
     # Under the bounds one of the two once more: at most the warps, which are longer.
     reached = STARTS * (STEPS + 1 + 2 * (WARP_STEPS + 1))
     searched = Passes(backward=(test.starts * (test.steps + 1) + reached) * classes)
     usual, longest = (
         sum(
-            (found for each in (mmac, MMOM()) if (found := passes_with_folds(each, len(images), classes, 2, longest=extra))),
+            (
+                found
+                for each in (mmac, MMOM())
+                if (found := passes_with_folds(each, len(images), classes, detector.folds, longest=extra))
+            ),
             searched,
         )
         for extra in (False, True)
     )
     _say(in_words(speed, usual, longest) + ", or less: MM-BD may end early")
     return audit(
-        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=mmac,
-        seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
+        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=test, mmac=mmac,
+        detector=detector.settings, folds=detector.folds, seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
     )  # fmt: skip
+
+
+def _parts_of_audit(spec: RunSpec, methods: Methods) -> tuple[MMAC, MaximumMarginTest, DetectorSpec]:
+    """What the audit repairs, tests and looks at images with. Raises :class:`UserError`, before anything is read, for other ones."""
+    defense, test = methods.defense, methods.test
+    if spec.defense is None or not isinstance(defense, MMAC):
+        name = "none" if spec.defense is None else spec.defense.choice.name
+        raise UserError(f"marginclip audit repairs by MMAC: defense must be mmdf or mmac, got {name}")
+    if not isinstance(test, MaximumMarginTest):
+        name = "none" if spec.detect is None else spec.detect.name
+        raise UserError(f"marginclip audit tests by MM-BD: detect must be mmbd, got {name}")
+    detector = spec.defense.detector or DetectorSpec(statistic="both")
+    require(
+        detector.folds >= 2,
+        f"defense.detector.folds must be at least 2, got {detector.folds}: an audit judges each image by a repair that never saw it",
+    )
+    return defense, test, detector
 
 
 def repair_model(spec: RunSpec, *, output: str, tolerance: float | None, json: bool, memory_gib: float | None = None) -> str:

@@ -17,6 +17,7 @@ from marginclip.defenses.choosing.auto import Clock
 from marginclip.defenses.choosing.evidence import compare
 from marginclip.errors import require
 from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarginTest
+from marginclip.maxmargin.detector import check_settings
 from marginclip.metrics import Reliability
 from marginclip.networks.copies import own_copy
 from marginclip.networks.logits import batched_logits, check_clean_set, check_images, clean_logits
@@ -86,6 +87,7 @@ def audit(
     test: MaximumMarginTest | None = None,
     mmac: MMAC | None = None,
     mmom: Defense | None = None,
+    detector: Mapping[str, Any] | None = None,
     folds: int = 2,
     seed: int = 0,
     make_trainer: TrainerFactory = silent_trainer,
@@ -102,6 +104,7 @@ def audit(
         test: the settings of MM-BD. None: the shipped ones.
         mmac: the repair against backdoors. None: the shipped settings.
         mmom: the repair of imbalance. None: the shipped settings.
+        detector: settings of the detector that looks at ``suspect_images``, as for :meth:`Artefact.fit`.
         folds: parts of the clean set; images of one are decided by a repair that was learned from the others.
         seed: of everything that is drawn.
         make_trainer: makes the Lightning Trainer for a number of epochs.
@@ -118,6 +121,8 @@ def audit(
         isinstance(repair, MMAC),
         f"an audit repairs by MMAC: mmac must be an MMAC, such as MMAC(steps=120), got {type(repair).__name__}",
     )
+    settings = {"statistic": "both"} | dict(detector or {})
+    check_settings(settings)
     logits = clean_logits(model, images).cpu()
     labels = labels.cpu()
     check_clean_set(images, labels, logits.shape[1])
@@ -151,7 +156,6 @@ def audit(
     result = clock.timed("mmac", lambda: repair.fit(model, images, labels, make_trainer=nested))
     again = warp_reach if closest is warped else reach
     under_bounds = clock.timed("reach under the bounds", lambda: again(result.network, images, labels, seed=seed))
-    detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], statistic="both")
     changed = logits.argmax(1) != fitted["mmac"].argmax(1)
     found = Findings(
         images=len(images), classes=count, accuracy=float(correct.float().mean()),
@@ -161,7 +165,10 @@ def audit(
         changed_to=fitted["mmac"].argmax(1)[changed].bincount(minlength=count).tolist(),
         smallest_class=int(labels.bincount(minlength=count).min()), largest_class=int(labels.bincount(minlength=count).max()),
     )  # fmt: skip
-    suspicious, flagged_images = (None, None) if suspect_images is None else _look_at(detector, suspect_images, count)
+    suspicious = flagged_images = None
+    if suspect_images is not None:
+        found_by = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], **settings)
+        suspicious, flagged_images = _look_at(found_by, suspect_images, count)
     verdict = judge(found, margins, reached, warped, under_bounds, names, suspicious)
     reliability = Reliability()
     reliability.update(logits.softmax(1), labels)
@@ -191,4 +198,4 @@ def _look_at(detector: MarginDropDetector, images: Tensor, count: int) -> tuple[
     most = (
         detection.statistic.cpu().masked_fill(~flagged, float("-inf")).argsort(descending=True)[: min(24, int(flagged.sum()))]
     )
-    return Suspicious(len(images), int(flagged.sum()), decisions.tolist()), images[most.to(images.device)].cpu()
+    return Suspicious(len(images), int(flagged.sum()), decisions.tolist(), detector.theta), images[most.to(images.device)].cpu()
