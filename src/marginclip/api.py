@@ -12,7 +12,7 @@ from marginclip.defenses import MMAC, MMBM, MMOM, Auto, Defense
 from marginclip.defenses.clipping.tolerance import check_tolerance, hold, keeps_bounds, tell
 from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import nearest, require
-from marginclip.networks.logits import clean_logits, warn_if_poor
+from marginclip.networks.logits import class_numbers, clean_logits, warn_if_poor
 from marginclip.networks.tracing import check_traceable
 from marginclip.precision import precision_for
 from marginclip.silence import silent_trainer
@@ -35,7 +35,7 @@ def repair(
     Args:
         model: any torch network that torch.fx or torch.export can trace, takes images in [0, 1] and gives logits; it is not changed.
         images: clean images (N, C, H, W) in [0, 1], about 50 of every class, which the model was not trained on.
-        labels: their classes (N,), int64.
+        labels: their classes (N,), whole numbers.
         method: ``mmac`` (backdoors), ``mmom`` (imbalance and over-training), ``mmbm``, or ``auto``, which tells from the clean
             images which of the first two is needed, if any. None: ``mmac``.
         defense: an object with other settings instead of ``method``, such as ``MMAC(steps=120)``.
@@ -56,6 +56,7 @@ def repair(
     require(method in METHODS, f"method must be one of {', '.join(METHODS)}, got '{method}'{nearest(str(method), METHODS)}")
     check_tolerance(tolerance)
     check_traceable(model)
+    labels = class_numbers(labels)
     warn_if_poor(model, images, labels)
     chosen: Defense = METHODS[method]() if defense is None else defense
     numeric = precision_for(precision)

@@ -44,6 +44,11 @@ def test_repairs_with_weights_or_offsets_are_kept_whole(poisoned, clean, short, 
     assert read_artefact(tmp_path / "kept").changes_weights == (kind == "weights")
 
 
+def test_labels_can_be_int32(artefact, poisoned, clean, short):
+    images, labels = clean
+    same(artefact, Artefact.fit(poisoned, images, labels.int(), defense=short), images)
+
+
 def test_the_digest_is_that_of_the_weights(poisoned, honest):
     again = trained(poisoned=True)
     assert model_digest(again) == model_digest(poisoned) != model_digest(honest)

@@ -166,6 +166,14 @@ def test_a_repair_that_is_not_mmac_is_refused_at_once(look, poisoned, defense):
     assert parts == []
 
 
+def test_labels_can_be_int32_but_no_list(look, poisoned, found, clean, short):
+    images, labels = clean
+    settings = {"test": QUICK, "mmac": short, "mmom": MMOM(steps=4, check_every=2), "classes": NAMES}
+    assert audit(poisoned, images, labels.int(), **settings).found == found.found
+    with pytest.raises(UserError, match="labels must be a torch tensor, got list"):
+        audit(poisoned, images, labels.tolist(), **settings)
+
+
 def test_the_detector_has_the_settings_that_are_given_and_the_report_says_its_theta(look, poisoned, found):
     images, _ = quarters(40, seed=11)
     loose = look(poisoned, suspect_images=torch.cat([images, triggered(images[:20])]), detector={"theta": 0.25}, folds=3)

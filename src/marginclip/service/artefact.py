@@ -25,7 +25,7 @@ from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError, require
 from marginclip.files import bytes_writer, json_writer, tensor_bytes, write_all_whole
 from marginclip.maxmargin import Detection, MarginDropDetector
-from marginclip.networks.logits import check_images, clean_logits
+from marginclip.networks.logits import check_images, class_numbers, clean_logits
 from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
 
@@ -117,7 +117,7 @@ class Artefact:
         Args:
             model: the classifier; it is not changed.
             images: clean images (N, C, H, W) in [0, 1], about 50 of every class.
-            labels: their classes (N,), int64.
+            labels: their classes (N,), whole numbers.
             defense: the repair. None: MMAC.
             classes: the names of the classes, in the order of the logits. None: their numbers.
             folds: further repairs, each of which leaves a part of the images out; the detector's null comes from them.
@@ -138,7 +138,7 @@ class Artefact:
         check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense
         check_bounds(defense, bounded=defense.bounds_activations is not False)
-        given = clean_logits(model, images).cpu()
+        given, labels = clean_logits(model, images).cpu(), class_numbers(labels)
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
         result = defense.fit(model, images, labels, make_trainer=make_trainer)

@@ -20,7 +20,7 @@ from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarg
 from marginclip.maxmargin.detector import check_settings
 from marginclip.metrics import Reliability
 from marginclip.networks.copies import own_copy
-from marginclip.networks.logits import batched_logits, check_clean_set, check_images, clean_logits
+from marginclip.networks.logits import batched_logits, check_clean_set, check_images, class_numbers, clean_logits
 from marginclip.service.reach import reach, warp_reach
 from marginclip.service.verdict import Findings, Suspicious, Verdict, judge, stronger
 from marginclip.silence import nested_trainers, silent_trainer
@@ -98,7 +98,7 @@ def audit(
     Args:
         model: the classifier; it is not changed.
         images: clean images (N, C, H, W) in [0, 1], out of an attacker's reach, about 50 of every class.
-        labels: their classes (N,), int64.
+        labels: their classes (N,), whole numbers.
         classes: the names of the classes, in the order of the logits. None: their numbers.
         suspect_images: images (M, C, H, W) from use, without labels: the detector says which of them it flags.
         test: the settings of MM-BD. None: the shipped ones.
@@ -124,8 +124,9 @@ def audit(
     settings = {"statistic": "both"} | dict(detector or {})
     check_settings(settings)
     logits = clean_logits(model, images).cpu()
-    labels = labels.cpu()
+    labels = class_numbers(labels)
     check_clean_set(images, labels, logits.shape[1])
+    labels = labels.cpu()
     count = logits.shape[1]
     names = classes or tuple(str(number) for number in range(count))
     require(count >= 3, f"an audit compares each class with the others and needs at least 3 classes, got {count}")
