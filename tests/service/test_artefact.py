@@ -49,6 +49,13 @@ def test_labels_can_be_int32(artefact, poisoned, clean, short):
     same(artefact, Artefact.fit(poisoned, images, labels.int(), defense=short), images)
 
 
+def test_images_of_another_size_are_refused(artefact):
+    for shape in ((1, 9, 8), (3, 8, 8)):
+        shown = " x ".join(map(str, shape))
+        with pytest.raises(UserError, match=rf"images must be of 1 x 8 x 8 \(channels, height, width\), .*, got {shown}"):
+            artefact(torch.rand(2, *shape))
+
+
 def test_the_digest_is_that_of_the_weights(poisoned, honest):
     again = trained(poisoned=True)
     assert model_digest(again) == model_digest(poisoned) != model_digest(honest)

@@ -74,7 +74,8 @@ class Description(BaseModel):
 class Artefact:
     """A model with its repair and detector, ready to decide about images; :meth:`save` keeps the repair in a folder.
 
-    Called with images (N, C, H, W) in [0, 1] it returns a :class:`~marginclip.maxmargin.Detection`. :meth:`fit` makes one.
+    Called with images (N, C, H, W) in [0, 1], of ``image_shape``, it returns a :class:`~marginclip.maxmargin.Detection`. :meth:`fit`
+    makes one.
 
     Args:
         model: the classifier as it was given.
@@ -168,6 +169,10 @@ class Artefact:
     def logits(self, images: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """The logits (N, K) of the model and of its repair for images (N, C, H, W) in [0, 1], however many."""
         check_images(images)
+        shown, taken = (" x ".join(str(side) for side in shape) for shape in (images.shape[1:], self.image_shape))
+        require(
+            shown == taken, f"images must be of {taken} (channels, height, width), as the artefact was made with, got {shown}"
+        )
         device = next((parameter.device for parameter in self.network.parameters()), images.device)
         parts = [self.served(batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
         model, repaired = (torch.cat([part[place].float() for part in parts]) for place in (0, 1))
