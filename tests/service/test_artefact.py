@@ -1,12 +1,14 @@
 """An artefact keeps a repair: the same decisions after loading, and a clear refusal of what does not belong together."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
-from marginclip.defenses import MMOM, AscentPlan, MMACFineTune, StaticClip
+from marginclip.defenses import MMOM, AscentPlan, Auto, MMACFineTune, StaticClip
 from marginclip.errors import UserError
+from marginclip.maxmargin import MaximumMarginTest
 from marginclip.service import Artefact, model_digest, read_artefact
 
 from .conftest import quarters, trained, triggered
@@ -128,6 +130,14 @@ def test_an_artefact_of_a_later_version_is_refused(artefact, poisoned, tmp_path)
     (folder / "artefact.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="of another version"):
         Artefact.load(folder, poisoned)
+
+
+def test_an_automatic_choice_that_finds_nothing_says_so(honest, clean):
+    auto = Auto(mmom=partial(MMOM, steps=2, check_every=1), detection=partial(MaximumMarginTest, starts=1, steps=2, alpha=1e-9))
+    with pytest.raises(
+        UserError, match=r"automatic choice leaves this model without bounds \(no fault shows: .*\), and an artefact keeps"
+    ):
+        Artefact.fit(honest, *clean, defense=auto)
 
 
 def test_a_repair_without_bounds_cannot_be_kept(poisoned, clean):

@@ -131,7 +131,7 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     methods = make_methods(spec)
     if methods.defense is None or spec.defense is None:
         raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
-    check_bounds(methods.defense, bounded=methods.defense.bounds_activations is not False)
+    check_bounds(methods.defense)
     setup, images, labels = _given(spec, methods)
     detector = spec.defense.detector
     folds = 2 if detector is None or detector.folds == 0 else detector.folds

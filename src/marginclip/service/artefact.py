@@ -134,18 +134,23 @@ class Artefact:
             The artefact.
 
         Raises:
-            UserError: for images, labels or models that do not fit, and for a method whose result has no bounds.
+            UserError: for images, labels or models that do not fit, and for a method whose result has no bounds, as of ``Auto`` where it
+                finds no fault.
         """
         check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense
-        check_bounds(defense, bounded=defense.bounds_activations is not False)
+        check_bounds(defense)
         given, labels = clean_logits(model, images).cpu(), class_numbers(labels)
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
         result = defense.fit(model, images, labels, make_trainer=make_trainer)
         network = result.network
-        check_bounds(defense, bounded=isinstance(network, BoundedNetwork))
-        assert isinstance(network, BoundedNetwork)
+        if not isinstance(network, BoundedNetwork):
+            why = f" ({result.findings['reason']})" if "reason" in result.findings else ""
+            raise UserError(
+                f"{defense.label} leaves this model without bounds{why}, and an artefact keeps bounds: to bound it all the same, use mmac, "
+                "mmdf or mmom"
+            )
         others = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
         fixed = keeps_bounds(defense)
         cost = hold(network, others, images, labels, given, tolerance=tolerance, keep_bounds=fixed)
@@ -248,9 +253,12 @@ class Artefact:
         return {} if same else own
 
 
-def check_bounds(defense: Defense, *, bounded: bool) -> None:
-    """Raise :class:`UserError` where a defense is not ``bounded``: an artefact keeps bounds."""
-    require(bounded, f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
+def check_bounds(defense: Defense) -> None:
+    """Raise :class:`UserError` for a defense that never bounds activations: an artefact keeps bounds."""
+    require(
+        defense.bounds_activations is not False,
+        f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom",
+    )
 
 
 def read_artefact(folder: str | Path) -> Description:
