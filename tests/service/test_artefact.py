@@ -1,6 +1,7 @@
 """An artefact keeps a repair: the same decisions after loading, and a clear refusal of what does not belong together."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -138,6 +139,30 @@ def test_an_automatic_choice_that_finds_nothing_says_so(honest, clean):
         UserError, match=r"automatic choice leaves this model without bounds \(no fault shows: .*\), and an artefact keeps"
     ):
         Artefact.fit(honest, *clean, defense=auto)
+
+
+def test_an_artefact_without_facts_decides_and_is_not_saved(artefact, clean, tmp_path):
+    bare = replace(artefact, facts={})
+    same(artefact, bare, clean[0])
+    with pytest.raises(
+        UserError, match=r"it lacks method, clean_images, accuracy, repaired_accuracy as artefact.json holds them"
+    ):
+        bare.save(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model_pth": "x"}, TypeError, "model_pth"),
+        ({"detector": {"theta": 5}}, UserError, r"detector.theta must be in \(0, 1\), got 5"),
+        ({"detector": {"tetha": 0.1}}, UserError, "unknown setting detector.tetha; did you mean 'theta'?"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_repaired(poisoned, clean, monkeypatch, settings, error, message):
+    monkeypatch.setattr(StaticClip, "fit", lambda *_, **__: pytest.fail("a repair was made"))
+    with pytest.raises(error, match=message):
+        Artefact.fit(poisoned, *clean, defense=StaticClip(), **settings)
 
 
 def test_a_repair_without_bounds_cannot_be_kept(poisoned, clean):

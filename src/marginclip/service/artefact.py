@@ -25,6 +25,7 @@ from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError, require
 from marginclip.files import bytes_writer, json_writer, tensor_bytes, write_all_whole
 from marginclip.maxmargin import Detection, MarginDropDetector
+from marginclip.maxmargin.detector import check_settings
 from marginclip.networks.logits import check_images, class_numbers, clean_logits
 from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
@@ -83,7 +84,8 @@ class Artefact:
         detector: of the two.
         classes: the names of the classes, in the order of the logits.
         image_shape: (C, H, W) of the images.
-        facts: further entries of :class:`Description`.
+        facts: further entries of :class:`Description`, as :meth:`fit` makes them; :meth:`save` needs ``method``, ``clean_images``,
+            ``accuracy`` and ``repaired_accuracy``.
         model_settings: how the architecture was made, where it came from a command line.
         model_path: where the weights were read from, the same.
     """
@@ -111,7 +113,8 @@ class Artefact:
         make_trainer: TrainerFactory = silent_trainer,
         detector: Mapping[str, Any] | None = None,
         tolerance: float | None = None,
-        **origin: Any,
+        model_settings: Mapping[str, Any] | None = None,
+        model_path: str | None = None,
     ) -> Artefact:
         """Repair a model and fit the detector.
 
@@ -128,7 +131,8 @@ class Artefact:
                 a ``statistic`` it is ``both``.
             tolerance: points of accuracy that the repair may cost on images that it has not seen: bounds are relaxed where it costs
                 more (:func:`~marginclip.defenses.clipping.tolerance.hold`). None never relaxes them.
-            **origin: ``model_settings`` and ``model_path`` of the artefact.
+            model_settings: how the architecture was made, where it came from a command line.
+            model_path: where the weights were read from, the same.
 
         Returns:
             The artefact.
@@ -140,6 +144,8 @@ class Artefact:
         check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense
         check_bounds(defense)
+        settings = {"statistic": "both"} | dict(detector or {})
+        check_settings(settings)
         given, labels = clean_logits(model, images).cpu(), class_numbers(labels)
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
@@ -155,15 +161,13 @@ class Artefact:
         fixed = keeps_bounds(defense)
         cost = hold(network, others, images, labels, given, tolerance=tolerance, keep_bounds=fixed)
         tell(cost, tolerance, keep_bounds=fixed)
-        fitted = MarginDropDetector.from_logits(
-            model, network, given, cost.logits, **{"statistic": "both"} | dict(detector or {})
-        )
+        fitted = MarginDropDetector.from_logits(model, network, given, cost.logits, **settings)
         facts = {
             "method": defense.label, "clean_images": len(images), "accuracy": cost.before, "repaired_accuracy": cost.after,
             "findings": dict(result.findings) | {"relaxed_for_tolerance": cost.relaxed},
         }  # fmt: skip
         channels, height, width = images.shape[1:]
-        return cls(model, network, fitted, names, (channels, height, width), facts, **origin)
+        return cls(model, network, fitted, names, (channels, height, width), facts, model_settings, model_path)
 
     @cached_property
     def served(self) -> PairedNetwork | NetworkPair:
@@ -188,7 +192,10 @@ class Artefact:
         return self.detector.decide(*self.logits(images))
 
     def save(self, folder: str | Path) -> Path:
-        """Write the two files of the artefact into ``folder``: an older artefact there stays until both are written whole."""
+        """Write the two files of the artefact into ``folder``: an older artefact there stays until both are written whole.
+
+        Raises :class:`UserError` for ``facts`` that are not those of :meth:`fit`.
+        """
         folder, network = Path(folder), self.network
         changed = self._own_weights()
         tensors = {f"bounds/{name}": value for name, value in network.bounds_state().items()}
@@ -196,14 +203,20 @@ class Artefact:
         tensors |= {"null/statistics": self.detector.clean_drops, "null/margins": self.detector.clean_margins}
         content = tensor_bytes(tensors)
         threshold = self.detector.threshold
-        description = Description(
-            classes=list(self.classes), image_shape=self.image_shape,
-            model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
-            model_digest=model_digest(self.model), tensors_digest=hashlib.sha256(content).hexdigest(),
-            sites=[name for name, _ in network.each()], channel_axis=network.channel_axis, changes_weights=bool(changed),
-            detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
-            threshold=threshold if threshold < float("inf") else None, **self.facts,
-        )  # fmt: skip
+        try:
+            description = Description(
+                classes=list(self.classes), image_shape=self.image_shape,
+                model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
+                model_digest=model_digest(self.model), tensors_digest=hashlib.sha256(content).hexdigest(),
+                sites=[name for name, _ in network.each()], channel_axis=network.channel_axis, changes_weights=bool(changed),
+                detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
+                threshold=threshold if threshold < float("inf") else None, **self.facts,
+            )  # fmt: skip
+        except ValidationError as error:
+            places = ", ".join(dict.fromkeys(str(each["loc"][0]) for each in error.errors()))
+            raise UserError(
+                f"the artefact cannot be saved: it lacks {places} as {DESCRIPTION} holds them; Artefact.fit gives these facts"
+            ) from error
         write_all_whole({
             folder / TENSORS: bytes_writer(content),
             folder / DESCRIPTION: json_writer(description.model_dump(mode="json")),
