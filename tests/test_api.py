@@ -57,6 +57,13 @@ def test_methods_are_the_papers(net, clean, method):
     assert isinstance(marginclip.repair(net, images, labels, method=method), BoundedNetwork)
 
 
+def test_labels_can_be_int32(net, clean):
+    images, labels = clean
+    defense = marginclip.MMAC(steps=2, extra_steps=0, check_every=1)
+    short, long = (marginclip.repair(net, images, labels.to(kind), defense=defense) for kind in (torch.int32, torch.int64))
+    assert torch.equal(short(images), long(images))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

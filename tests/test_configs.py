@@ -284,13 +284,13 @@ def folder_experiments():
     return [name for name, source in sources.items() if source.endswith("ImageFolder")]
 
 
-@pytest.mark.parametrize("defense", ["mmdf", "mmac", "mmom"])
-def test_marginclip_repair_detects_by_both_statistics(defense):
+@pytest.mark.parametrize(("command", "defense"), [("repair", name) for name in ("mmdf", "mmac", "mmom")] + [("audit", "mmdf")])
+def test_audit_and_repair_detect_by_both_statistics(command, defense):
     """Also where the defense names no detector; ``defense.detector.statistic=drop`` is the papers'."""
 
     def detector(*overrides):
-        config = composed("repair", "victim.path=model.safetensors", "dataset.root=clean", f"defense={defense}", *overrides)
-        own = ("output", "tolerance", "json", "memory_gib")  # of the command itself
+        config = composed(command, "victim.path=model.safetensors", "dataset.root=clean", f"defense={defense}", *overrides)
+        own = ("output", "tolerance", "images_suspect", "json", "memory_gib")  # of the command itself
         return run_spec({key: value for key, value in plain(config).items() if key not in own}).defense.detector
 
     assert detector().settings["statistic"] == "both"

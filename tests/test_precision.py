@@ -20,6 +20,16 @@ def test_bf16_needs_the_processor_and_the_library(monkeypatch, processor, librar
     assert precision.precision_for("auto", accelerator="cpu") == wanted
 
 
+@pytest.mark.parametrize(("hardware", "wanted"), [(True, "bf16-mixed"), (False, "16-mixed")])
+def test_a_gpu_that_emulates_bf16_computes_in_fp16(monkeypatch, hardware, wanted):
+    def supported(including_emulation=True):  # as torch says it of a V100 or T4
+        return hardware or including_emulation
+
+    monkeypatch.setattr(precision, "gpu_wanted", lambda accelerator: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert precision.precision_for("auto") == wanted
+
+
 def test_a_onednn_that_is_held_to_avx2_computes_in_fp32(program, tmp_path):
     """Bf16 in software would be five times as slow."""
     done = program(["-c", PRINT], cwd=tmp_path, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})

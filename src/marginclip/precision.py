@@ -11,7 +11,7 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 def precision_for(choice: str, *, accelerator: str = "auto") -> str:
-    """Lightning's name of the precision; ``auto`` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU.
+    """Lightning's name of the precision; ``auto`` is bf16 where the device has it in hardware, else fp16 on a GPU and fp32 on a CPU.
 
     ``accelerator`` is the Trainer's: with ``cpu`` a GPU of the machine does not count.
     """
@@ -19,7 +19,8 @@ def precision_for(choice: str, *, accelerator: str = "auto") -> str:
     if choice != "auto":
         return choice
     if gpu_wanted(accelerator):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs compute it in software, slowly
+        return "bf16-mixed" if hardware else "16-mixed"
     return "bf16-mixed" if _cpu_has_bf16() else "32-true"
 
 

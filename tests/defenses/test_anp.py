@@ -33,6 +33,16 @@ def changed_by_hand(model, masks, noise):
     return changed
 
 
+def test_one_image_a_class_leaves_nothing_to_learn_from(victim, clean):
+    images, labels = clean
+    with pytest.raises(
+        UserError, match=r"ANP has nothing to learn from: defense.held_out_share=0.2 takes at least one clean image"
+    ):
+        ANP(**SHORT).fit(victim, images[:4], labels[:4])
+    ANP(**SHORT, threshold=0.2).fit(victim, images[:4], labels[:4])
+    ANP(**SHORT).fit(victim, images[:5], labels[:5])
+
+
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_loss_is_that_of_networks_changed_by_hand(victim, clean, batch_norm):
     defense = prepared(victim, clean, batch_norm=batch_norm, threshold=0.5)

@@ -91,6 +91,13 @@ def test_model_that_was_given_is_left_as_it_was(victim, clean, overrides):
     assert_same(before, fingerprint(victim))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_labels_can_be_whole_numbers_of_any_type(victim, clean, option):
+    images, labels = clean
+    short, long = (make([option]).fit(victim, images, labels.to(kind)).network for kind in (torch.int16, torch.int64))
+    assert torch.equal(short(images), long(images))
+
+
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_repaired_is_another_module_that_shares_no_memory(victim, clean, overrides):
     repaired = make(overrides).fit(victim, *clean).network

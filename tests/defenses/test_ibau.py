@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.plugins import MixedPrecision
 
 from marginclip.defenses import IBAU
 from marginclip.defenses.weights.ibau import fixed_point_hypergradient
 from marginclip.errors import UserError
+from marginclip.silence import silent_trainer
 
 
 @pytest.fixture
@@ -136,6 +139,20 @@ def test_batch_norm_statistics_stay_and_weights_move(victim, clean, fit):
 def test_mixed_precision_changes_nothing(victim, clean, fit):
     one, other = (fit(IBAU(rounds=1, batch_size=8), victim, clean, precision=name) for name in ("32-true", "bf16-mixed"))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_fp16_with_its_scaled_gradients_changes_nothing(victim, clean, fit):
+    fp16 = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+
+    def make_trainer(epochs):
+        return silent_trainer(epochs, accelerator="cpu", plugins=[LightningEnvironment(), fp16])
+
+    defense = IBAU(rounds=1, batch_size=8)
+    half = defense.fit(victim, *clean, make_trainer=make_trainer).network
+    assert defense.trainer.global_step == 3  # of 24 images: what a checkpoint counts
+    whole = fit(IBAU(rounds=1, batch_size=8), victim, clean, precision="32-true")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(half.state_dict()[name], value, atol=1e-7, rtol=1e-6)
 
 
 def test_interrupted_is_the_uninterrupted(victim, clean, fit, interrupted_and_resumed):

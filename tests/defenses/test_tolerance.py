@@ -1,13 +1,14 @@
 """A tolerance in points of accuracy, held on images that a repair has not seen; against a loop that relaxes and counts by hand."""
 
 import logging
+import re
 
 import pytest
 import torch
 
 import marginclip
 from marginclip.clipping import activation_extremes
-from marginclip.defenses import MMAC, AscentPlan, BoundStart, FineTune, StaticClip
+from marginclip.defenses import MMAC, MMOM, AscentPlan, Auto, BoundStart, FineTune, MMACFineTune, StaticClip
 from marginclip.defenses.clipping.tolerance import hold, keeps_bounds
 from marginclip.defenses.cross_fitting import cross_fitted, stratified_folds
 from marginclip.errors import UserError
@@ -102,8 +103,25 @@ def test_published_schedules_keep_their_bounds(victim, clean):
     exact = MMAC(steps=2, check_every=1, keep="last", start=TIGHT, ascent=plan)
     assert keeps_bounds(exact)
     assert not keeps_bounds(MMAC())
-    one, other = (marginclip.repair(victim, *clean, defense=exact, tolerance=tolerance) for tolerance in (None, 0.0))
+    one, other = (marginclip.repair(victim, *clean, defense=exact, tolerance=tolerance) for tolerance in (None, "auto"))
     assert all(torch.equal(value, other.bounds_state()[name]) for name, value in one.bounds_state().items())
+
+
+@pytest.mark.parametrize("defense", [MMAC(keep="last"), MMOM(), Auto(), FineTune()])
+def test_a_tolerance_that_a_method_does_not_hold_is_refused(victim, clean, defense, monkeypatch):
+    monkeypatch.setattr(type(defense), "fit", lambda *_, **__: pytest.fail("a repair was made"))
+    message = f"{defense.label} does not relax bounds, so that tolerance=0.5 has no effect: leave it out"
+    with pytest.raises(UserError, match=re.escape(message)):
+        marginclip.repair(victim, *clean, defense=defense, tolerance=0.5)
+
+
+def test_a_result_without_bounds_holds_no_tolerance_and_a_warning_says_so(victim, clean, caplog):
+    defense = MMACFineTune(mmac=None, epochs=1, ascent=AscentPlan(starts_per_class=1, steps=1, first_steps=1, refresh_every=1))
+    with caplog.at_level(logging.WARNING):
+        marginclip.repair(victim, *clean, defense=defense)
+        assert caplog.records == []
+        marginclip.repair(victim, *clean, defense=defense, tolerance=0.5)
+    assert "MMAC + fine-tuning set no bounds: nothing holds its cost to tolerance=0.5" in caplog.text
 
 
 @pytest.mark.parametrize("tolerance", [-1, "1", True])

@@ -232,7 +232,7 @@ def test_other_images_are_another_victim_and_another_run(configure, tmp_path):
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
 def test_a_gpu_that_is_not_asked_for_is_not_recorded(monkeypatch, configure, accelerator):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Graphics 1")
     monkeypatch.setattr("marginclip.precision._cpu_has_bf16", lambda: False)
     record = opened_record(configure(f"trainer.accelerator={accelerator}", "trainer.precision=auto"))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from marginclip.cli import _as_options
+from marginclip.errors import UserError
 from marginclip.experiment import artefact_commands
 from marginclip.experiment.setup import build_setup
 from marginclip.experiment.victim import obtain_victim
@@ -85,6 +86,62 @@ def test_the_audit_names_the_target_and_writes_its_report(handed, tmp_path, conf
     assert told.startswith(content["verdict"]["headline"])
     assert "not tested:" in told
     assert (tmp_path / "out" / "audit.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("defense", ["finetune", "mmom", "auto", "none"])
+def test_an_audit_by_another_repair_than_mmac_is_refused_before_anything_is_read(tmp_path, configure_at, defense):
+    from marginclip.experiment.handed_over import audit_model
+
+    words = ["dataset=image_folder", "dataset.root=absent", "victim=checkpoint", "victim.path=absent.pt", f"defense={defense}"]
+    with pytest.raises(UserError) as caught:
+        audit_model(configure_at(tmp_path / "runs", *words), output=str(tmp_path / "out"), images_suspect=None, json=False)
+    assert str(caught.value) == f"marginclip audit repairs by MMAC: defense must be mmdf or mmac, got {defense}"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("detect=none", "marginclip audit tests by MM-BD: detect must be mmbd, got none"),
+        ("defense.detector.folds=0", "defense.detector.folds must be at least 2, got 0: an audit judges each image"),
+    ],
+)
+def test_an_audit_refuses_settings_that_it_cannot_follow(tmp_path, configure_at, word, message):
+    from marginclip.experiment.handed_over import audit_model
+
+    words = [
+        "dataset=image_folder",
+        "dataset.root=absent",
+        "victim=checkpoint",
+        "victim.path=absent.pt",
+        "detect=mmbd",
+        "defense=mmdf",
+    ]
+    with pytest.raises(UserError, match=message):
+        audit_model(configure_at(tmp_path / "runs", *words, word), output=str(tmp_path), images_suspect=None, json=False)
+
+
+def test_the_audit_is_given_the_detector_and_the_folds(theirs, tmp_path, configure_at, monkeypatch):
+    from marginclip.experiment import handed_over
+
+    given = {}
+
+    def note(*_, **settings):
+        given.update(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(handed_over, "audit", note)
+    folder, _ = theirs
+    words = [
+        "dataset=image_folder", "dataset.grey=true", "victim=checkpoint", f"victim.path={folder / 'checkpoint.pth'}",
+        f"dataset.root={folder / 'clean'}", "model=import", f"model.target={folder / 'nets.py'}:plain", "trainer.threads=1",
+        "detect=mmbd", "defense=mmdf", "defense.detector.theta=0.01", "defense.detector.folds=3", "defense.detector.rule=or_disagree",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="enough"):
+        handed_over.audit_model(configure_at(tmp_path / "runs", *words), output=str(tmp_path), images_suspect=None, json=False)
+    assert given["folds"] == 3
+    assert given["detector"] == {
+        "theta": 0.01, "null_distribution": "tail", "statistic": "drop", "rule": "or_disagree", "correction": "exclude"
+    }  # fmt: skip
 
 
 def test_scanning_writes_a_row_for_every_image_and_a_summary(handed, repaired, tmp_path, capsys):

@@ -130,6 +130,19 @@ def test_what_an_experiment_sweeps_is_checked_too():
     assert complain(["experiment=longtail_table3_small"], "train").startswith("unknown key 'defense'")
 
 
+@pytest.mark.parametrize("command", ["audit", "repair"])
+@pytest.mark.parametrize("option", ["attack=badnet", "training=long_tail", "training.epochs=3", "imbalance=step", "logger=csv"])
+def test_audit_and_repair_refuse_what_they_do_not_use(command, option):
+    group = option.replace("=", ".").partition(".")[0]
+    assert complain([option], command) == f"'{option}' has no effect: marginclip {command} does not use {group}; leave it out"
+    check_overrides(["attack=none", "imbalance=none", "logger=none", "defense.detector.theta=0.01"], command, CONF)
+
+
+def test_repair_does_not_test():
+    assert "marginclip repair does not use detect" in complain(["detect=mmbd"], "repair")
+    check_overrides(["detect=mmbd", "detect.starts=2"], "audit", CONF)
+
+
 def test_train_has_its_own_keys():
     check_overrides(["attack=blend", "training.epochs=1"], "train", CONF)
     assert "unknown key 'figures'" in complain(["figures=false"], "train")

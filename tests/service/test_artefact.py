@@ -1,12 +1,15 @@
 """An artefact keeps a repair: the same decisions after loading, and a clear refusal of what does not belong together."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from marginclip.defenses import MMOM, AscentPlan, MMACFineTune, StaticClip
+from marginclip.defenses import MMOM, AscentPlan, Auto, MMACFineTune, StaticClip
 from marginclip.errors import UserError
+from marginclip.maxmargin import MaximumMarginTest
 from marginclip.service import Artefact, model_digest, read_artefact
 
 from .conftest import quarters, trained, triggered
@@ -42,6 +45,18 @@ def test_repairs_with_weights_or_offsets_are_kept_whole(poisoned, clean, short, 
     images, _ = quarters(40, seed=3)
     torch.testing.assert_close(loaded.network(images), made.network(images), rtol=0, atol=0)
     assert read_artefact(tmp_path / "kept").changes_weights == (kind == "weights")
+
+
+def test_labels_can_be_int32(artefact, poisoned, clean, short):
+    images, labels = clean
+    same(artefact, Artefact.fit(poisoned, images, labels.int(), defense=short), images)
+
+
+def test_images_of_another_size_are_refused(artefact):
+    for shape in ((1, 9, 8), (3, 8, 8)):
+        shown = " x ".join(map(str, shape))
+        with pytest.raises(UserError, match=rf"images must be of 1 x 8 x 8 \(channels, height, width\), .*, got {shown}"):
+            artefact(torch.rand(2, *shape))
 
 
 def test_the_digest_is_that_of_the_weights(poisoned, honest):
@@ -116,6 +131,38 @@ def test_an_artefact_of_a_later_version_is_refused(artefact, poisoned, tmp_path)
     (folder / "artefact.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="of another version"):
         Artefact.load(folder, poisoned)
+
+
+def test_an_automatic_choice_that_finds_nothing_says_so(honest, clean):
+    auto = Auto(mmom=partial(MMOM, steps=2, check_every=1), detection=partial(MaximumMarginTest, starts=1, steps=2, alpha=1e-9))
+    with pytest.raises(
+        UserError, match=r"automatic choice leaves this model without bounds \(no fault shows: .*\), and an artefact keeps"
+    ):
+        Artefact.fit(honest, *clean, defense=auto)
+
+
+def test_an_artefact_without_facts_decides_and_is_not_saved(artefact, clean, tmp_path):
+    bare = replace(artefact, facts={})
+    same(artefact, bare, clean[0])
+    with pytest.raises(
+        UserError, match=r"it lacks method, clean_images, accuracy, repaired_accuracy as artefact.json holds them"
+    ):
+        bare.save(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model_pth": "x"}, TypeError, "model_pth"),
+        ({"detector": {"theta": 5}}, UserError, r"detector.theta must be in \(0, 1\), got 5"),
+        ({"detector": {"tetha": 0.1}}, UserError, "unknown setting detector.tetha; did you mean 'theta'?"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_repaired(poisoned, clean, monkeypatch, settings, error, message):
+    monkeypatch.setattr(StaticClip, "fit", lambda *_, **__: pytest.fail("a repair was made"))
+    with pytest.raises(error, match=message):
+        Artefact.fit(poisoned, *clean, defense=StaticClip(), **settings)
 
 
 def test_a_repair_without_bounds_cannot_be_kept(poisoned, clean):

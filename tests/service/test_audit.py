@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from marginclip.defenses import MMOM
+from marginclip.defenses import MMOM, FineTune
 from marginclip.defenses.choosing.evidence import Paired
 from marginclip.errors import UserError
 from marginclip.maxmargin import MaximumMarginTest
@@ -26,7 +26,7 @@ def look(clean, short):
 
     def look(model, **settings):
         return audit(
-            model, *clean, test=QUICK, mmac=short, mmom=MMOM(steps=4, check_every=2), **({"classes": NAMES} | settings)
+            model, *clean, **({"classes": NAMES, "test": QUICK, "mmac": short, "mmom": MMOM(steps=4, check_every=2)} | settings)
         )
 
     return look
@@ -156,6 +156,44 @@ def test_few_classes_and_wrong_names_are_refused(look, poisoned, clean):
     two = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
     with pytest.raises(UserError, match="needs at least 3 classes, got 2"):
         audit(two, clean[0], clean[1] % 2)
+
+
+@pytest.mark.parametrize("defense", [FineTune(epochs=1), MMOM(steps=4)])
+def test_a_repair_that_is_not_mmac_is_refused_at_once(look, poisoned, defense):
+    parts = []
+    with pytest.raises(UserError, match=rf"mmac must be an MMAC, such as MMAC\(steps=120\), got {type(defense).__name__}"):
+        look(poisoned, mmac=defense, progress=parts.append)
+    assert parts == []
+
+
+def test_labels_can_be_int32_but_no_list(look, poisoned, found, clean, short):
+    images, labels = clean
+    settings = {"test": QUICK, "mmac": short, "mmom": MMOM(steps=4, check_every=2), "classes": NAMES}
+    assert audit(poisoned, images, labels.int(), **settings).found == found.found
+    with pytest.raises(UserError, match="labels must be a torch tensor, got list"):
+        audit(poisoned, images, labels.tolist(), **settings)
+
+
+def test_the_detector_has_the_settings_that_are_given_and_the_report_says_its_theta(look, poisoned, found):
+    images, _ = quarters(40, seed=11)
+    loose = look(poisoned, suspect_images=torch.cat([images, triggered(images[:20])]), detector={"theta": 0.25}, folds=3)
+    assert loose.suspicious.flagged > found.suspicious.flagged
+    assert loose.verdict.reasons[-1].endswith("; 25 % of clean images are by chance.")
+    assert found.verdict.reasons[-1].endswith("; 0.5 % of clean images are by chance.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"theta": 5}, r"detector.theta must be in \(0, 1\), got 5"),
+        ({"tetha": 0.1}, "unknown setting detector.tetha; did you mean 'theta'?"),
+    ],
+)
+def test_wrong_settings_of_the_detector_are_told_at_once(look, poisoned, settings, message):
+    parts = []
+    with pytest.raises(UserError, match=message):
+        look(poisoned, detector=settings, progress=parts.append)
+    assert parts == []
 
 
 @pytest.mark.parametrize("test", [reach, warp_reach])

@@ -3,6 +3,7 @@
 import os
 import struct
 import zlib
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -48,6 +49,12 @@ def test_rows_are_what_the_detector_says(artefact, folder, batch_size):
     assert [row.statistic for row in rows] == pytest.approx(detection.statistic.tolist(), abs=1e-4)
     assert {row.error for row in rows} == {None}
     assert any(row.flagged for row in rows[18:])
+
+
+def test_a_model_of_neither_grey_nor_colour_images_is_refused(artefact, folder):
+    path, _ = folder
+    with pytest.raises(UserError, match="scan reads grey images and colour images, and this model takes 4 channels"):
+        next(scan(replace(artefact, image_shape=(4, 8, 8)), image_files([path])))
 
 
 def test_bad_files_are_named_and_the_rest_is_done(artefact, folder):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from marginclip.networks.logits import class_numbers
 from marginclip.signals import TERMINATED
 from marginclip.silence import endings_of_signals, silent_trainer, without_lightning_messages
 
@@ -80,7 +81,7 @@ class Defense(ABC):
         make_trainer: TrainerFactory = silent_trainer,
         resume: Path | None = None,
     ) -> RepairResult:
-        """Repair ``model`` from clean images (N, C, H, W) in [0, 1] and labels (N,).
+        """Repair ``model`` from clean images (N, C, H, W) in [0, 1] and labels (N,), whole numbers.
 
         ``make_trainer`` makes a Trainer from a number of epochs; ``resume`` is the checkpoint to go on from. A method that trains
         nothing needs neither. Raises :class:`UserError` for images, labels or models that do not fit.
@@ -109,7 +110,7 @@ class Defense(ABC):
 
 
 def with_gradients(fit: Callable[..., RepairResult]) -> Callable[..., RepairResult]:
-    """Gradients are on inside a ``fit``, in inference mode too, and as they were afterwards."""
+    """Gradients are on inside a ``fit``, in inference mode too, and as they were afterwards; its labels are int64."""
 
     @functools.wraps(fit)
     def inside(self: Defense, model: nn.Module, images: Tensor, labels: Tensor, **settings: Any) -> RepairResult:
@@ -117,7 +118,7 @@ def with_gradients(fit: Callable[..., RepairResult]) -> Callable[..., RepairResu
             images, labels = (
                 value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in (images, labels)
             )
-            return fit(self, model, images, labels, **settings)
+            return fit(self, model, images, class_numbers(labels), **settings)
 
     return inside
 

@@ -18,11 +18,11 @@ from marginclip.defenses import MMAC, MMOM
 from marginclip.defenses.clipping.passes import Passes, passes_with_folds
 from marginclip.defenses.clipping.tolerance import check_tolerance
 from marginclip.errors import UserError, require
-from marginclip.experiment.groups import Settings
+from marginclip.experiment.groups import DetectorSpec, Settings
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.setup import VictimSetup, build_setup
 from marginclip.experiment.spec import RunSpec
-from marginclip.experiment.stages import load_model, make_methods
+from marginclip.experiment.stages import Methods, load_model, make_methods
 from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.files import write_json
 from marginclip.locks import locked
@@ -57,7 +57,9 @@ def audit_model(
 
 
 def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
-    methods, setup, images, labels = _given(spec)
+    methods = make_methods(spec)
+    mmac, test, detector = _parts_of_audit(spec, methods)
+    setup, images, labels = _given(spec, methods)
     suspects = (
         None
         if images_suspect is None
@@ -67,23 +69,43 @@ def _audited(spec: RunSpec, images_suspect: str | None) -> Audit:
     def tell(part: str) -> None:
         _say(f"{part} ...")
 
-    speed, classes, mmac = measure(setup.model, images), len(setup.classes), methods.defense or MMAC(seed=spec.seed)
-    test = methods.test or MaximumMarginTest(seed=spec.seed)
+    speed, classes = measure(setup.model, images), len(setup.classes)
     # Under the bounds one of the two once more: at most the warps, which are longer.
     reached = STARTS * (STEPS + 1 + 2 * (WARP_STEPS + 1))
     searched = Passes(backward=(test.starts * (test.steps + 1) + reached) * classes)
     usual, longest = (
         sum(
-            (found for each in (mmac, MMOM()) if (found := passes_with_folds(each, len(images), classes, 2, longest=extra))),
+            (
+                found
+                for each in (mmac, MMOM())
+                if (found := passes_with_folds(each, len(images), classes, detector.folds, longest=extra))
+            ),
             searched,
         )
         for extra in (False, True)
     )
     _say(in_words(speed, usual, longest) + ", or less: MM-BD may end early")
     return audit(
-        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=methods.test, mmac=methods.defense,
-        seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
+        setup.model, images, labels, classes=setup.classes, suspect_images=suspects, test=test, mmac=mmac,
+        detector=detector.settings, folds=detector.folds, seed=spec.seed, make_trainer=_trainers(spec, "learning"), progress=tell,
     )  # fmt: skip
+
+
+def _parts_of_audit(spec: RunSpec, methods: Methods) -> tuple[MMAC, MaximumMarginTest, DetectorSpec]:
+    """What the audit repairs, tests and looks at images with. Raises :class:`UserError`, before anything is read, for other ones."""
+    defense, test = methods.defense, methods.test
+    if spec.defense is None or not isinstance(defense, MMAC):
+        name = "none" if spec.defense is None else spec.defense.choice.name
+        raise UserError(f"marginclip audit repairs by MMAC: defense must be mmdf or mmac, got {name}")
+    if not isinstance(test, MaximumMarginTest):
+        name = "none" if spec.detect is None else spec.detect.name
+        raise UserError(f"marginclip audit tests by MM-BD: detect must be mmbd, got {name}")
+    detector = spec.defense.detector or DetectorSpec(statistic="both")
+    require(
+        detector.folds >= 2,
+        f"defense.detector.folds must be at least 2, got {detector.folds}: an audit judges each image by a repair that never saw it",
+    )
+    return defense, test, detector
 
 
 def repair_model(spec: RunSpec, *, output: str, tolerance: float | None, json: bool, memory_gib: float | None = None) -> str:
@@ -109,8 +131,8 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     methods = make_methods(spec)
     if methods.defense is None or spec.defense is None:
         raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
-    check_bounds(methods.defense, bounded=methods.defense.bounds_activations is not False)
-    methods, setup, images, labels = _given(spec)
+    check_bounds(methods.defense)
+    setup, images, labels = _given(spec, methods)
     detector = spec.defense.detector
     folds = 2 if detector is None or detector.folds == 0 else detector.folds
     usual, longest = (
@@ -133,14 +155,13 @@ def _with_whole_path(settings: Settings) -> dict[str, Any]:
     return whole | ({"path": str(Path(whole["path"]).resolve())} if isinstance(whole.get("path"), str) else {})
 
 
-def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
-    """The methods, the setup with the model loaded, and the clean images on its device."""
+def _given(spec: RunSpec, methods: Methods) -> tuple[VictimSetup, Tensor, Tensor]:
+    """The setup with the model loaded, and the clean images on its device."""
     require(
         spec.from_checkpoint,
         "audit and repair take a model that exists: give victim.path=FILE, or a model that brings its weights, without victim=trained",
     )
     prepare_process(spec.trainer.threads)
-    methods = make_methods(spec)
     setup = build_setup(spec)
     if methods.defense is not None:
         methods.defense.check_model(setup.model, torch.zeros(1, *setup.splits.image_shape))
@@ -158,7 +179,7 @@ def _given(spec: RunSpec) -> tuple[Any, VictimSetup, Tensor, Tensor]:
             "the classes have %d to %d clean images. Such an uneven set costs accuracy like a small one, and causes more false alarms than "
             "theta promises. Put as many images of every class into dataset.root", fewest, most,
         )  # fmt: skip
-    return methods, setup, images.to(device_of(spec.trainer)), labels
+    return setup, images.to(device_of(spec.trainer)), labels
 
 
 def _trainers(spec: RunSpec, shown: str) -> Any:

@@ -36,6 +36,12 @@ LAUNCHERS = {
     "ray_cluster": ("ray", "ray"),
 }
 
+# Groups that a command has for its configuration to be whole, and that nothing it does depends on.
+UNUSED = {
+    "audit": ("attack", "x2x", "training", "imbalance", "logger"),
+    "repair": ("attack", "x2x", "training", "imbalance", "logger", "detect"),
+}
+
 
 @dataclass(frozen=True)
 class OptionFolders:
@@ -96,6 +102,7 @@ def _check_variant(variant: list[str], config_name: str, folders: OptionFolders)
     """Raises :class:`UserError` where the command line cannot be run; returns Hydra's own settings for it."""
     _refuse_missing_launcher(variant)
     _refuse_missing_groups(variant, folders)
+    _refuse_unused_groups(variant, config_name)
     config, hydra = _compose(variant, config_name, folders)
     _refuse_unusable_folder(Path(str(config.runs_dir)))
     _refuse_replaced_groups(variant, config_name, folders)
@@ -189,6 +196,15 @@ def _refuse_missing_groups(overrides: list[str], folders: OptionFolders) -> None
         if options and (text.startswith("~") or value in ("null", "")):
             hint = f"use {key}=none" if "none" in options else f"there are {', '.join(options)}"
             raise UserError(f"'{text}' leaves the run without {key}; {hint}")
+
+
+def _refuse_unused_groups(overrides: list[str], command: str) -> None:
+    """Refuse ``attack=badnet`` for a command that attacks nothing, but not ``attack=none``."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        group = re.split("[./@]", key)[0]
+        if group in UNUSED.get(command, ()) and value != "none":
+            raise UserError(f"'{text}' has no effect: marginclip {command} does not use {group}; leave it out")
 
 
 def _refuse_replaced_groups(overrides: list[str], config_name: str, folders: OptionFolders) -> None:

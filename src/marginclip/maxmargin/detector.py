@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marginclip.errors import require
+from marginclip.errors import nearest, require
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
 from marginclip.maxmargin.statistic import STATISTICS, Line, detection_lines, largest_of, margins
@@ -201,6 +202,14 @@ class MarginDropDetector(nn.Module):
         for key, values in allowed.items():
             value = getattr(self, key)
             require(value in values, f"detector.{key} must be one of {', '.join(values)}, got '{value}'")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` for what :class:`MarginDropDetector` does not take, before what it is made from is computed."""
+    known = ("theta", "null_distribution", "statistic", "rule", "correction")
+    for key in settings:
+        require(key in known, f"unknown setting detector.{key}{nearest(key, known)} (there are {', '.join(known)})")
+    MarginDropDetector(nn.Identity(), nn.Identity(), torch.zeros(2), torch.zeros(2), **settings)
 
 
 def corrected(original: Tensor, bounded_logits: Tensor, correction: str, insisting_margin: float) -> Tensor:

@@ -82,12 +82,21 @@ def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int | None = N
     return logits
 
 
+def class_numbers(labels: Tensor) -> Tensor:
+    """Whole numbers of any type as int64, which losses ask for; anything else as it is, for :func:`check_clean_set` to refuse."""
+    return labels.long() if isinstance(labels, Tensor) and _are_whole(labels) else labels
+
+
+def _are_whole(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
 def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
     """Raise :class:`UserError` unless images (N, C, H, W) lie in [0, 1] and labels (N,), of whole numbers, in [0, num_classes)."""
     check_images(images)
     require(isinstance(labels, Tensor), f"labels must be a torch tensor, got {type(labels).__name__}")
     require(
-        labels.dim() == 1 and not labels.is_floating_point() and labels.dtype != torch.bool,
+        labels.dim() == 1 and _are_whole(labels),
         f"labels must be whole numbers of shape (N,), got {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}",
     )
     require(len(images) == len(labels), f"one label an image is needed, got {len(images)} images and {len(labels)} labels")

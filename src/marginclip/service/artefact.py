@@ -25,7 +25,8 @@ from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError, require
 from marginclip.files import bytes_writer, json_writer, tensor_bytes, write_all_whole
 from marginclip.maxmargin import Detection, MarginDropDetector
-from marginclip.networks.logits import check_images, clean_logits
+from marginclip.maxmargin.detector import check_settings
+from marginclip.networks.logits import check_images, class_numbers, clean_logits
 from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
 
@@ -74,7 +75,8 @@ class Description(BaseModel):
 class Artefact:
     """A model with its repair and detector, ready to decide about images; :meth:`save` keeps the repair in a folder.
 
-    Called with images (N, C, H, W) in [0, 1] it returns a :class:`~marginclip.maxmargin.Detection`. :meth:`fit` makes one.
+    Called with images (N, C, H, W) in [0, 1], of ``image_shape``, it returns a :class:`~marginclip.maxmargin.Detection`. :meth:`fit`
+    makes one.
 
     Args:
         model: the classifier as it was given.
@@ -82,7 +84,8 @@ class Artefact:
         detector: of the two.
         classes: the names of the classes, in the order of the logits.
         image_shape: (C, H, W) of the images.
-        facts: further entries of :class:`Description`.
+        facts: further entries of :class:`Description`, as :meth:`fit` makes them; :meth:`save` needs ``method``, ``clean_images``,
+            ``accuracy`` and ``repaired_accuracy``.
         model_settings: how the architecture was made, where it came from a command line.
         model_path: where the weights were read from, the same.
     """
@@ -110,14 +113,15 @@ class Artefact:
         make_trainer: TrainerFactory = silent_trainer,
         detector: Mapping[str, Any] | None = None,
         tolerance: float | None = None,
-        **origin: Any,
+        model_settings: Mapping[str, Any] | None = None,
+        model_path: str | None = None,
     ) -> Artefact:
         """Repair a model and fit the detector.
 
         Args:
             model: the classifier; it is not changed.
             images: clean images (N, C, H, W) in [0, 1], about 50 of every class.
-            labels: their classes (N,), int64.
+            labels: their classes (N,), whole numbers.
             defense: the repair. None: MMAC.
             classes: the names of the classes, in the order of the logits. None: their numbers.
             folds: further repairs, each of which leaves a part of the images out; the detector's null comes from them.
@@ -127,37 +131,43 @@ class Artefact:
                 a ``statistic`` it is ``both``.
             tolerance: points of accuracy that the repair may cost on images that it has not seen: bounds are relaxed where it costs
                 more (:func:`~marginclip.defenses.clipping.tolerance.hold`). None never relaxes them.
-            **origin: ``model_settings`` and ``model_path`` of the artefact.
+            model_settings: how the architecture was made, where it came from a command line.
+            model_path: where the weights were read from, the same.
 
         Returns:
             The artefact.
 
         Raises:
-            UserError: for images, labels or models that do not fit, and for a method whose result has no bounds.
+            UserError: for images, labels or models that do not fit, and for a method whose result has no bounds, as of ``Auto`` where it
+                finds no fault.
         """
         check_tolerance(tolerance)
         defense = MMAC(seed=seed) if defense is None else defense
-        check_bounds(defense, bounded=defense.bounds_activations is not False)
-        given = clean_logits(model, images).cpu()
+        check_bounds(defense)
+        settings = {"statistic": "both"} | dict(detector or {})
+        check_settings(settings)
+        given, labels = clean_logits(model, images).cpu(), class_numbers(labels)
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
         result = defense.fit(model, images, labels, make_trainer=make_trainer)
         network = result.network
-        check_bounds(defense, bounded=isinstance(network, BoundedNetwork))
-        assert isinstance(network, BoundedNetwork)
+        if not isinstance(network, BoundedNetwork):
+            why = f" ({result.findings['reason']})" if "reason" in result.findings else ""
+            raise UserError(
+                f"{defense.label} leaves this model without bounds{why}, and an artefact keeps bounds: to bound it all the same, use mmac, "
+                "mmdf or mmom"
+            )
         others = cross_fitted(defense, model, images, labels, folds=folds, seed=seed, make_trainer=make_trainer)
         fixed = keeps_bounds(defense)
         cost = hold(network, others, images, labels, given, tolerance=tolerance, keep_bounds=fixed)
         tell(cost, tolerance, keep_bounds=fixed)
-        fitted = MarginDropDetector.from_logits(
-            model, network, given, cost.logits, **{"statistic": "both"} | dict(detector or {})
-        )
+        fitted = MarginDropDetector.from_logits(model, network, given, cost.logits, **settings)
         facts = {
             "method": defense.label, "clean_images": len(images), "accuracy": cost.before, "repaired_accuracy": cost.after,
             "findings": dict(result.findings) | {"relaxed_for_tolerance": cost.relaxed},
         }  # fmt: skip
         channels, height, width = images.shape[1:]
-        return cls(model, network, fitted, names, (channels, height, width), facts, **origin)
+        return cls(model, network, fitted, names, (channels, height, width), facts, model_settings, model_path)
 
     @cached_property
     def served(self) -> PairedNetwork | NetworkPair:
@@ -168,6 +178,10 @@ class Artefact:
     def logits(self, images: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """The logits (N, K) of the model and of its repair for images (N, C, H, W) in [0, 1], however many."""
         check_images(images)
+        shown, taken = (" x ".join(str(side) for side in shape) for shape in (images.shape[1:], self.image_shape))
+        require(
+            shown == taken, f"images must be of {taken} (channels, height, width), as the artefact was made with, got {shown}"
+        )
         device = next((parameter.device for parameter in self.network.parameters()), images.device)
         parts = [self.served(batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
         model, repaired = (torch.cat([part[place].float() for part in parts]) for place in (0, 1))
@@ -178,7 +192,10 @@ class Artefact:
         return self.detector.decide(*self.logits(images))
 
     def save(self, folder: str | Path) -> Path:
-        """Write the two files of the artefact into ``folder``: an older artefact there stays until both are written whole."""
+        """Write the two files of the artefact into ``folder``: an older artefact there stays until both are written whole.
+
+        Raises :class:`UserError` for ``facts`` that are not those of :meth:`fit`.
+        """
         folder, network = Path(folder), self.network
         changed = self._own_weights()
         tensors = {f"bounds/{name}": value for name, value in network.bounds_state().items()}
@@ -186,14 +203,20 @@ class Artefact:
         tensors |= {"null/statistics": self.detector.clean_drops, "null/margins": self.detector.clean_margins}
         content = tensor_bytes(tensors)
         threshold = self.detector.threshold
-        description = Description(
-            classes=list(self.classes), image_shape=self.image_shape,
-            model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
-            model_digest=model_digest(self.model), tensors_digest=hashlib.sha256(content).hexdigest(),
-            sites=[name for name, _ in network.each()], channel_axis=network.channel_axis, changes_weights=bool(changed),
-            detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
-            threshold=threshold if threshold < float("inf") else None, **self.facts,
-        )  # fmt: skip
+        try:
+            description = Description(
+                classes=list(self.classes), image_shape=self.image_shape,
+                model=None if self.model_settings is None else dict(self.model_settings), model_path=self.model_path,
+                model_digest=model_digest(self.model), tensors_digest=hashlib.sha256(content).hexdigest(),
+                sites=[name for name, _ in network.each()], channel_axis=network.channel_axis, changes_weights=bool(changed),
+                detector=DetectorSettings(**{key: getattr(self.detector, key) for key in DetectorSettings.model_fields}),
+                threshold=threshold if threshold < float("inf") else None, **self.facts,
+            )  # fmt: skip
+        except ValidationError as error:
+            places = ", ".join(dict.fromkeys(str(each["loc"][0]) for each in error.errors()))
+            raise UserError(
+                f"the artefact cannot be saved: it lacks {places} as {DESCRIPTION} holds them; Artefact.fit gives these facts"
+            ) from error
         write_all_whole({
             folder / TENSORS: bytes_writer(content),
             folder / DESCRIPTION: json_writer(description.model_dump(mode="json")),
@@ -243,9 +266,12 @@ class Artefact:
         return {} if same else own
 
 
-def check_bounds(defense: Defense, *, bounded: bool) -> None:
-    """Raise :class:`UserError` where a defense is not ``bounded``: an artefact keeps bounds."""
-    require(bounded, f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom")
+def check_bounds(defense: Defense) -> None:
+    """Raise :class:`UserError` for a defense that never bounds activations: an artefact keeps bounds."""
+    require(
+        defense.bounds_activations is not False,
+        f"{defense.label} does not bound activations: an artefact keeps bounds, so use mmac, mmdf or mmom",
+    )
 
 
 def read_artefact(folder: str | Path) -> Description:

@@ -17,9 +17,10 @@ from marginclip.defenses.choosing.auto import Clock
 from marginclip.defenses.choosing.evidence import compare
 from marginclip.errors import require
 from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarginTest
+from marginclip.maxmargin.detector import check_settings
 from marginclip.metrics import Reliability
 from marginclip.networks.copies import own_copy
-from marginclip.networks.logits import batched_logits, check_clean_set, check_images, clean_logits
+from marginclip.networks.logits import batched_logits, check_clean_set, check_images, class_numbers, clean_logits
 from marginclip.service.reach import reach, warp_reach
 from marginclip.service.verdict import Findings, Suspicious, Verdict, judge, stronger
 from marginclip.silence import nested_trainers, silent_trainer
@@ -84,8 +85,9 @@ def audit(
     classes: tuple[str, ...] | None = None,
     suspect_images: Tensor | None = None,
     test: MaximumMarginTest | None = None,
-    mmac: Defense | None = None,
+    mmac: MMAC | None = None,
     mmom: Defense | None = None,
+    detector: Mapping[str, Any] | None = None,
     folds: int = 2,
     seed: int = 0,
     make_trainer: TrainerFactory = silent_trainer,
@@ -96,12 +98,13 @@ def audit(
     Args:
         model: the classifier; it is not changed.
         images: clean images (N, C, H, W) in [0, 1], out of an attacker's reach, about 50 of every class.
-        labels: their classes (N,), int64.
+        labels: their classes (N,), whole numbers.
         classes: the names of the classes, in the order of the logits. None: their numbers.
         suspect_images: images (M, C, H, W) from use, without labels: the detector says which of them it flags.
         test: the settings of MM-BD. None: the shipped ones.
         mmac: the repair against backdoors. None: the shipped settings.
         mmom: the repair of imbalance. None: the shipped settings.
+        detector: settings of the detector that looks at ``suspect_images``, as for :meth:`Artefact.fit`.
         folds: parts of the clean set; images of one are decided by a repair that was learned from the others.
         seed: of everything that is drawn.
         make_trainer: makes the Lightning Trainer for a number of epochs.
@@ -111,11 +114,19 @@ def audit(
         The verdict and what it rests on.
 
     Raises:
-        UserError: for a model or images that do not fit, and for fewer than 3 classes.
+        UserError: for a model or images that do not fit, for fewer than 3 classes, and for an ``mmac`` of another kind.
     """
+    repair = MMAC(seed=seed) if mmac is None else mmac
+    require(
+        isinstance(repair, MMAC),
+        f"an audit repairs by MMAC: mmac must be an MMAC, such as MMAC(steps=120), got {type(repair).__name__}",
+    )
+    settings = {"statistic": "both"} | dict(detector or {})
+    check_settings(settings)
     logits = clean_logits(model, images).cpu()
-    labels = labels.cpu()
+    labels = class_numbers(labels)
     check_clean_set(images, labels, logits.shape[1])
+    labels = labels.cpu()
     count = logits.shape[1]
     names = classes or tuple(str(number) for number in range(count))
     require(count >= 3, f"an audit compares each class with the others and needs at least 3 classes, got {count}")
@@ -136,17 +147,16 @@ def audit(
     closest = stronger(reached, warped)
     correct = logits.argmax(1) == labels
     fitted = {}
-    for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", mmac or MMAC(seed=seed))):
+    for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", repair)):
         fitted[name] = clock.timed(
             f"{name} out of fold",
             lambda defense=defense: cross_fitted_logits(  # type: ignore[misc]
                 defense, model, images, labels, folds=folds, seed=seed, make_trainer=nested
             ),
         )
-    result = clock.timed("mmac", lambda: (mmac or MMAC(seed=seed)).fit(model, images, labels, make_trainer=nested))
+    result = clock.timed("mmac", lambda: repair.fit(model, images, labels, make_trainer=nested))
     again = warp_reach if closest is warped else reach
     under_bounds = clock.timed("reach under the bounds", lambda: again(result.network, images, labels, seed=seed))
-    detector = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], statistic="both")
     changed = logits.argmax(1) != fitted["mmac"].argmax(1)
     found = Findings(
         images=len(images), classes=count, accuracy=float(correct.float().mean()),
@@ -156,7 +166,10 @@ def audit(
         changed_to=fitted["mmac"].argmax(1)[changed].bincount(minlength=count).tolist(),
         smallest_class=int(labels.bincount(minlength=count).min()), largest_class=int(labels.bincount(minlength=count).max()),
     )  # fmt: skip
-    suspicious, flagged_images = (None, None) if suspect_images is None else _look_at(detector, suspect_images, count)
+    suspicious = flagged_images = None
+    if suspect_images is not None:
+        found_by = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], **settings)
+        suspicious, flagged_images = _look_at(found_by, suspect_images, count)
     verdict = judge(found, margins, reached, warped, under_bounds, names, suspicious)
     reliability = Reliability()
     reliability.update(logits.softmax(1), labels)
@@ -186,4 +199,4 @@ def _look_at(detector: MarginDropDetector, images: Tensor, count: int) -> tuple[
     most = (
         detection.statistic.cpu().masked_fill(~flagged, float("-inf")).argsort(descending=True)[: min(24, int(flagged.sum()))]
     )
-    return Suspicious(len(images), int(flagged.sum()), decisions.tolist()), images[most.to(images.device)].cpu()
+    return Suspicious(len(images), int(flagged.sum()), decisions.tolist(), detector.theta), images[most.to(images.device)].cpu()

@@ -58,10 +58,14 @@ def scan(
         The rows, one after the other.
 
     Raises:
-        UserError: for ``resize`` with a model of images that are not square.
+        UserError: for a model of other than 1 or 3 channels, and for ``resize`` with a model of images that are not square.
     """
     require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
     channels, height, width = artefact.image_shape
+    require(
+        channels in (1, 3),
+        f"scan reads grey images and colour images, and this model takes {channels} channels: call the artefact with tensors instead",
+    )
     require(not resize or height == width, f"resize needs a model of square images, this one takes {width} x {height}")
     device = next((parameter.device for parameter in artefact.model.parameters()), torch.device("cpu"))
     remaining = iter(paths)

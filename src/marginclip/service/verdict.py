@@ -47,11 +47,15 @@ class Findings:
 
 @dataclass(frozen=True)
 class Suspicious:
-    """What the detector says of unlabelled images: their number, how many are ``flagged``, and the model's decisions on those (K,)."""
+    """What the detector says of unlabelled images: their number, how many are ``flagged``, and the model's decisions on those (K,).
+
+    ``theta`` is the share of clean images that it flags.
+    """
 
     images: int
     flagged: int
     decisions: list[int]
+    theta: float
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ def _shown(
         share = 100 * suspicious.flagged / suspicious.images
         led = f', most of them decided as "{classes[_most(suspicious.decisions)]}"' if suspicious.flagged else ""
         lines.append(
-            f"Of {suspicious.images} images to look at, {suspicious.flagged} ({share:.1f} %) are flagged{led}; 0.5 % of clean images are."
+            f"Of {suspicious.images} images to look at, {suspicious.flagged} ({share:.1f} %) are flagged{led}; "
+            f"{100 * suspicious.theta:g} % of clean images are by chance."
         )
     return lines
 

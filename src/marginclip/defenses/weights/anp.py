@@ -98,6 +98,11 @@ class ANP(FineTune):
         if self.threshold is None:
             out = stratified_share(labels.cpu(), self.held_out_share, self.seed).to(self.images.device)
             self.held_out = self.images[out], self.labels[out]
+            require(
+                not bool(out.all()),
+                f"ANP has nothing to learn from: defense.held_out_share={self.held_out_share:g} takes at least one clean image of a class, "
+                "and no class has more; give more of them, or set defense.threshold",
+            )
             self.images, self.labels = self.images[~out], self.labels[~out]
 
     @property

@@ -194,8 +194,9 @@ class IBAU(LearningDefense):
             gradients = fixed_point_hypergradient(
                 inner, outer, self.delta, parameters, iterations=self.iterations, step_size=self.inner_step
             )
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        # The loss whose gradients these are: in fp16 Lightning scales it, and the gradients back before the step.
+        pairs = zip(parameters, gradients, strict=True)
+        self.manual_backward(torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum())
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.log("defense/loss", self.totals[-1], prog_bar=True, batch_size=len(rows))
