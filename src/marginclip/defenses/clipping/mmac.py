@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from marginclip.silence import nested_trainers, silent_trainer
 
 log = logging.getLogger(__name__)
 SEEDS_APART = 1000  # between two repeats, so that neighbouring seeds of an experiment share none
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What one of several times found, and its bounds."""
+
+    findings: dict[str, Any]
+    bounds: dict[str, Tensor]
 
 
 class MMAC(BoundLearning):
@@ -54,7 +63,7 @@ class MMAC(BoundLearning):
 
     def __init__(self, *, repeats: int = 1, seed: int = 0, **settings: Any) -> None:
         super().__init__(seed=seed, **settings)
-        self.repeats, self.others = repeats, list[RepairResult]()
+        self.repeats, self.others = repeats, list[Repeat]()
         require(repeats >= 1, f"defense.repeats must be at least 1, got {repeats}")
         require(
             repeats == 1 or self.offset_rate is None,
@@ -76,38 +85,31 @@ class MMAC(BoundLearning):
         self.others = others
         return super().fit(model, images, labels, make_trainer=make_trainer, resume=resume)
 
-    def _repeat(
-        self, repeat: int, model: nn.Module, images: Tensor, labels: Tensor, make_trainer: TrainerFactory
-    ) -> RepairResult:
-        """Bounds learned from the seed of a further repeat."""
+    def _repeat(self, repeat: int, model: nn.Module, images: Tensor, labels: Tensor, make_trainer: TrainerFactory) -> Repeat:
+        """What is learned from the seed of a further repeat."""
         if not self.of_a_part:
             log.info("MMAC learns its bounds %d times: time %d, without a progress display", self.repeats, repeat)
         own, self.seed = self.seed, self.seed + SEEDS_APART * repeat
         try:
-            return super().fit(model, images, labels, make_trainer=nested_trainers(make_trainer(1)))
+            result = super().fit(model, images, labels, make_trainer=nested_trainers(make_trainer(1)))
         finally:
             self.seed = own
+        assert isinstance(result.network, BoundedNetwork)
+        return Repeat(result.findings, result.network.bounds_state())
 
     def repaired(self) -> BoundedNetwork:
         """The bounded network with the loosest bounds of all repeats. Relaxed ones count only where all had to be relaxed."""
         network = super().repaired()
         if self.others:
-            found = [(self.relaxed, network.bounds_state())]
-            found += [(other.findings["relaxed"], bounds_of(other.network)) for other in self.others]
-            kept = [bounds for relaxed, bounds in found if not relaxed] or [bounds for _, bounds in found]
-            network.load_bounds(loosest(kept))
+            repeats = [Repeat({"relaxed": self.relaxed}, network.bounds_state()), *self.others]
+            kept = [each for each in repeats if not each.findings["relaxed"]] or repeats
+            network.load_bounds(loosest([each.bounds for each in kept]))
         return network
 
     def findings(self) -> dict[str, Any]:
         """Those of :class:`BoundLearning`, of the first repeat; below ``other_repeats`` those of the others, where there are such."""
         others = [other.findings for other in self.others]
         return super().findings() | ({"other_repeats": others} if others else {})
-
-
-def bounds_of(network: nn.Module) -> dict[str, Tensor]:
-    """The bounds of a bounded network."""
-    assert isinstance(network, BoundedNetwork)
-    return network.bounds_state()
 
 
 def loosest(bounds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
