@@ -309,7 +309,8 @@ def test_few_clean_images_are_warned_of(theirs, tmp_path, configure_at, caplog):
     with caplog.at_level(logging.WARNING):
         spec = configure_at(tmp_path / "runs", *words, "clean_per_class=null")
         repair_model(spec, output=str(tmp_path / "kept"), tolerance=100.0, json=True)
-    assert any("the smallest class has 4 clean images" in record.getMessage() for record in caplog.records)
+    (told,) = (text for record in caplog.records if "the smallest class has 4 clean images" in (text := record.getMessage()))
+    assert "defense.repeats=4" in told
 
 
 def few_of(folder, label):

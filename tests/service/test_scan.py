@@ -1,6 +1,7 @@
 """Scanning files: the rows are the detector's own, whatever the batches; hostile files are named and the rest is done."""
 
 import os
+import signal
 import struct
 import zlib
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from marginclip.errors import UserError
+from marginclip.experiment import artefact_commands
 from marginclip.service import scan
 from marginclip.service.scan import LeftOut, image_files
 
@@ -168,3 +170,16 @@ def test_images_keep_their_values(artefact, folder):
     finally:
         handle.remove()
     assert torch.equal(seen[0], images)
+
+
+def test_a_reader_that_has_enough_ends_the_rows_without_a_word(monkeypatch, capsys):
+    closed = []
+
+    def rows(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(artefact_commands, "_scan", rows)
+    monkeypatch.setattr("os.dup2", lambda source, target: closed.append(target))
+    assert artefact_commands.main("scan", []) == 128 + signal.SIGPIPE
+    assert closed == [1]
+    assert capsys.readouterr() == ("", "")

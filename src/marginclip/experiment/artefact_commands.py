@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -37,11 +39,17 @@ ODD_KEYS = ("_", "pretrained", "checkpoint_path")
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Run one of the commands; returns its exit status: 0, or 1 after a mistake, which is told in one sentence."""
+    """Run one of the commands; returns its exit status: 0, or 1 after a mistake, which is told in one sentence.
+
+    Where whoever reads the rows has enough, such as ``head``, it ends with the status of SIGPIPE and says nothing.
+    """
     try:
         return _scan(arguments) if command == "scan" else _export(arguments)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is not written yet goes nowhere when Python ends
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", file=sys.stderr)
     return 1
