@@ -145,7 +145,6 @@ def audit(
     reached = clock.timed("reach of every class", lambda: reach(network, images, labels, seed=seed))
     warped = clock.timed("reach by warping", lambda: warp_reach(network, images, labels, seed=seed))
     closest = stronger(reached, warped)
-    correct = logits.argmax(1) == labels
     fitted = {}
     for name, defense in (("mmom", mmom or MMOM(seed=seed)), ("mmac", repair)):
         fitted[name] = clock.timed(
@@ -157,32 +156,41 @@ def audit(
     result = clock.timed("mmac", lambda: repair.fit(model, images, labels, make_trainer=nested))
     again = warp_reach if closest is warped else reach
     under_bounds = clock.timed("reach under the bounds", lambda: again(result.network, images, labels, seed=seed))
-    changed = logits.argmax(1) != fitted["mmac"].argmax(1)
-    found = Findings(
-        images=len(images), classes=count, accuracy=float(correct.float().mean()),
-        mmom=compare(correct, fitted["mmom"].argmax(1) == labels), mmac=compare(correct, fitted["mmac"].argmax(1) == labels),
-        suspect=compare(labels == closest.suspect, logits.argmax(1) == closest.suspect),
-        changed=int(changed.sum()), changed_from=logits.argmax(1)[changed].bincount(minlength=count).tolist(),
-        changed_to=fitted["mmac"].argmax(1)[changed].bincount(minlength=count).tolist(),
-        smallest_class=int(labels.bincount(minlength=count).min()), largest_class=int(labels.bincount(minlength=count).max()),
-    )  # fmt: skip
+    found = _findings(logits, fitted, labels, closest.suspect)
     suspicious = flagged_images = None
     if suspect_images is not None:
         found_by = MarginDropDetector.from_logits(model, result.network, logits, fitted["mmac"], **settings)
         suspicious, flagged_images = _look_at(found_by, suspect_images, count)
     verdict = judge(found, margins, reached, warped, under_bounds, names, suspicious)
-    reliability = Reliability()
-    reliability.update(logits.softmax(1), labels)
-    tensors = {
-        "reliability": reliability.compute(),
-        "examples": images[(labels == closest.suspect).to(images.device)][:8].cpu(),
-    }
+    tensors = _pictured(images, labels, logits, closest.suspect)
     tensors |= {} if margins.images is None else {"images": margins.images}
     tensors |= {} if flagged_images is None else {"flagged_images": flagged_images}
     bounded: Any = result.network
     extremes = activation_extremes(bounded, images)
     sites = {name: (extremes[name][1].amax(0), bound.upper.detach().cpu()) for name, bound in bounded.each()}
     return Audit(verdict, found, names, margins, reached, warped, under_bounds, clock.seconds, tensors, sites, suspicious)
+
+
+def _findings(logits: Tensor, fitted: Mapping[str, Tensor], labels: Tensor, suspect: int) -> Findings:
+    """What the decisions show: those by ``logits`` (N, K) of the model, and by those of repairs that had not seen the image."""
+    decisions, others = logits.argmax(1), {name: found.argmax(1) for name, found in fitted.items()}
+    correct, changed, count = decisions == labels, decisions != others["mmac"], logits.shape[1]
+    sizes = labels.bincount(minlength=count)
+    return Findings(
+        images=len(labels), classes=count, accuracy=float(correct.float().mean()),
+        mmom=compare(correct, others["mmom"] == labels), mmac=compare(correct, others["mmac"] == labels),
+        suspect=compare(labels == suspect, decisions == suspect),
+        changed=int(changed.sum()), changed_from=decisions[changed].bincount(minlength=count).tolist(),
+        changed_to=others["mmac"][changed].bincount(minlength=count).tolist(),
+        smallest_class=int(sizes.min()), largest_class=int(sizes.max()),
+    )  # fmt: skip
+
+
+def _pictured(images: Tensor, labels: Tensor, logits: Tensor, suspect: int) -> dict[str, Tensor]:
+    """The model's reliability, and clean images of the suspect class."""
+    reliability = Reliability()
+    reliability.update(logits.softmax(1), labels)
+    return {"reliability": reliability.compute(), "examples": images[(labels == suspect).to(images.device)][:8].cpu()}
 
 
 def _test(found: MaximumMargins) -> dict[str, Any]:
