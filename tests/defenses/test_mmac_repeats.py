@@ -60,10 +60,22 @@ def test_a_seed_is_put_back_where_a_repeat_fails(victim, clean):
 
 
 @pytest.mark.parametrize("at", [3, 5])
-def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, at, fit, interrupted_and_resumed):
-    straight = fit(make(repeats=2, seed=3), victim, clean)
-    resumed, _ = interrupted_and_resumed(lambda: make(repeats=2, seed=3), victim, clean, at=at)
-    assert same(straight.bounds_state(), resumed.bounds_state())
+def test_interrupted_is_bit_for_bit_the_uninterrupted(victim, clean, at, fit, interrupted_and_resumed, monkeypatch):
+    straight = make(repeats=3, seed=3)
+    bounds = fit(straight, victim, clean).bounds_state()
+    learned, repeat = [], MMAC._repeat
+    monkeypatch.setattr(MMAC, "_repeat", lambda self, number, *given: learned.append(number) or repeat(self, number, *given))
+    resumed, again = interrupted_and_resumed(lambda: make(repeats=3, seed=3), victim, clean, at=at)
+    assert same(bounds, resumed.bounds_state())
+    assert again.findings() == straight.findings()
+    assert learned == [1, 2]  # the resumed repair took them from its checkpoint
+
+
+def test_a_checkpoint_of_an_earlier_version_has_them_learned_again(victim, clean, fit, interrupted_and_resumed, monkeypatch):
+    bounds = fit(make(repeats=2, seed=3), victim, clean).bounds_state()
+    monkeypatch.setattr(MMAC, "on_save_checkpoint", MMAC.__mro__[1].on_save_checkpoint)
+    resumed, _ = interrupted_and_resumed(lambda: make(repeats=2, seed=3), victim, clean, at=3)
+    assert same(bounds, resumed.bounds_state())
 
 
 def test_relaxed_repeats_count_only_where_all_are(victim, clean, monkeypatch):

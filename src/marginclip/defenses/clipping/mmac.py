@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ SEEDS_APART = 1000  # between two repeats, so that neighbouring seeds of an expe
 
 @dataclass(frozen=True)
 class Repeat:
-    """What one of several times found, and its bounds."""
+    """What one of several times found, and its bounds, on the CPU."""
 
     findings: dict[str, Any]
     bounds: dict[str, Tensor]
@@ -79,10 +80,10 @@ class MMAC(BoundLearning):
         make_trainer: TrainerFactory = silent_trainer,
         resume: Path | None = None,
     ) -> RepairResult:
-        """See :meth:`Defense.fit`. The first repeat alone can be resumed: the others are learned again, to the same values."""
-        self.others = []
-        others = [self._repeat(repeat, model, images, labels, make_trainer) for repeat in range(1, self.repeats)]
-        self.others = others
+        """See :meth:`Defense.fit`. The first repeat comes last, and its checkpoints have the bounds of the others."""
+        self.others = []  # a repeat is a repair of its own, which has no others
+        saved = _others_in(resume, make_trainer(1)) if resume is not None and self.repeats > 1 else None
+        self.others = saved or [self._repeat(repeat, model, images, labels, make_trainer) for repeat in range(1, self.repeats)]
         return super().fit(model, images, labels, make_trainer=make_trainer, resume=resume)
 
     def _repeat(self, repeat: int, model: nn.Module, images: Tensor, labels: Tensor, make_trainer: TrainerFactory) -> Repeat:
@@ -95,13 +96,17 @@ class MMAC(BoundLearning):
         finally:
             self.seed = own
         assert isinstance(result.network, BoundedNetwork)
-        return Repeat(result.findings, result.network.bounds_state())
+        return Repeat(result.findings, _on_cpu(result.network.bounds_state()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["other_repeats"] = [(other.findings, other.bounds) for other in self.others]
 
     def repaired(self) -> BoundedNetwork:
         """The bounded network with the loosest bounds of all repeats. Relaxed ones count only where all had to be relaxed."""
         network = super().repaired()
         if self.others:
-            repeats = [Repeat({"relaxed": self.relaxed}, network.bounds_state()), *self.others]
+            repeats = [Repeat({"relaxed": self.relaxed}, _on_cpu(network.bounds_state())), *self.others]
             kept = [each for each in repeats if not each.findings["relaxed"]] or repeats
             network.load_bounds(loosest([each.bounds for each in kept]))
         return network
@@ -110,6 +115,16 @@ class MMAC(BoundLearning):
         """Those of :class:`BoundLearning`, of the first repeat; below ``other_repeats`` those of the others, where there are such."""
         others = [other.findings for other in self.others]
         return super().findings() | ({"other_repeats": others} if others else {})
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in state.items()}
+
+
+def _others_in(checkpoint: Path, trainer: L.Trainer) -> list[Repeat]:
+    """What the other repeats found, from a checkpoint of the first; nothing where an earlier version wrote it."""
+    saved = trainer.strategy.checkpoint_io.load_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    return [Repeat(findings, bounds) for findings, bounds in saved.get("other_repeats", [])]
 
 
 def loosest(bounds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
