@@ -9,7 +9,7 @@ import time
 import pytest
 
 from marginclip.errors import UserError
-from marginclip.files import partial_of, write_whole
+from marginclip.files import partial_of, remove_left_folders, write_whole
 from marginclip.locks import locked
 
 FORK = multiprocessing.get_context("fork")
@@ -63,6 +63,17 @@ def of_killed(monkeypatch):
             return partial_of(path)
 
     return name
+
+
+def test_folders_that_a_killed_dashboard_left_are_removed(tmp_path, of_killed):
+    target = tmp_path / "site[1]"
+    left, mine, other = of_killed(target), partial_of(target), of_killed(tmp_path / "photos")
+    kept = [mine, other, tmp_path / ".site[1].partial", tmp_path / ".site[1].4194304.partial"]
+    for folder in (left, *kept):
+        folder.mkdir()
+        (folder / "index.html").write_text("half of")
+    remove_left_folders(target)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_what_killed_processes_left_is_removed(tmp_path, of_killed):

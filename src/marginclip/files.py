@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,21 @@ def remove_leftovers(folder: Path) -> None:
         if named is None or partial.is_dir():
             continue
         with suppress(OSError):  # its process moved it just now, or it is another user's
-            gone = named[1] == _host() and not _lives(int(named[2]))
-            if gone or time.time() - partial.stat().st_mtime > WEEK:
+            if _is_gone(named) or time.time() - partial.stat().st_mtime > WEEK:
                 partial.unlink()
+
+
+def remove_left_folders(path: Path) -> None:
+    """Remove the temporary folders beside ``path`` that processes on this host left when they were killed while they made it."""
+    for partial in path.parent.glob(f".{escape(path.name[:150])}.*.partial"):
+        named = PARTIAL.fullmatch(partial.name)
+        if named is not None and _is_gone(named) and partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_gone(named: re.Match[str]) -> bool:
+    """Whether the process of a temporary name was on this host, and is no more."""
+    return named[1] == _host() and not _lives(int(named[2]))
 
 
 def _host() -> str:

@@ -120,6 +120,20 @@ def test_an_audit_refuses_settings_that_it_cannot_follow(tmp_path, configure_at,
         audit_model(configure_at(tmp_path / "runs", *words, word), output=str(tmp_path), images_suspect=None, json=False)
 
 
+def test_a_repair_refuses_a_detector_without_folds(tmp_path, configure_at):
+    from marginclip.experiment.handed_over import repair_model
+
+    words = [
+        "dataset=image_folder",
+        "dataset.root=absent",
+        "victim=checkpoint",
+        "victim.path=absent.pt",
+        "defense/detector=paper",
+    ]
+    with pytest.raises(UserError, match=r"defense.detector.folds must be at least 2, got 0: threshold and accuracy"):
+        repair_model(configure_at(tmp_path / "runs", *words), output=str(tmp_path / "kept"), tolerance=None, json=False)
+
+
 def test_the_audit_is_given_the_detector_and_the_folds(theirs, tmp_path, configure_at, monkeypatch):
     from marginclip.experiment import handed_over
 

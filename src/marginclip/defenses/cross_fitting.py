@@ -76,8 +76,8 @@ def cross_fitted(
     fold = stratified_folds(labels.cpu(), folds, seed)
     require(
         len(fold.unique()) == folds,
-        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: raise clean_per_class, or set "
-        "defense.detector.folds=0 (in marginclip.repair: tolerance=None)",
+        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: give more, or do without "
+        "(in defend.py defense.detector.folds=0, in marginclip.repair() tolerance=None)",
     )
     with defense.in_proportion(1 - 1 / folds):
         networks = [

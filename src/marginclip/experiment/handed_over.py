@@ -101,11 +101,12 @@ def _parts_of_audit(spec: RunSpec, methods: Methods) -> tuple[MMAC, MaximumMargi
         name = "none" if spec.detect is None else spec.detect.name
         raise UserError(f"marginclip audit tests by MM-BD: detect must be mmbd, got {name}")
     detector = spec.defense.detector or DetectorSpec(statistic="both")
-    require(
-        detector.folds >= 2,
-        f"defense.detector.folds must be at least 2, got {detector.folds}: an audit judges each image by a repair that never saw it",
-    )
+    _check_folds(detector, "an audit judges each image by a repair that never saw it")
     return defense, test, detector
+
+
+def _check_folds(detector: DetectorSpec, reason: str) -> None:
+    require(detector.folds >= 2, f"defense.detector.folds must be at least 2, got {detector.folds}: {reason}")
 
 
 def repair_model(spec: RunSpec, *, output: str, tolerance: float | None, json: bool, memory_gib: float | None = None) -> str:
@@ -132,9 +133,11 @@ def _repaired(spec: RunSpec, tolerance: float | None) -> Artefact:
     if methods.defense is None or spec.defense is None:
         raise UserError("marginclip repair needs a defense that bounds activations: defense=mmdf, mmac or mmom")
     check_bounds(methods.defense)
-    setup, images, labels = _given(spec, methods)
     detector = spec.defense.detector
-    folds = 2 if detector is None or detector.folds == 0 else detector.folds
+    if detector is not None:
+        _check_folds(detector, "threshold and accuracy of an artefact come from repairs of parts of the clean images")
+    folds = 2 if detector is None else detector.folds
+    setup, images, labels = _given(spec, methods)
     usual, longest = (
         passes_with_folds(methods.defense, len(images), len(setup.classes), folds, longest=extra) for extra in (False, True)
     )

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from marginclip.errors import UserError, require
-from marginclip.files import partial_of, write_json, write_whole
+from marginclip.files import partial_of, remove_left_folders, write_json, write_whole
 from marginclip.reporting.dashboard.overview import STATUSES, overview
 from marginclip.reporting.dashboard.pictures import sheet
 from marginclip.reporting.dashboard.run_page import figure, run_content
@@ -89,6 +89,7 @@ def _write_folder(
     target: Path, runs_dir: Path, runs: list[Run], unreadable: list[str], single_file: bool, pictures: bool
 ) -> Path:
     partial_folder = partial_of(target.absolute())
+    remove_left_folders(target.absolute())
     try:
         partial_folder.mkdir(parents=True)
         if single_file:
