@@ -98,7 +98,7 @@ def test_the_mask_loss_is_the_excess_over_the_density_and_the_diversity():
 def test_a_joint_batch_holds_own_triggers_then_cross_triggers_then_clean_images():
     attack, images, labels = make(rate=0.25, cross_ratio=0.5), stored(16), torch.arange(16) % 10
     before = images.clone(), labels.clone()
-    made, wanted, diversity = attack.joint_batch(images, labels)
+    made, wanted, diversity = attack.joint_batch(images, labels, torch.Generator())
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
     assert wanted.tolist() == [0] * 4 + labels[4:].tolist()
     torch.testing.assert_close(made[:4], attack(images[:4]), rtol=0, atol=1.01 / 255)
@@ -111,7 +111,7 @@ def test_a_joint_batch_holds_own_triggers_then_cross_triggers_then_clean_images(
 
 def test_painting_in_training_is_rounded_and_has_the_gradient_of_what_is_not():
     attack, images, labels = make(rate=0.5, cross_ratio=0.0), stored(8), torch.arange(8) % 10
-    made, _, _ = attack.joint_batch(images, labels)
+    made, _, _ = attack.joint_batch(images, labels, torch.Generator())
     torch.testing.assert_close((made * 255).round() / 255, made.detach(), rtol=0, atol=1e-6)
     weights = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(3))
     parameters = list(attack.generator.parameters())
@@ -126,16 +126,27 @@ def test_the_mask_is_fixed_in_joint_batches():
     attack, images = make(), stored(16)
     attack.train()
     before = {name: value.clone() for name, value in attack.masker.state_dict().items()}
-    made, _, diversity = attack.joint_batch(images, torch.arange(16) % 10)
+    made, _, diversity = attack.joint_batch(images, torch.arange(16) % 10, torch.Generator())
     (made.sum() + diversity).backward()
     assert all(parameter.grad is None for parameter in attack.masker.parameters())
     assert all(torch.equal(value, before[name]) for name, value in attack.masker.state_dict().items())
 
 
+def test_a_single_poisoned_image_is_compared_with_another_one():
+    """Its cross trigger is not its own: an image and itself have one trigger, and nothing to learn from."""
+    attack, images = make(rate=0.1), stored(10)
+    made, _, diversity = attack.joint_batch(images, torch.arange(10), torch.Generator())
+    patterns = attack.pattern(images[[0, 9]])
+    expected = diversity_loss(images[:1], images[9:], patterns[:1], patterns[1:])
+    assert diversity.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert not torch.equal(made[1], images[1])
+    assert sum(float(value.abs().sum()) for value in torch.autograd.grad(diversity, list(attack.generator.parameters()))) > 0
+
+
 def test_one2one_paints_images_of_the_source_class_only():
     attack = make(OneToOne(4, source=1, target=3), rate=0.5)
     labels = torch.arange(16) % 4
-    _, wanted, _ = attack.joint_batch(stored(16), labels)
+    _, wanted, _ = attack.joint_batch(stored(16), labels, torch.Generator())
     assert (wanted != labels).nonzero().flatten().tolist() == [1, 5]
     assert wanted[[1, 5]].tolist() == [3, 3]
 

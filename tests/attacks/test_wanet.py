@@ -122,13 +122,27 @@ def test_one2one_warps_images_of_the_source_class_only():
 
 
 @pytest.mark.parametrize(
-    ("count", "rate", "cross_ratio"), [(128, 0.1, 2.0), (7, 0.5, 0.5), (3, 0.1, 2.0), (10, 0.6, 2.0), (0, 1, 1)]
+    ("count", "rate", "cross_ratio"), [(128, 0.1, 2.0), (7, 0.5, 0.5), (25, 0.1, 2.0), (10, 0.6, 2.0), (0, 1, 1)]
 )
 def test_shares_of_a_batch_by_counting(count, rate, cross_ratio):
-    own, others = (part.tolist() for part in batch_shares(ALL2ONE, torch.arange(count) % 10, rate, cross_ratio))
+    parts = batch_shares(ALL2ONE, torch.arange(count) % 10, rate, cross_ratio, torch.Generator())
+    own, others = (part.tolist() for part in parts)
     assert len(own) == math.floor(rate * count)
     assert len(others) == min(count - len(own), math.floor(cross_ratio * len(own)))
     assert own + others == list(range(len(own) + len(others)))
+
+
+@pytest.mark.parametrize(
+    ("x2x", "classes", "count"),
+    [(OneToOne(10, source=1, target=3), 10, 128), (OneToOne(100, source=1, target=3), 100, 128), (ALL2ONE, 10, 4)],
+)
+def test_few_images_in_a_batch_are_poisoned_at_the_rate_all_the_same(x2x, classes, count):
+    """A tenth of the one source class, of which a batch of 128 has 13 images or one; of a batch of four images."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(count) % classes
+    candidates = int((labels == 1).sum()) if x2x.one_source else count
+    own = [len(batch_shares(x2x, labels, 0.1, 1.0, generator)[0]) for _ in range(2000)]
+    assert sum(own) / (2000 * candidates) == pytest.approx(0.1, rel=0.15)
+    assert set(own) == {int(0.1 * candidates), int(0.1 * candidates) + 1}
 
 
 @pytest.mark.parametrize("timing", ["before_augmentation", "after_augmentation"])

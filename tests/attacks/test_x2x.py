@@ -89,7 +89,7 @@ def test_only_an_attack_that_recognises_the_source_first_is_measured_by_the_accu
 
 @pytest.mark.parametrize(("one_source", "poisoned"), [(False, [0, 1, 2, 3]), (True, [0, 4])])
 def test_batches_are_poisoned_from_all_classes_or_from_the_one_source(one_source, poisoned):
-    chosen, _ = batch_shares(Swapped(one_source), torch.arange(8) % 4, 0.5 if not one_source else 1.0, 1.0)
+    chosen, _ = batch_shares(Swapped(one_source), torch.arange(8) % 4, 0.5 if not one_source else 1.0, 1.0, torch.Generator())
     assert chosen.tolist() == poisoned
 
 

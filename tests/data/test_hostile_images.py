@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from marginclip.data import ImageFolder
+from marginclip.data.images import pixels_of
 from marginclip.errors import UserError, printable
 
 
@@ -81,6 +82,41 @@ def test_colours_of_print_and_moving_pictures_are_read(root):
     assert images.shape == (2, 3, 16, 16)
     expected = torch.tensor([255, 0, 0]).view(1, 3, 1, 1)
     assert (images.int() - expected).abs().max() <= 3, "the first picture, in red"
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_photographs_stand_upright(root, turned):
+    """A camera stores the pixels as they come, and says how it was held; the same image upright is the last one."""
+    upright = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[:, None], 16, 1)).convert("RGB")
+    undone = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # as Image.Transpose; what turns the upright image into the stored one
+    stored = upright if turned == 1 else upright.transpose(Image.Transpose(undone[turned]))
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    assert pixels_of_saved(stored, root / "dog" / "x.png", exif) == (16, 24)
+    upright.save(root / "dog" / "y.png")
+    images = load(root, size=16).images[torch.tensor([8, 9])]
+    assert torch.equal(images[0], images[1])
+
+
+def pixels_of_saved(image, path, exif):
+    image.save(path, exif=exif)
+    return pixels_of(path)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_does_not_cost_the_image(root):
+    file = root / "dog" / "x.jpg"
+    Image.new("RGB", (16, 16), "red").save(file, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff nonsense")
+    assert len(load(root)) == 9
+
+
+def test_names_that_are_not_unicode_are_files_like_others(root, tmp_path):
+    os.rename(os.fsencode(root / "dog" / "0.png"), os.fsencode(root / "dog") + b"/caf\xe9.png")
+    settings = {"root": str(root), "held_out_share": 1.0, "cache": str(tmp_path / "cache")}
+    assert len(ImageFolder(**settings).load().held_out) == 8
+    before = ImageFolder(**settings).digest()
+    os.rename(os.fsencode(root / "dog") + b"/caf\xe9.png", os.fsencode(root / "dog") + b"/caf\xe8.png")
+    assert ImageFolder(**settings).digest() != before
 
 
 def test_links_are_followed_to_files_and_not_in_circles(root, tmp_path):

@@ -50,6 +50,31 @@ class Tall(Whole):
         return Image.new("RGB", (16, 17)), 0
 
 
+class OwnNames(Pictures):
+    """A set whose training split has another name; its first class has no image."""
+
+    classes = ("N/A", "even", "odd")
+
+    def __init__(self, root: str, split: str = "trainval") -> None:
+        if split not in ("trainval", "test"):
+            raise ValueError(f"no split {split}")
+        super().__init__(root, "train" if split == "trainval" else "val", download=True)
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, label + 1
+
+
+class Asking(Pictures):
+    def __init__(self, root: str, kind: str) -> None:
+        super().__init__(root, download=True)
+
+
+class Deep(Whole):
+    def __getitem__(self, index):
+        return Image.new("F", (16, 16), 0.5), index % 2
+
+
 class NoTest(Pictures):
     def __init__(self, root: str, split: str = "train") -> None:
         if split != "train":
@@ -59,9 +84,10 @@ class NoTest(Pictures):
 
 @pytest.fixture(autouse=True)
 def among_those_of_torchvision(monkeypatch):
-    for kind in (Pictures, Whole, Flagged, Described, Tall, NoTest):
+    kinds = (Pictures, Whole, Flagged, Described, Tall, OwnNames, Asking, Deep, NoTest)
+    for kind in kinds:
         monkeypatch.setattr(torchvision.datasets, kind.__name__, kind, raising=False)
-    names = (*torchvision.datasets.__all__, "Pictures", "Whole", "Flagged", "Described", "Tall", "NoTest")
+    names = (*torchvision.datasets.__all__, *(kind.__name__ for kind in kinds))
     monkeypatch.setattr(torchvision.datasets, "__all__", names)
 
 
@@ -73,6 +99,15 @@ def test_the_splits_of_a_torchvision_set_are_kept(name, tmp_path):
         assert part.labels.tolist() == [0, 1] * 4
         assert part.classes == ("even", "odd")
     assert splits.image_shape == (3, 16, 16)
+
+
+def test_other_names_of_the_training_split_are_known_and_classes_without_images_left_out(tmp_path, caplog):
+    caplog.set_level("INFO", "marginclip")
+    splits = TorchvisionData(dataset="OwnNames", root=str(tmp_path)).load()
+    assert splits.train.classes == ("even", "odd")
+    assert splits.train.labels.tolist() == splits.held_out.labels.tolist() == [0, 1] * 4
+    assert splits.held_out.images[0, 0, 0, 0] == 100
+    assert "has no image of 'N/A', which is left out" in caplog.text
 
 
 def test_one_without_splits_is_split_by_seed(tmp_path):
@@ -103,6 +138,8 @@ def test_a_set_that_ships_with_torchvision_can_be_had(tmp_path):
         ({"dataset": "SVNH"}, "'SVNH' is not a data set of torchvision; did you mean 'SVHN'?"),
         ({"dataset": "Pictures", "download": False}, r"Pictures is neither in .* \(Dataset not found\); put it there"),
         ({"dataset": "Described"}, "is no data set of images with one class each: a sample holds Image, dict"),
+        ({"dataset": "Asking"}, r"refuses its arguments \(.*'kind'\): give them as \+dataset.arguments.NAME=VALUE"),
+        ({"dataset": "Deep"}, "an image of torchvision's Deep has 32-bit pixels of unknown range"),
         ({"dataset": "Tall"}, "has images of 16 x 17 pixels: set dataset.size"),
         ({"dataset": "NoTest"}, r"has no split test, val, .* \(only 'train' is known\)"),
         ({"dataset": "Whole", "memory_gib": 1e-6}, "takes 0.0 GiB or more of memory: set a smaller dataset.size"),
@@ -174,6 +211,36 @@ def test_one_split_is_divided_and_labels_without_names_are_their_values(pictured
     assert splits.held_out.labels.bincount().tolist() == [2, 2]
     with pytest.raises(UserError, match="holds no images but str; name the column of images"):
         HuggingFaceData(**settings | {"image": "kind"}).load()
+
+
+@pytest.fixture
+def table(pictured, tmp_path):
+    """Settings of a table whose images have these labels."""
+    import datasets
+
+    def write(labels):
+        images = sorted(map(str, pictured.rglob("*.png")))
+        rows = {"image": (images * len(labels))[: len(labels)], "label": labels}
+        folder = tmp_path / "table"
+        folder.mkdir()
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet")
+        return {"path": str(folder), "size": 8}
+
+    return write
+
+
+def test_labels_that_are_numbers_keep_their_order(table):
+    splits = HuggingFaceData(**table([number for number in range(12) for _ in range(2)]), held_out_share=0.5).load()
+    assert splits.train.classes == tuple(map(str, range(12)))
+    assert splits.held_out.labels.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"), [([0, 1, -1, 2], "it holds -1"), ([0, 1, None, 1], "it holds None"), ([0.5, 1.0], r"it holds 0.5, 1.0")]
+)
+def test_labels_that_are_no_classes_are_refused(table, labels, told):
+    with pytest.raises(UserError, match=r"must hold one word, or one number from 0 up, for each image; " + told):
+        HuggingFaceData(**table(labels)).load()
 
 
 @pytest.mark.parametrize(

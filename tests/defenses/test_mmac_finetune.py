@@ -47,6 +47,13 @@ def test_the_row_before_the_fine_tuning_is_mmac(victim, clean):
     assert not isinstance(bare.network, BoundedNetwork)
 
 
+def test_statistics_stay_where_the_model_is_in_training_mode(victim, clean, fit):
+    """The network is never bounded here, so that its mode is the model's."""
+    wanted = fit(make(mmac=None, seed=1), victim.eval(), clean).state_dict()
+    found = fit(make(mmac=None, seed=1), victim.train(), clean).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
 def test_a_step_is_adam_on_clean_images_and_on_margin_inputs_with_their_own_labels(plain_victim, clean, fit):
     images, labels = clean
     defense = make(

@@ -125,6 +125,19 @@ def test_all_classes_at_once_are_each_class_alone(plain_victim, clean):
             torch.testing.assert_close(together.patterns[row], (b.tanh() / 2 + 0.5).detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_classes_that_do_not_fit_at_once_are_searched_in_parts(plain_victim, clean, monkeypatch):
+    network, images = plain_victim.double().requires_grad_(False), clean[0].double()
+    at_once = invert_triggers(network, images, [2, 0, 3], FEW, seed=1)
+    largest, forward = [], type(network).forward
+    monkeypatch.setattr(type(network), "forward", lambda self, batch: largest.append(len(batch)) or forward(self, batch))
+    monkeypatch.setattr("marginclip.defenses.weights.inversion.memory_budget", lambda device: 1)
+    in_parts = invert_triggers(network, images, [2, 0, 3], FEW, seed=1)
+    assert max(largest) == 8
+    torch.testing.assert_close(in_parts.masks, at_once.masks)
+    torch.testing.assert_close(in_parts.patterns, at_once.patterns)
+    assert in_parts.rates == at_once.rates
+
+
 class WhiteSquare(nn.Module):
     """A strong BadNet: a 2 x 2 white square in the corner sends everything to class 1; the rest of the decision is the victim's."""
 

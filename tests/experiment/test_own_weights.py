@@ -9,6 +9,7 @@ from torch import nn
 
 from marginclip.experiment import artefact_commands
 from marginclip.experiment.recipe import run_identity
+from marginclip.experiment.setup import load_splits
 
 TINY = [
     "dataset=image_folder", "victim=checkpoint", "defense=mmdf", "defense.steps=2", "defense.extra_steps=0", "trainer.threads=1",
@@ -44,6 +45,20 @@ def images(tmp_path):
             pixels[..., label] += 120
             Image.fromarray(pixels.numpy()).save(tmp_path / "clean" / f"class{label}" / f"{number}.png")
     return tmp_path / "clean"
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [
+        (["dataset=image_folder"], (0, 36)),  # nothing is trained: all images are for the defender
+        (["dataset=image_folder", "dataset.held_out_share=0.25"], (27, 9)),  # the model knows the others
+        (["dataset=digits"], (899, 898)),  # ours may have been trained on the first part
+    ],
+)
+def test_what_is_held_out_from_a_model_that_is_given(images, tmp_path, configure_at, words, counts):
+    spec = configure_at(tmp_path, *TINY, *words, *([f"dataset.root={images}"] if "digits" not in words[0] else []))
+    splits = load_splits(spec)
+    assert (len(splits.train), len(splits.held_out)) == counts
 
 
 @pytest.mark.parametrize("make", [huggingface, exported])

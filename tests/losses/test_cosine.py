@@ -64,6 +64,12 @@ def test_the_last_layer_of_torchvision_models_is_found(name):
     assert 0.01 < logits.abs().max() <= 5.0001
 
 
+def test_the_second_outputs_that_some_networks_have_in_training_are_left_out():
+    model = TorchvisionModel(7, network="googlenet").train()
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+    assert BoundedNetwork(model.eval(), torch.rand(3, 64, 64))(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+
+
 def test_a_linear_model_is_its_own_last_layer():
     layer = nn.Linear(5, 3)
     assert final_layer(layer) == ""

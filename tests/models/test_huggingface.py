@@ -87,6 +87,51 @@ def test_the_normalisation_is_that_of_the_folder(folders, batch, tmp_path):
     assert torch.equal(given(batch), plain(batch))
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("ViT", {}),
+        ("ViT", {"do_normalize": False}),
+        ("ViT", {"rescale_factor": 1 / 127.5}),
+        ("ViT", {"do_rescale": False, "do_normalize": False}),
+        ("EfficientNet", {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.4, 0.6]}),
+        ("EfficientNet", {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.4, 0.6], "include_top": False}),
+        ("EfficientNet", {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 127.5, "rescale_offset": True}),
+        ("MobileViT", {"do_flip_channel_order": False, "do_center_crop": False}),
+    ],
+)
+def test_images_are_prepared_as_the_folder_says(folders, tmp_path, kind, settings):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folders / "vit" / name).read_bytes())
+    try:
+        processor = getattr(transformers, f"{kind}ImageProcessor")(**settings, do_resize=False)
+    except (AttributeError, ImportError) as error:
+        pytest.skip(str(error))
+    processor.save_pretrained(tmp_path)
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = processor(image, return_tensors="pt")["pixel_values"]
+    found = huggingface_model(3, path=str(tmp_path)).normalize(image[None] / 255)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_normalisation_of_timm_is_in_its_configuration(folders, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((folders / "vit" / "model.safetensors").read_bytes())
+    content = json.loads((folders / "vit" / "config.json").read_text())
+    statistics = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (tmp_path / "config.json").write_text(json.dumps(content | {"pretrained_cfg": statistics}))
+    normalize = huggingface_model(3, path=str(tmp_path)).normalize
+    assert torch.equal(normalize.mean.flatten(), torch.tensor(statistics["mean"]))
+    assert torch.equal(normalize.std.flatten(), torch.tensor(statistics["std"]))
+
+
+def test_channels_in_another_order_are_refused(folders, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folders / "vit" / name).read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "MobileViTImageProcessor"}))
+    with pytest.raises(UserError, match="wants its channels in the order blue, green, red"):
+        huggingface_model(3, path=str(tmp_path))
+
+
 def test_without_weights_they_are_fresh_and_for_the_classes_asked_for(folders, batch, tmp_path):
     (tmp_path / "config.json").write_text((folders / "resnet" / "config.json").read_text())
     model = huggingface_model(7, path=str(tmp_path)).eval()

@@ -91,7 +91,7 @@ def test_a_joint_step_is_sgd_for_the_classifier_on_cross_entropy_plus_diversity(
                 by_hand.load_state_dict(trained.state_dict())
                 by_hand.train()
                 attack = by_hand.attack
-                images, labels, diversity = attack.joint_batch(batch["images"], batch["labels"])
+                images, labels, diversity = attack.joint_batch(batch["images"], batch["labels"], torch.Generator())
                 assert diversity > 0
                 logits = by_hand.model(images)
                 loss = -logits.log_softmax(1)[torch.arange(16), labels].mean() + diversity

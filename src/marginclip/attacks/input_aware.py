@@ -147,14 +147,17 @@ class InputAware(Attack):
         excess = F.relu(masks - self.density).mean()
         return self.density_weight * excess + diversity_loss(images, images.roll(1, 0), masks, masks.roll(1, 0))
 
-    def joint_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def joint_batch(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A batch with triggers and cross triggers painted on, the labels to learn, and the generator's diversity loss."""
         self.masker.eval()  # it is done
-        own, crossed = batch_shares(self.x2x, labels, self.rate, self.cross_ratio)
+        own, crossed = batch_shares(self.x2x, labels, self.rate, self.cross_ratio, generator)
         if len(own) == 0 or len(images) < 2:
             return images, labels, images.new_zeros(())
-        others = images.roll(1, 0)
-        sources = torch.cat([images[own], others[crossed]])
+        pairs = min(len(own), len(crossed))
+        others = (crossed - 1) % len(images)
+        if len(images) > 2:  # an image and itself say nothing of how their triggers differ
+            others[:pairs] = torch.where(others[:pairs] == own[:pairs], (others[:pairs] - 1) % len(images), others[:pairs])
+        sources = torch.cat([images[own], images[others]])
         patterns = self.pattern(sources)
         with torch.no_grad():
             masks = self.mask(sources)
@@ -163,7 +166,6 @@ class InputAware(Attack):
         images_out = images.index_copy(0, changed, painted.to(images))
         labels = labels.clone()
         labels[own] = self.poisoned_labels(labels[own])
-        pairs = min(len(own), len(crossed))
         diversity = images.new_zeros(())
         if pairs:
             first, second = sources[:pairs], sources[len(own) : len(own) + pairs]

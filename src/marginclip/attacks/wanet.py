@@ -19,10 +19,10 @@ class WaNet(Attack):
 
     ``noise_grid`` is a control grid drawn uniformly from [-1, 1], divided by its mean absolute value and enlarged bicubically to the image.
 
-    The attacker controls training. In every batch the first ``int(rate * B)`` images are warped and get the attacker's label. The next ones
-    are *noise-mode* images: they are warped with an additional uniform jitter of up to 1/H at every pixel and keep their label. So
-    the victim learns this warp and not resampling as such. Images of any class are poisoned, those of the target too, as published.
-    With one2one only those of the source class are, and ``rate`` is the share of them.
+    The attacker controls training. In every batch the first ``int(rate * B)`` images are warped and get the attacker's label
+    (:func:`batch_shares`). The next ones are *noise-mode* images: they are warped with an additional uniform jitter of up to 1/H at
+    every pixel and keep their label. So the victim learns this warp and not resampling as such. Images of any class are poisoned, those
+    of the target too, as published. With one2one only those of the source class are, and ``rate`` is the share of them.
 
     Args:
         x2x: whom the attack flips, and to what.
@@ -90,7 +90,7 @@ class WaNet(Attack):
     ) -> dict[str, Tensor]:
         if self.timing == "after_augmentation":
             images = augment(images, generator)
-        warped, jittered = batch_shares(self.x2x, labels, self.rate, self.cross_ratio)
+        warped, jittered = batch_shares(self.x2x, labels, self.rate, self.cross_ratio, generator)
         images, labels = images.clone(), labels.clone()
         images[warped] = self(images[warped])
         images[jittered] = self.jittered(images[jittered], generator)
@@ -100,14 +100,19 @@ class WaNet(Attack):
         return {"images": images, "labels": labels}
 
 
-def batch_shares(x2x: X2X, labels: Tensor, rate: float, cross_ratio: float) -> tuple[Tensor, Tensor]:
+def batch_shares(
+    x2x: X2X, labels: Tensor, rate: float, cross_ratio: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Indices of a batch's poisoned images and of those ``cross_ratio`` times as many that carry a wrong trigger.
 
-    The first ``int(rate * B)`` of all images (of the source class, with one2one) are poisoned, the next ones are not.
+    The first ``int(rate * B)`` of all images are poisoned, as published, the next ones are not. A batch holds few images of one
+    source class: with one2one, and where that number is 0, it is rounded up or down at random, to ``rate`` of them on average.
     """
     candidates = x2x.eligible(labels) if x2x.one_source else torch.ones_like(labels, dtype=torch.bool)
     possible = candidates.nonzero().flatten()
     count = int(rate * len(possible))
+    if x2x.one_source or count == 0:
+        count += int(float(torch.rand((), generator=generator)) < rate * len(possible) - count)
     others = torch.cat([possible[count:], (~candidates).nonzero().flatten()])
     return possible[:count], others[: int(cross_ratio * count)]
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marginclip.data.images import image_tensor
+from marginclip.data.images import check_depth, image_tensor
 from marginclip.errors import UserError, require
 
 Labelled = tuple[Image.Image, int]
@@ -36,6 +36,7 @@ def decode_all(
     """
     images, labels = list[Tensor](), list[int]()
     for image, label in samples:
+        check_depth(image, f"an image of {title}")
         tensor = image_tensor(image, size, grey=grey)
         side = images[0].shape[-1] if images else tensor.shape[-1]
         require(

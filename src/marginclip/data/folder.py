@@ -154,7 +154,7 @@ def cached_images(folder: Path, files: list[ImageFile], size: int, *, strict: bo
     if cache is None:
         return read_images(paths, size, strict=strict, grey=grey)
     listing = "\n".join(f"{file.path} {file.size} {file.changed}" for file in files)
-    key = hashlib.sha256(f"{folder.resolve()} {size} {strict} {grey}\n{listing}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{folder.resolve()} {size} {strict} {grey} upright\n{listing}")).hexdigest()[:16]
     file = cache / f"images-{key}.safetensors"
     if (images := _kept(file)) is not None:
         return images
@@ -174,7 +174,7 @@ def folder_digest(root: Path) -> str:
     files = [file for folder in image_folders(root) for file in list_images(folder)[0]]
     start = len(os.path.join(root, ""))
     listing = "\n".join(f"{file.path[start:].replace(os.sep, '/')} {file.size}" for file in files)
-    return hashlib.sha256(listing.encode()).hexdigest()[:10]
+    return hashlib.sha256(os.fsencode(listing)).hexdigest()[:10]
 
 
 def _files(folder: str) -> Iterator[ImageFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,7 @@ class HuggingFaceData(ImageSource):
             return None
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         listing = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files)
-        return hashlib.sha256(listing.encode()).hexdigest()[:10]
+        return hashlib.sha256(os.fsencode(listing)).hexdigest()[:10]
 
     def _loaded(self) -> Mapping[str, Any]:
         """All splits by name."""
@@ -126,11 +127,18 @@ class HuggingFaceData(ImageSource):
         return parts
 
     def _classes(self, parts: list[Any]) -> tuple[Any, ...]:
-        """The names of the classes, or the values that the column of labels has."""
+        """The names of the classes, or the values that the column of labels has: numbers in their order, words in the alphabet's."""
         names = getattr((parts[0].features or {}).get(self.label), "names", None)
         if names is not None:
             return tuple(names)
-        return tuple(sorted({str(row[self.label]) for part in parts for row in part.select_columns([self.label])}))
+        values = {row[self.label] for part in parts for row in part.select_columns([self.label])}
+        numbers = {value for value in values if isinstance(value, int) and value >= 0}
+        require(
+            values == numbers or all(isinstance(value, str) for value in values),
+            f"dataset.label='{self.label}' of '{self.path}' must hold one word, or one number from 0 up, for each image; it holds "
+            + ", ".join(sorted(map(repr, values - numbers if numbers else values))[:3]),
+        )
+        return tuple(map(str, sorted(values)))
 
     def _samples(self, part: Any, classes: tuple[str, ...]) -> Iterator[Labelled]:
         """Images with the numbers of their classes."""

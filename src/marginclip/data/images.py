@@ -11,12 +11,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from marginclip.errors import UserError, require
 
 LARGEST = 64 * 2**20  # pixels of an image file
+UPRIGHT, ON_ITS_SIDE = 1, 5  # EXIF orientations; from the second up width and height change places
 
 
 class ImageStore(Protocol):
@@ -65,13 +66,15 @@ class Splits:
 
 
 def pixels_of(path: str | Path) -> tuple[int, int]:
-    """Width and height that an image file claims; no pixel is decoded. Raises :class:`UserError` for more than ``LARGEST`` pixels, and for
-    what is no regular file, such as a pipe, that would never end."""
+    """Width and height, upright, that an image file claims; no pixel is decoded.
+
+    Raises :class:`UserError` for more than ``LARGEST`` pixels, and for what is no regular file, such as a pipe, that would never end.
+    """
     status = os.stat(path)
     require(stat.S_ISREG(status.st_mode), f"'{path}' is not a regular file")
     try:
         with Image.open(path) as image:
-            width, height = image.size
+            width, height = image.size if _orientation(image) < ON_ITS_SIDE else image.size[::-1]
     except Image.DecompressionBombError as error:
         raise UserError(f"'{path}' has too many pixels ({error})") from error
     require(width * height <= LARGEST, f"'{path}' has {width} x {height} pixels, which are too many")
@@ -85,20 +88,26 @@ def decode(path: str | Path, size: int | None, *, grey: bool = False) -> Tensor:
     """
     pixels_of(path)
     with Image.open(path) as opened:
-        wide = _is_wide(opened)
-        require(
-            wide or opened.mode not in ("I", "F"), f"'{path}' has 32-bit pixels of unknown range: save it with 8 or 16 bits"
-        )
+        check_depth(opened, f"'{path}'")
         return image_tensor(opened, size, grey=grey)
+
+
+def check_depth(image: Image.Image, named: str) -> None:
+    """Raise :class:`UserError` for an image with pixels of 32 bits, whose range is unknown."""
+    fine = _is_wide(image) or image.mode not in ("I", "F")
+    require(fine, f"{named} has 32-bit pixels of unknown range: save it with 8 or 16 bits")
 
 
 def image_tensor(image: Image.Image, size: int | None, *, grey: bool = False) -> Tensor:
     """An opened image as uint8 (3, H, W), or (1, H, W) when ``grey``.
 
-    The short side is scaled to ``size`` and the centre cut out; None leaves the image as it is. 16-bit grey values are scaled to 8 bits.
+    The image is turned upright, as its EXIF orientation says. Then the short side is scaled to ``size`` and the centre cut out; None
+    leaves it as it is. 16-bit grey values are scaled to 8 bits.
     """
-    kind = "L" if grey else "RGB"
-    if _is_wide(image):
+    kind, wide = "L" if grey else "RGB", _is_wide(image)
+    if _orientation(image) != UPRIGHT:
+        image = ImageOps.exif_transpose(image)
+    if wide:
         image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
     image = image.convert(kind)
     if size is not None and image.size != (size, size):
@@ -114,6 +123,15 @@ def image_tensor(image: Image.Image, size: int | None, *, grey: bool = False) ->
 def _is_wide(image: Image.Image) -> bool:
     """Whether the pixels are grey values of 16 bits."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a camera says that it was held, in [1, 8]; 1, upright, where nothing or nothing readable is said."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except Exception:  # whatever PIL meets in damaged EXIF data: the pixels may be fine
+        return UPRIGHT
+    return found if found in range(UPRIGHT, 9) else UPRIGHT
 
 
 class FileImages:

@@ -43,7 +43,13 @@ def held_out_mask(labels: Tensor, *, held_out_share: float, seed: int) -> Tensor
 
 
 class ImageSource(ABC):
-    """Where the images of a data set come from. A subclass writes :meth:`load`; its settings are keyword arguments."""
+    """Where the images of a data set come from. A subclass writes :meth:`load`; its settings are keyword arguments.
+
+    ``ships`` says that the images come with this project or a package that it needs: a model that somebody gives was perhaps trained on
+    the part of them that is for training here.
+    """
+
+    ships = False
 
     @abstractmethod
     def load(self) -> Splits:
@@ -64,6 +70,8 @@ class MnistSubset(ImageSource):
         held_out_share: share of every class that is held out, in (0, 1]; at least one image.
         split_seed: of the choice of what is held out; it is not the run's seed.
     """
+
+    ships = True
 
     def __init__(self, *, held_out_share: float = 0.3, split_seed: int = 0) -> None:
         self.held_out_share, self.split_seed = held_out_share, split_seed
@@ -87,6 +95,7 @@ class MnistM(ImageSource):
         background_seed: of the photograph and the crop behind each digit.
     """
 
+    ships = True
     PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
     def __init__(self, *, held_out_share: float = 0.3, split_seed: int = 0, background_seed: int = 0) -> None:
@@ -133,6 +142,8 @@ class Digits(ImageSource):
     Raises:
         UserError: for a ``scale`` under 1.
     """
+
+    ships = True
 
     def __init__(self, *, scale: int = 2, held_out_share: float = 0.5, split_seed: int = 0) -> None:
         require(scale >= 1, f"dataset.scale must be at least 1, got {scale}")

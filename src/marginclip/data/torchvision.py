@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from marginclip.data.decoded import decode_all, labelled
@@ -14,6 +16,9 @@ from marginclip.data.images import ImageSet, Splits
 from marginclip.data.sources import ImageSource, download_once, seeded_split
 from marginclip.errors import UserError, first_line, nearest, require
 from marginclip.identity import Identifies, argument_types
+
+log = logging.getLogger(__name__)
+TRAINING_NAMES = ("train", "trainval", "train-standard")
 
 
 class TorchvisionData(ImageSource):
@@ -67,8 +72,7 @@ class TorchvisionData(ImageSource):
             folder="it",
             download=self.download,
         )
-        classes = self._classes(parts)
-        decoded = [self._decode(part) for part in parts]
+        decoded, classes = self._with_images([self._decode(part) for part in parts], self._classes(parts))
         if len(decoded) == 1:
             images, labels = decoded[0]
             return seeded_split(images, labels, classes, held_out_share=self.held_out_share, seed=self.split_seed)
@@ -92,22 +96,26 @@ class TorchvisionData(ImageSource):
         taken = argument_types(kind)
         offered = {"root": str(self.root), "download": download}
         settings = {name: value for name, value in offered.items() if name in taken} | self.arguments
-        if "train" in taken and "train" not in self.arguments:
-            return [kind(**settings, train=True), kind(**settings, train=False)]
-        if "split" in taken and "split" not in self.arguments:
-            return [kind(**settings, split="train"), self._first_split(lambda split: kind(**settings, split=split))]
-        return [kind(**settings)]
+        try:
+            if "train" in taken and "train" not in self.arguments:
+                return [kind(**settings, train=True), kind(**settings, train=False)]
+            if "split" in taken and "split" not in self.arguments:
+                names = TRAINING_NAMES, HELD_OUT_NAMES
+                return [self._first_split(lambda split: kind(**settings, split=split), each) for each in names]
+            return [kind(**settings)]
+        except (TypeError, ValueError) as error:  # an argument that is missing, or a value that it does not take
+            raise UserError(
+                f"torchvision's {self.dataset} refuses its arguments ({first_line(error)}): give them as +dataset.arguments.NAME=VALUE"
+            ) from error
 
-    def _first_split(self, make: Callable[[str], Any]) -> Any:
-        """The held-out split under the first of its usual names that the data set has; it refuses others by a ValueError."""
-        for name in HELD_OUT_NAMES:
+    def _first_split(self, make: Callable[[str], Any], names: Sequence[str]) -> Any:
+        """The split under the first of its usual ``names`` that the data set has; it refuses others by a ValueError."""
+        for name in names:
             try:
                 return make(name)
             except ValueError as error:
                 reason = first_line(error)
-        raise UserError(
-            f"torchvision's {self.dataset} has no split {', '.join(HELD_OUT_NAMES)} ({reason}); use dataset=image_folder"
-        )
+        raise UserError(f"torchvision's {self.dataset} has no split {', '.join(names)} ({reason}); use dataset=image_folder")
 
     def _classes(self, parts: list[Any]) -> tuple[str, ...]:
         """The names that the data set has, or the numbers of its classes."""
@@ -115,6 +123,21 @@ class TorchvisionData(ImageSource):
         if isinstance(named, (list, tuple)) and named:
             return tuple(str(name[0] if isinstance(name, tuple) else name) for name in named)
         return tuple(str(number) for number in range(1 + max(label for part in parts for label in _labels(part))))
+
+    def _with_images(
+        self, decoded: list[tuple[Tensor, Tensor]], classes: tuple[str, ...]
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...]]:
+        """The parts and the classes without those that have no image, such as the first of EMNIST's letters."""
+        kept = torch.cat([labels for _, labels in decoded]).unique()
+        if len(kept) == len(classes):
+            return decoded, classes
+        empty = [name for number, name in enumerate(classes) if number not in kept]
+        log.info(
+            "torchvision's %s has no image of %s, which is left out of its classes", self.dataset, ", ".join(map(repr, empty))
+        )
+        return [(images, torch.searchsorted(kept, labels)) for images, labels in decoded], tuple(
+            classes[i] for i in kept.tolist()
+        )
 
     def _decode(self, part: Any) -> tuple[Tensor, Tensor]:
         title = f"torchvision's {self.dataset}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from marginclip.attacks import Attack
 from marginclip.data import Augment, ImageData, Splits
 from marginclip.data.clean import automatic_sizes
 from marginclip.errors import UserError, first_line, require
+from marginclip.experiment.groups import Choice
 from marginclip.experiment.objects import make_model
 from marginclip.experiment.spec import RunSpec
 from marginclip.losses import Loss
@@ -74,15 +76,28 @@ def build_setup(spec: RunSpec, *, clean_per_class: int | None = None) -> VictimS
 
 
 def load_splits(spec: RunSpec) -> Splits:
-    """Training and held-out images, the former thinned out where the run asks for imbalance."""
-    share = "held_out_share" in spec.dataset.choice.settings
-    nothing_trained = {"held_out_share": 1.0} if share and spec.from_checkpoint else {}
-    splits: Splits = spec.dataset.source(**nothing_trained).load()
+    """Training and held-out images, the former thinned out where the run asks for imbalance.
+
+    Where a model is given, nothing is trained: all images of a set that brings no split of its own are held out. A ``held_out_share``
+    that was changed from its default stays, and so does that of images that ship.
+    """
+    nothing_trained = spec.from_checkpoint and _has_usual_share(spec.dataset.choice)
+    splits: Splits = spec.dataset.source(**({"held_out_share": 1.0} if nothing_trained else {})).load()
     require(
         spec.from_checkpoint or len(splits.train.labels) > 0,
         f"dataset.held_out_share={spec.dataset.choice.settings.get('held_out_share')} leaves no image to train a victim on",
     )
     return splits if spec.imbalance is None else spec.imbalance.make()(splits)
+
+
+def _has_usual_share(choice: Choice) -> bool:
+    """Whether the data set takes a share to hold out, and has the default of its class, where its images do not ship."""
+    usual = inspect.signature(choice.target).parameters.get("held_out_share")
+    return (
+        usual is not None
+        and not getattr(choice.target, "ships", False)
+        and choice.settings.get("held_out_share") == usual.default
+    )
 
 
 def build_attack(spec: RunSpec, splits: Splits) -> Attack | None:

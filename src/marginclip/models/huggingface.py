@@ -14,6 +14,8 @@ from marginclip.errors import UserError, first_line, require
 from marginclip.models.imported import NormalizedNetwork
 from marginclip.models.normalize import make_normalize
 
+TINY = 1e-6  # what is nearer to nothing is rounding
+
 
 def huggingface_model(
     num_classes: int,
@@ -34,10 +36,10 @@ def huggingface_model(
         in_channels: channels of the images.
         path: the folder. None, the default, is refused.
         output: attribute or key of what the network returns that holds the logits.
-        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. ``auto``: ``image_mean`` of
-            ``preprocessor_config.json``, where there is one. None: nothing.
-        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. ``auto``:
-            ``image_std`` of the same file. None: nothing.
+        mean: what is subtracted from each channel, (in_channels,) for images in [0, 1]. ``auto``: what ``preprocessor_config.json``
+            does, where there is one, or ``pretrained_cfg`` of ``config.json``, as models of timm have it. None: nothing.
+        std: what each channel is divided by then, (in_channels,) and positive; given together with ``mean``. ``auto``: as for
+            ``mean``. None: nothing.
 
     Returns:
         The network behind its normalisation, in full precision.
@@ -52,11 +54,9 @@ def huggingface_model(
         f"model.path must be a folder with config.json and safetensors, got {path!r}",
     )
     network, loaded = _network(folder, num_classes)
-    found = {"image_mean": mean, "image_std": std}
-    given: dict[str, Any] = {
-        name: _statistic(folder, name, in_channels) if value == "auto" else value for name, value in found.items()
-    }
-    model = NormalizedNetwork(make_normalize(in_channels, given["image_mean"], given["image_std"]), network.float(), output)
+    own_mean, own_std = _own_statistics(folder, in_channels) if "auto" in (mean, std) else (None, None)
+    normalize = make_normalize(in_channels, own_mean if mean == "auto" else mean, own_std if std == "auto" else std)  # type: ignore[arg-type]
+    model = NormalizedNetwork(normalize, network.float(), output)
     model.loaded_from = str(path) if loaded else None
     return model
 
@@ -90,15 +90,44 @@ def _network(folder: Path, num_classes: int) -> tuple[nn.Module, bool]:
     return network, True
 
 
-def _statistic(folder: Path, name: str, in_channels: int) -> list[float] | None:
-    """``image_mean`` or ``image_std`` of ``preprocessor_config.json``; None where it does not normalise."""
-    file = folder / "preprocessor_config.json"
+def _own_statistics(folder: Path, in_channels: int) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and deviation, for images in [0, 1], that do what the folder's own preparation of images does; None where it does nothing."""
+    content = _read(folder / "preprocessor_config.json")
+    if content is None:
+        timm = (_read(folder / "config.json") or {}).get("pretrained_cfg") or {}
+        return _each(timm.get("mean"), in_channels), _each(timm.get("std"), in_channels)
+    kind = str(content.get("image_processor_type"))
+    mobile = kind.startswith("MobileViT")  # what the file leaves out is the processor's default
+    require(
+        not content.get("do_flip_channel_order", mobile),
+        f"model.path='{folder}' wants its channels in the order blue, green, red (do_flip_channel_order), which is not supported",
+    )
+    normalizes = content.get("do_normalize", not mobile) and content.get("image_mean") is not None
+    mean = _each(content["image_mean"] if normalizes else 0.0, in_channels)
+    std = _each(content["image_std"] if normalizes else 1.0, in_channels)
+    assert mean is not None and std is not None
+    if content.get("include_top", kind.startswith("EfficientNet")):  # divides once more
+        std = [value**2 for value in std]
+    # What enters the normalisation is scale * x - offset for x in [0, 1].
+    scale = 255 * content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 255.0
+    offset = 1.0 if content.get("do_rescale", True) and content.get("rescale_offset", False) else 0.0
+    mean, std = [(value + offset) / scale for value in mean], [value / scale for value in std]
+    nothing = all(abs(value) < TINY for value in mean) and all(abs(value - 1) < TINY for value in std)
+    return (None, None) if nothing else (mean, std)
+
+
+def _each(value: Any, in_channels: int) -> list[float] | None:
+    """A statistic for each channel, from one number for all of them or from a list."""
+    return [float(value)] * in_channels if isinstance(value, (int, float)) else value
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None where it is missing."""
     try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
+        content: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
         raise UserError(f"'{file}' is damaged ({first_line(error)}): give model.mean and model.std") from error
-    value = content.get(name) if content.get("do_normalize", True) else None
-    return [float(value)] * in_channels if isinstance(value, (int, float)) else value
+    return content
 
 
 @contextmanager

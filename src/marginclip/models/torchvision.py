@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torchvision
 from torch import Tensor, nn
@@ -58,5 +59,8 @@ class TorchvisionModel(nn.Module):
         self.network: nn.Module = torchvision.models.get_model(network, weights=weights, num_classes=num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.normalize(images))
+        found: Any = self.network(self.normalize(images))
+        logits: Tensor = (
+            found.logits if self.training and getattr(self.network, "aux_logits", False) else found
+        )  # GoogLeNet, Inception
         return logits

@@ -101,8 +101,11 @@ class ClassifierTraining(L.LightningModule):
         """The loss of images (B, C, H, W) with labels (B,) at this step."""
         if self.loss is None:
             return F.cross_entropy(self.forward_pass(images), labels, label_smoothing=self.label_smoothing)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draw + LOSS_STREAM)
-        return self.loss(self.forward_pass, images, labels, generator)
+        return self.loss(self.forward_pass, images, labels, self.step_generator())
+
+    def step_generator(self) -> torch.Generator:
+        """What is drawn within a training step, apart from what the loader draws."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.draw + LOSS_STREAM)
 
     @property
     def draw(self) -> int:

@@ -53,7 +53,7 @@ class JointTraining(PoisonedTraining):
             loss = attack.mask_loss(batch["images"])
             self._step(loss, [masker], batch_idx)
             return
-        images, labels, diversity = attack.joint_batch(batch["images"], batch["labels"])
+        images, labels, diversity = attack.joint_batch(batch["images"], batch["labels"], self.step_generator())
         loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing) + diversity
         self._step(loss, [classifier, generator], batch_idx)
         if (schedule := self.lr_schedulers()) is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginclip.errors import require
+from marginclip.networks.memory import images_that_fit, memory_budget
 
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 SMALLEST_SPAN = 1e-6  # keeps the inverse of tanh finite
@@ -128,15 +129,16 @@ def invert_triggers(
     """For each class the smallest mask and a pattern that send clean ``images`` (N, C, H, W) in [0, 1] to it.
 
     Minimises CE(f((1 - m) x + m p), t) + cost |m|_1 by Adam, with m = tanh(a) / 2 + 1/2 and p alike. All classes are in one batch
-    and their losses are summed. Adam works value by value, so that is the same as one search for each. A class whose schedule is
-    done leaves the batch. ``network`` must be frozen and in evaluation mode. Where no pass reached the threshold, the last
-    trigger stands.
+    and their losses are summed. Adam works value by value, so that is the same as one search for each. Where they do not fit into the
+    memory budget, they go through the network one part after the other. A class whose schedule is done leaves the batch. ``network``
+    must be frozen and in evaluation mode. Where no pass reached the threshold, the last trigger stands.
     """
     search = _start(images, len(classes), plan, seed)
     wanted = torch.tensor(list(classes), device=images.device)
     optimizer = torch.optim.Adam([search.raw_masks, search.raw_patterns], plan.learning_rate, (plan.betas[0], plan.betas[1]))
     generator = torch.Generator().manual_seed(seed)
     count, size = len(images), min(plan.batch_size, len(images))
+    at_once = max(1, images_that_fit(network, images[:1], network, memory_budget(images.device)) // size)  # classes
     for _ in range(plan.passes):
         active = torch.tensor([k for k, schedule in enumerate(search.schedules) if not schedule.done], device=images.device)
         if len(active) == 0:
@@ -145,14 +147,15 @@ def invert_triggers(
         hits, sizes = torch.zeros(len(active), device=images.device), torch.zeros(len(active), device=images.device)
         for _ in range(plan.batches_per_pass):
             batch = images[torch.randperm(count, generator=generator)[:size].to(images.device)]
-            with torch.enable_grad():
-                masks, patterns = search.triggers(active)
-                loss, hit = _loss(network, batch, masks, patterns, wanted[active], costs)
-                gradients = torch.autograd.grad(loss, [search.raw_masks, search.raw_patterns])
-            hits += hit
-            sizes += masks.detach().flatten(1).sum(1)
+            optimizer.zero_grad()
+            for rows in torch.arange(len(active), device=images.device).split(at_once):
+                with torch.enable_grad():
+                    masks, patterns = search.triggers(active[rows])
+                    loss, hit = _loss(network, batch, masks, patterns, wanted[active[rows]], costs[rows])
+                    loss.backward(inputs=[search.raw_masks, search.raw_patterns])
+                hits[rows] += hit
+                sizes[rows] += masks.detach().flatten(1).sum(1)
             # Adam goes on moving classes that are done, by its momentum alone; their trigger is kept apart.
-            search.raw_masks.grad, search.raw_patterns.grad = gradients
             optimizer.step()
         _note(search, active.tolist(), hits / plan.batches_per_pass, sizes / plan.batches_per_pass)
     return InvertedTriggers(list(classes), search.masks.cpu(), search.patterns.cpu(), search.rates, search.passes)

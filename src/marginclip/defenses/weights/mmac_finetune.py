@@ -20,6 +20,7 @@ from marginclip.defenses.weights.finetune import FineTune
 from marginclip.errors import UserError, require
 from marginclip.maxmargin.margin import ascend_margins
 from marginclip.maxmargin.objectives import kl_divergence
+from marginclip.networks.logits import clean_logits
 from marginclip.silence import nested_trainers, silent_trainer
 
 
@@ -126,7 +127,7 @@ class MMACFineTune(FineTune):
         super().prepare(model, images, labels)
         if self.bounded is not None:
             self.network = copy.deepcopy(self.bounded.network).to(images.device)
-        self.num_classes = len(self.network(self.images[:1])[0])
+        self.num_classes = clean_logits(self.network, self.images[:1]).shape[1]
         self.before = [copy.deepcopy(self.network).eval().requires_grad_(False)]  # in a list: it is no part of what is learned
         self.network.requires_grad_(True)
         if isinstance(self.network, BoundedNetwork):
