@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import MMAC, MMBM, MMOM, Auto, Defense
 from marginclip.defenses.clipping.tolerance import check_tolerance, hold, keeps_bounds, tell
-from marginclip.defenses.cross_fitting import cross_fitted
+from marginclip.defenses.cross_fitting import check_folds, cross_fitted
 from marginclip.errors import nearest, require
 from marginclip.networks.logits import class_numbers, clean_logits, warn_if_poor
 from marginclip.networks.tracing import check_traceable
@@ -19,6 +19,7 @@ from marginclip.precision import precision_for
 from marginclip.silence import silent_trainer
 
 log = logging.getLogger(__name__)
+FOLDS = 2  # repairs of a part of the images, which tell what a repair costs on others
 METHODS: dict[str, Any] = {"mmac": MMAC, "mmom": MMOM, "mmbm": MMBM, "auto": Auto}
 
 
@@ -69,6 +70,8 @@ def repair(
     check_traceable(model)
     labels = class_numbers(labels)
     warn_if_poor(model, images, labels)
+    if points is not None:
+        check_folds(labels, FOLDS)
     numeric = precision_for(precision)
 
     def make_trainer(epochs: int) -> L.Trainer:
@@ -81,7 +84,7 @@ def repair(
         if tolerance != "auto":
             log.warning("%s set no bounds: nothing holds its cost to tolerance=%g", chosen.label, points)
         return network
-    fitted = cross_fitted(chosen, model, images, labels, make_trainer=make_trainer)
+    fitted = cross_fitted(chosen, model, images, labels, folds=FOLDS, make_trainer=make_trainer)
     cost = hold(network, fitted, images, labels, clean_logits(model, images), tolerance=points)
     tell(cost, points)
     return network

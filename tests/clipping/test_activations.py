@@ -78,7 +78,8 @@ class Middle(Function):
         lambda net, h: h.mul_(torch.sigmoid(h)), lambda net, h: h * torch.sigmoid(1.702 * h), lambda net, h: h * (h > -1),
         lambda net, h: 0.5 * h * (1 + torch.erf(h / 2**0.5)), lambda net, h: 0.5 * (h * (1 + torch.erf(h / 2**0.5))),
         lambda net, h: torch.tanh(h), lambda net, h: h.tanh(), lambda net, h: F.threshold(h, 0.1, -1.0), lambda net, h: F.glu(h, 1),
-        lambda net, h: F.hardtanh_(h), lambda net, h: F.hardtanh(h, -2.0, 6.0, True),
+        lambda net, h: F.hardtanh_(h), lambda net, h: F.hardtanh(h, -2.0, 6.0, True), lambda net, h: h / (1 + torch.exp(-h)),
+        lambda net, h: h / (1 + h.abs()), lambda net, h: F.softshrink(h, 0.01), lambda net, h: F.logsigmoid(h),
     ],
 )  # fmt: skip
 def test_activations_written_out_are_two_sided_sites(function, traced_by):
@@ -97,11 +98,24 @@ def test_activations_written_out_are_two_sided_sites(function, traced_by):
         lambda net, h: F.hardtanh(h, 0.0, 6.0), lambda net, h: F.hardtanh(h, min_val=0.0, max_val=6.0, inplace=True),
         lambda net, h: net.hardtanh(h), lambda net, h: F.threshold(h, 0.0, 0.0), lambda net, h: F.threshold(h, 0.1, value=0.0),
         lambda net, h: net.threshold(h), lambda net, h: F.softplus(h), lambda net, h: h * (h > 0), lambda net, h: h.gt(0.0) * h,
+        lambda net, h: h * (h > 0).float(), lambda net, h: h * (h > 0).to(h.dtype), lambda net, h: torch.where(h > 0, h, 0.0),
+        lambda net, h: torch.maximum(h, torch.zeros_like(h)),
     ],
 )  # fmt: skip
 def test_what_gives_nothing_below_zero_has_no_lower_bound(function, traced_by):
     (site,) = sites_of(traced_by(Middle(function)))
     assert not site.two_sided
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, h: torch.where(h > 0.5, h, 0.0), lambda net, h: torch.where(h > 0, h, 1.0), lambda net, h: torch.where(h > 0, 1.0, 0.0),
+        lambda net, h: torch.maximum(h, net.gate(h)), lambda net, h: h / h.abs().amax((2, 3), keepdim=True), lambda net, h: h / 2,
+    ],
+)  # fmt: skip
+def test_choices_and_quotients_that_are_no_activations_are_none(function, traced_by):
+    assert sites_of(traced_by(Middle(function))) == []
 
 
 def test_every_product_of_a_chain_of_them_is_a_site(traced_by):

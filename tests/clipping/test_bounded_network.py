@@ -6,13 +6,14 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.errors import UserError
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.objectives import mmac
 from marginclip.models import ResNet
+from marginclip.networks.copies import frozen_copy
 
 
 class Written(nn.Module):
@@ -398,7 +399,7 @@ class Encoder(nn.Module):
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), "no activation functions that could be bounded"),
         (Written(lambda self, x: (x + torch.rand_like(x)).relu()), "must not draw random numbers"),
         (nn.DataParallel(Pair()), "wrapped in DataParallel: give the network inside, model.module"),
-        (torch.jit.script(nn.Sequential(nn.ReLU())), "TorchScript model cannot be traced again"),
+        (torch.jit.script(nn.Sequential(nn.ReLU())), "TorchScript model, or one with such a part, cannot be traced"),
         (
             torch.export.export(nn.Sequential(nn.ReLU()), (torch.rand(1, 3, 8, 8),)),
             r"is an exported program: give marginclip.models.from_program\(program\)",
@@ -486,3 +487,99 @@ def test_bounds_of_another_architecture_are_refused(bounded, settle, images):
 def test_bad_settings_are_refused(call, message, bounded, images):
     with pytest.raises(UserError, match=message):
         call(bounded, images)
+
+
+# -- a graph that is not the model's ------------------------------------------------------------------------------------------
+
+
+class Optional(nn.Module):
+    """Prepares its images unless told otherwise; torch.fx takes the argument that is left out for one that is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+    def forward(self, images, normalised=None):
+        if normalised is None:
+            images = (images - 0.3) / 0.1
+        return self.layers(images)
+
+
+def test_a_branch_on_an_argument_that_is_left_out_is_the_models_own():
+    model, images = Optional().eval(), torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(BoundedNetwork(model, images)(images), model(images))
+    frozen = frozen_copy(model, images[:1])
+    torch.testing.assert_close(frozen(images), model(images))
+
+
+def test_a_hook_on_the_model_itself_is_not_lost_in_silence():
+    model, images = Optional().layers.eval(), torch.rand(4, 3, 8, 8)
+    model.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - 0.3) / 0.1,))
+    for network in (BoundedNetwork(model, images), frozen_copy(model, images[:1])):
+        torch.testing.assert_close(network(images), model(images))
+
+
+class Watchful(nn.Module):
+    """Gives other logits while it is traced, by either tracer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+    def forward(self, images):
+        traced = torch.compiler.is_exporting() or isinstance(images, fx.Proxy)
+        return self.layers(images) * (1 if traced else 2)
+
+
+def test_a_graph_that_gives_other_logits_than_the_model_is_refused():
+    with pytest.raises(UserError, match="the traced network gives other logits than the model, as where a hook"):
+        BoundedNetwork(Watchful().eval(), torch.rand(4, 3, 8, 8))
+
+
+class NormalisedTokens(nn.Module):
+    """A batch norm over the tokens behind a dense layer over the features: as many of the ones as of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dense, self.norm, self.last = (
+            nn.Conv2d(3, 6, 3),
+            nn.Linear(36, 36),
+            nn.BatchNorm1d(36),
+            nn.Linear(36, 5),
+        )
+        self.norm.running_mean.uniform_(-1, 1)
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, images):
+        maps = F.relu(self.first(images)).flatten(2)[:, :1].expand(-1, 36, -1)
+        return self.last(F.relu(self.norm(self.dense(maps))).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("old", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_batch_norms_are_folded_where_that_is_exact_alone(old):
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 8, 8)
+    computed = nn.Sequential(old(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    with torch.no_grad():
+        computed(images)  # else it keeps a tensor with its gradient
+    for model in (NormalisedTokens().eval(), computed):
+        with torch.no_grad():
+            for network in (BoundedNetwork(model, images).fused(), frozen_copy(model, images[:1])):
+                torch.testing.assert_close(network(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+class Squeezed(nn.Module):
+    """Right for every batch of more than one image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, images):
+        return self.last(F.adaptive_avg_pool2d(F.relu(self.first(images)), 1).squeeze())
+
+
+def test_a_model_for_more_than_one_image_can_be_bounded():
+    model, images = Squeezed().eval(), torch.rand(4, 3, 8, 8)
+    assert torch.equal(BoundedNetwork(model, images)(images), model(images))

@@ -1,6 +1,7 @@
 """The serving form against the bounded network and the model: the same bits, fewer passes."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -262,3 +263,57 @@ def test_bounds_that_no_scale_can_stand_for_stay(images, value):
     served = ServedNetwork(network, fused=False)
     assert scale_bounds(served.network) == 0
     assert torch.equal(served(images), network(images))
+
+
+class Written(nn.Module):
+    """Writes into a tensor that both halves of a pair have in common, behind its activation."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 5)
+
+    def forward(self, images):
+        x = self.first(images)
+        x = self.write(x, self.second(F.relu(x)))
+        return self.last(x.mean((2, 3)))
+
+
+def add_without_a_name(x, y):
+    x.add_(y)
+    return x
+
+
+def add_to_a_view(x, y):
+    x.view(-1, 6, 36).add_(y.flatten(2))
+    return x
+
+
+def add_and_keep(x, y):
+    kept = x
+    x += y
+    return x + kept
+
+
+@pytest.mark.parametrize(
+    "write",
+    [operator.iadd, operator.itruediv, lambda x, y: x.add_(y), add_without_a_name, add_to_a_view, add_and_keep],
+)
+def test_what_is_written_in_place_behind_a_bound_is_seen_by_one_half_alone(write, traced_by, images):
+    model = traced_by(Written(write).eval())
+    network = bounded(model, images)
+    pair = paired(model, network)
+    with torch.no_grad():
+        logits, bounded_logits = pair(images)
+        torch.testing.assert_close(logits, model(images))
+        torch.testing.assert_close(bounded_logits, network(images))
+        assert not torch.equal(logits, bounded_logits)
+
+
+def test_weights_that_are_computed_at_each_call_are_not_scaled(images):
+    torch.manual_seed(0)
+    first, second = (nn.utils.parametrizations.weight_norm(nn.Conv2d(size, 6, 3)) for size in (3, 6))
+    network = bounded(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)).eval(), images)
+    served = ServedNetwork(network, fused=False)
+    assert scale_bounds(served.network) == 2
+    torch.testing.assert_close(served(images), network(images))

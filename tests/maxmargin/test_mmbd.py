@@ -12,6 +12,7 @@ from marginclip.errors import UserError
 from marginclip.maxmargin.margin import ascend_margins, margin, random_starts
 from marginclip.maxmargin.mmbd import MaximumMarginTest, fit_gamma, gamma_draws, largest_p_value, maximum_margin_detection
 from marginclip.networks.copies import frozen_copy
+from marginclip.networks.memory import memory_limited_to
 
 FEW = {"starts": 4, "steps": 8, "step_size": 0.05, "rule": "unit_norm", "tolerance": 0.0}
 SHAPE = (3, 8, 8)
@@ -19,6 +20,33 @@ SHAPE = (3, 8, 8)
 
 def draws(shape, count, num_classes, seed=0):
     return gamma_draws(shape, (count, num_classes), torch.Generator().manual_seed(seed))
+
+
+# -- statistics of either sign --------------------------------------------------------------------------------------------------
+
+
+def test_the_suspect_is_the_class_of_the_largest_statistic_where_none_is_positive():
+    values = torch.tensor([-5.0, -3.0, -1.0, -4.0, -2.0])
+    assert MaximumMarginTest().judge(values).suspect == 2
+    assert MaximumMarginTest().judge_signed(values).suspect == 2
+
+
+def test_statistics_of_either_sign_are_judged_by_their_spread():
+    test = MaximumMarginTest(alpha=0.01)
+    just_above = torch.tensor([-3, -2.8, -4, -3.3, 0.05, -2.9, -3.1, -3.5, -2.7, -3.2])
+    found = test.judge_signed(just_above)
+    far = test.judge_signed(just_above + 20 * (just_above > 0))
+    assert (found.suspect, far.suspect) == (4, 4)
+    assert far.detected and far.p_value < found.p_value
+    moved = test.judge_signed(3 * just_above + 7)
+    assert moved.p_value == found.p_value, "neither place nor scale counts"
+
+
+def test_a_nominal_level_is_held_by_normal_statistics():
+    generator = torch.Generator().manual_seed(1)
+    test = MaximumMarginTest(alpha=0.05, simulations=2000)
+    accused = [test.judge_signed(torch.randn(10, generator=generator) - 2).detected for _ in range(400)]
+    assert sum(accused) / 400 == pytest.approx(0.05, abs=0.03)
 
 
 # -- the null -----------------------------------------------------------------------------------------------------------------
@@ -164,7 +192,7 @@ def test_settings_and_models_that_make_no_sense_are_refused(net):
 
 
 def test_frozen_copy_computes_the_same_without_batch_norms(net, images):
-    frozen = frozen_copy(net)
+    frozen = frozen_copy(net, images)
     assert torch.allclose(frozen(images), net(images), atol=1e-5)
     assert not [module for module in frozen.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not [value for value in frozen.parameters() if value.requires_grad]
@@ -181,7 +209,7 @@ def test_frozen_copy_of_what_cannot_be_traced_is_a_copy(net, images):
             return self.inner(x) if x.mean() > -1 else x
 
     model = Branching().eval()
-    frozen = frozen_copy(model)
+    frozen = frozen_copy(model, images)
     assert frozen is not model
     assert torch.equal(frozen(images), model(images))
 
@@ -195,7 +223,30 @@ def test_a_model_that_keeps_a_tensor_with_its_gradient_is_one_sentence():
     model = Keeps(4, 3)
     model(torch.rand(2, 4))
     with pytest.raises(UserError, match=r"the model Keeps cannot be copied: it keeps a tensor of an earlier forward pass"):
-        frozen_copy(model)
+        frozen_copy(model, torch.rand(2, 4))
     with torch.no_grad():
         model(torch.rand(2, 4))
-    assert torch.equal(frozen_copy(model).weight, model.weight)
+    assert torch.equal(frozen_copy(model, torch.rand(2, 4)).weight, model.weight)
+
+
+def test_classes_that_do_not_fit_at_once_are_searched_in_groups(net, monkeypatch):
+    test = MaximumMarginTest(**FEW)
+    wanted, images = test.search(net, SHAPE, 4)
+    largest = []
+    climb = ascend_margins
+
+    def counting(network, classes, starts, **settings):
+        largest.append(len(starts))
+        return climb(network, classes, starts, **settings)
+
+    monkeypatch.setattr("marginclip.maxmargin.mmbd.ascend_margins", counting)
+    with memory_limited_to(2 * 6 * 4 * 3 * 64 * 4 / 2**30):  # two classes of four images, six times over
+        found, reached = test.search(net, SHAPE, 4)
+    assert largest == [8, 8]
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(reached, images)
+
+
+def test_models_in_double_precision_are_tested_too(net):
+    found = MaximumMarginTest(**FEW).search(copy.deepcopy(net).double(), SHAPE, 4)[0]
+    torch.testing.assert_close(found, MaximumMarginTest(**FEW).search(net, SHAPE, 4)[0], rtol=1e-2, atol=1e-2)

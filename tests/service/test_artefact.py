@@ -1,5 +1,6 @@
 """An artefact keeps a repair: the same decisions after loading, and a clear refusal of what does not belong together."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from marginclip.api import repair
 from marginclip.defenses import MMOM, AscentPlan, Auto, MMACFineTune, StaticClip
 from marginclip.errors import UserError
 from marginclip.maxmargin import MaximumMarginTest
@@ -172,3 +174,24 @@ def test_a_repair_without_bounds_cannot_be_kept(poisoned, clean):
         Artefact.fit(poisoned, *clean, defense=FineTune(epochs=1))
     with pytest.raises(UserError, match="logits of 4 classes, not of 3"):
         Artefact.fit(poisoned, *clean, defense=StaticClip(), classes=("a", "b", "c"))
+
+
+def test_a_model_in_double_precision_goes_all_the_way(poisoned, clean, short, tmp_path):
+    model, (images, labels) = copy.deepcopy(poisoned).double(), clean
+    made = Artefact.fit(model, images.double(), labels, defense=short)
+    loaded = Artefact.load(made.save(tmp_path / "kept"), model)
+    same(made, loaded, images.double())
+
+
+def test_folds_are_checked_before_anything_is_learned(poisoned, clean, short, monkeypatch):
+    monkeypatch.setattr(type(short), "fit", lambda *_, **__: pytest.fail("a repair ran"))
+    images, labels = clean
+    first = torch.stack([(labels == label).nonzero()[0, 0] for label in range(4)])
+    for given, folds, told in (
+        (clean, 1, "at least 2 folds, got 1"),
+        ((images[first], labels[first]), 2, "at least 2 clean images"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Artefact.fit(poisoned, *given, defense=short, folds=folds)
+    with pytest.raises(UserError, match="at least 2 clean images of a class"):
+        repair(poisoned, images[first], labels[first], defense=short)

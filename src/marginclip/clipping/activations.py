@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from marginclip.clipping.arithmetic_forms import elements_of, gates_itself, is_positive_part
+from marginclip.clipping.arithmetic_forms import elements_of, gates_itself, is_maximum_with_zero, is_positive_part
 from marginclip.clipping.axes import channel_axes
 from marginclip.errors import UserError
 from marginclip.networks.exporting import aten_name, module_path, out_of_place
@@ -172,7 +172,11 @@ def _activation_calls(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, bool]]:
             if is_activation(module):
                 yield node, not isinstance(module, ONE_SIDED_MODULES) and not _has_floor(module, node)
         elif node.op in ("call_function", "call_method"):
-            if called(node) in (*ONE_SIDED_FUNCTIONS, *ONE_SIDED_METHODS) or _is_clamp_at_zero(traced, node):
+            if (
+                called(node) in (*ONE_SIDED_FUNCTIONS, *ONE_SIDED_METHODS)
+                or _is_clamp_at_zero(traced, node)
+                or is_maximum_with_zero(traced, node)
+            ):
                 yield node, False
             elif called(node) in (*TWO_SIDED_FUNCTIONS, *TWO_SIDED_METHODS):
                 yield node, not _has_floor(called(node), node)

@@ -261,7 +261,7 @@ def _with_bounds(
     traced: fx.GraphModule, example: Tensor, channel_axis: int | None, wanted: str | Sequence[str]
 ) -> tuple[fx.GraphModule, nn.ModuleDict, int]:
     """Insert a :class:`Bound` behind every activation call of a traced model; also returns its number of classes."""
-    example = example[:1] if example.dim() > 3 else example.unsqueeze(0)
+    example = torch.cat([example[:1] if example.dim() > 3 else example.unsqueeze(0)] * 2)  # a batch of one, squeezed, is none
     parameter = next(iter(traced.parameters()), None)
     example = example if parameter is None else example.to(parameter.device)
     logits = _logits(traced, example)
@@ -297,4 +297,5 @@ def _logits(traced: fx.GraphModule, example: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
         logits: Tensor = traced(example.detach().clone())
     require(isinstance(logits, Tensor), f"the model must return one tensor of logits, not a {type(logits).__name__}")
+    require(logits.dim() >= 2, f"the model must return logits (N, K), got {tuple(logits.shape)}")
     return logits

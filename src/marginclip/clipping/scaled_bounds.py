@@ -50,14 +50,17 @@ def _can_be_scaled(network: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _own_convolutions(network: fx.GraphModule) -> dict[fx.Node, nn.Conv2d]:
-    """Convolutions that are called once, with weights of their own."""
+    """Convolutions that are called once, with weights of their own that nothing computes at each call."""
     called = [node for node in network.graph.nodes if node.op == "call_module"]
     found = {node: network.get_submodule(str(node.target)) for node in called}
     uses = Counter(id(parameter) for module in found.values() for parameter in module.parameters())
     return {
         node: module
         for node, module in found.items()
-        if isinstance(module, nn.Conv2d) and all(uses[id(parameter)] == 1 for parameter in module.parameters())
+        if type(module) is nn.Conv2d
+        and "weight" in module._parameters
+        and not module._forward_pre_hooks
+        and all(uses[id(parameter)] == 1 for parameter in module.parameters())
     }
 
 

@@ -12,9 +12,21 @@ from torch import Tensor, fx, nn
 
 from marginclip.clipping.bounded_network import BoundedNetwork
 from marginclip.clipping.bounds import Bound
+from marginclip.networks.exporting import aten_name, out_of_place
+from marginclip.networks.tracing import called
 
 RELUS = (F.relu, torch.relu, "relu")
-OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+OUT_OF_PLACE = {
+    operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub, operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv, operator.ipow: operator.pow, operator.imod: operator.mod,
+}  # fmt: skip
+# What gives another view of a tensor's values, or may: writing into one of them is writing into the other.
+VIEWS = (
+    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem", "chunk", "split", "narrow",
+    "select", "slice", "expand", "expand_as", "view_as", "detach", "contiguous", "unbind", "movedim", "swapaxes", "t", "to", "float",
+    "alias", "dropout", "identity",
+)  # fmt: skip
+VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 class ClippedReLU(nn.Module):
@@ -109,7 +121,7 @@ def paired(model: nn.Module, repaired: nn.Module, *, fused: bool = True, folded:
 def _paired(model: nn.Module, repaired: nn.Module, fused: bool, folded: bool) -> PairedNetwork | NetworkPair:
     if not isinstance(repaired, BoundedNetwork):
         return NetworkPair(copy.deepcopy(model), copy.deepcopy(repaired))
-    if same_weights(model, repaired):
+    if same_weights(model, repaired) and not _writes_into_what_is_read(repaired.network):
         return PairedNetwork(repaired, fused=fused, folded=folded)
     return NetworkPair(copy.deepcopy(model), ServedNetwork(repaired, fused=fused, folded=folded))
 
@@ -122,6 +134,39 @@ def same_weights(model: nn.Module, bounded: BoundedNetwork) -> bool:
         for name, value in own.items()
         if not name.startswith("bound_")
     )
+
+
+def _writes_into_what_is_read(network: fx.GraphModule) -> bool:
+    """Whether a node writes into a tensor that others read afterwards, or that they may know under another name."""
+    order = {node: place for place, node in enumerate(network.graph.nodes)}
+    for node in order:
+        if not _is_in_place(network, node):
+            continue
+        written = node.all_input_nodes[0]
+        if any(order[user] > order[node] for user in written.users) or _is_a_view(network, written):
+            return True
+    return False
+
+
+def _is_in_place(network: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _name(node)
+    return node.target in OUT_OF_PLACE or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_a_view(network: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), VIEW_MODULES)
+    return node.op in ("placeholder", "get_attr") or _name(node) in VIEWS
+
+
+def _name(node: fx.Node) -> str:
+    """The name of the function, method or aten operator that a node calls."""
+    what = called(node)
+    return what if isinstance(what, str) else str(getattr(what, "__name__", ""))
 
 
 class _Copying:
@@ -185,11 +230,18 @@ class _Copying:
 def module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """The network of a graph that was written anew, with those modules of ``root`` that it calls."""
     made = fx.GraphModule(root, graph)
-    made.graph.eliminate_dead_code()
+    made.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_read_elsewhere(made, node))
     made.delete_all_unused_submodules()
     made.graph.lint()
     made.recompile()
     return made
+
+
+def _is_read_elsewhere(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what a node writes in place is read under the name of its input, so that it counts though nobody uses its result."""
+    return _is_in_place(network, node) and (
+        len(node.all_input_nodes[0].users) > 1 or _is_a_view(network, node.all_input_nodes[0])
+    )
 
 
 def bound_at(network: fx.GraphModule, node: fx.Node) -> Bound | None:
@@ -213,5 +265,7 @@ def is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
 def _make_out_of_place(node: fx.Node) -> None:
     if node.op == "call_function" and node.target in OUT_OF_PLACE:
         node.target = OUT_OF_PLACE[node.target]
+    elif node.op == "call_function" and _name(node).endswith("_") and aten_name(node) is not None:
+        node.target = out_of_place(node.target)  # type: ignore[arg-type]
     elif node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
         node.target = str(node.target).rstrip("_")

@@ -55,6 +55,16 @@ class CrossFitted:
         return self.fold == number
 
 
+def check_folds(labels: Tensor, folds: int) -> None:
+    """Raise :class:`UserError` unless clean images with these ``labels`` (N,) can be divided into so many ``folds``, none of them empty."""
+    require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
+    require(
+        len(labels) > 0 and int(labels.unique(return_counts=True)[1].max()) >= folds,
+        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: give more, or do without "
+        "(in defend.py defense.detector.folds=0, in marginclip.repair() tolerance=None)",
+    )
+
+
 def cross_fitted(
     defense: Defense,
     model: nn.Module,
@@ -72,13 +82,8 @@ def cross_fitted(
     those. A step of such a repair takes as much less as its clean set is smaller (:meth:`Defense.in_proportion`), so two folds cost
     about one repair. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a fold would be empty.
     """
-    require(folds >= 2, f"cross-fitting needs at least 2 folds, got {folds}")
+    check_folds(labels, folds)
     fold = stratified_folds(labels.cpu(), folds, seed)
-    require(
-        len(fold.unique()) == folds,
-        f"cross-fitting over {folds} folds needs at least {folds} clean images of a class: give more, or do without "
-        "(in defend.py defense.detector.folds=0, in marginclip.repair() tolerance=None)",
-    )
     with defense.in_proportion(1 - 1 / folds):
         networks = [
             defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network

@@ -20,6 +20,7 @@ from marginclip.errors import UserError, printable, require
 from marginclip.experiment.checkpoints import load_checkpoint
 from marginclip.experiment.objects import make_model
 from marginclip.files import write_whole
+from marginclip.networks.layout import channels_last
 from marginclip.service import Artefact, ScannedImage, export, read_artefact, scan
 from marginclip.service.artefact import Description
 from marginclip.service.scan import image_files
@@ -97,7 +98,7 @@ def _model(description: Description, folder: str, model_path: str | None, *, tru
     if getattr(model, "loaded_from", None) != path:
         load_checkpoint(path, model, key="--model" if model_path else "model_path")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.eval().to(memory_format=torch.channels_last).to(device)
+    channels_last(model.eval()).to(device)
     return model
 
 

@@ -23,6 +23,7 @@ from marginclip.experiment.trainers import build_trainer, device_of
 from marginclip.experiment.training_time import TrainingTime
 from marginclip.experiment.victim import obtain_victim
 from marginclip.maxmargin import MarginDropDetector, MaximumMarginTest
+from marginclip.networks.layout import channels_last
 from marginclip.networks.logits import clean_logits, warn_if_poor
 from marginclip.precision import precision_for
 from marginclip.record import DetectionTest, Flagged, Row, RunRecord, VictimSource
@@ -63,7 +64,7 @@ def load_model(spec: RunSpec, setup: VictimSetup) -> VictimSource:
     else:
         victim, trained_now = obtain_victim(spec, setup)
         source = VictimSource(folder=str(victim.folder), trained_now=trained_now)
-    setup.model.eval().to(memory_format=torch.channels_last)
+    channels_last(setup.model.eval())
     setup.model.to(device_of(spec.trainer))
     if spec.from_checkpoint:
         warn_if_poor(setup.model, *setup.data.clean_set())

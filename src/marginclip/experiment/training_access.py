@@ -25,6 +25,7 @@ from marginclip.experiment.setup import VictimSetup, build_model, build_setup
 from marginclip.experiment.spec import RunSpec
 from marginclip.experiment.store import Victim
 from marginclip.experiment.trainers import build_trainer, device_of
+from marginclip.networks.layout import channels_last
 from marginclip.precision import precision_for
 from marginclip.silence import SILENT
 
@@ -116,7 +117,7 @@ class _Autocast(nn.Module):
 
     def __init__(self, network: nn.Module, *, bf16: bool) -> None:
         super().__init__()
-        self.network, self.bf16 = network.to(memory_format=torch.channels_last), bf16
+        self.network, self.bf16 = channels_last(network), bf16
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, ascend_margins, margin, random_starts
 from marginclip.networks.copies import frozen_copy
+from marginclip.networks.layout import channels_last
 from marginclip.networks.logits import batched_logits, check_full_precision
-from marginclip.networks.memory import images_at_once
+from marginclip.networks.memory import images_at_once, memory_budget
 
 CALIBRATIONS = ("bootstrap", "none")
 SMALLEST_SHARE = 0.01
+COPIES = 6  # of the random images, at the peak of a search
 
 
 @dataclass(frozen=True)
@@ -131,24 +133,31 @@ class MaximumMarginTest:
         """r_t of every class (K,) and the images that reach them (K, C, H, W), on the CPU."""
         require(num_classes >= 3, f"MM-BD compares each class with the others and needs at least 3 classes, got {num_classes}")
         check_full_precision(model)
-        network = frozen_copy(model).to(memory_format=torch.channels_last)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        parameter = next(iter(model.parameters()), torch.zeros(()))
+        device = parameter.device
         generator = torch.Generator().manual_seed(self.seed)
         # Class by class the same starts: how r_t compares between classes owes nothing to luck.
         one_class = random_starts(self.starts, image_shape, generator=generator, device=device)
+        one_class = one_class.to(parameter.dtype)
+        network = channels_last(frozen_copy(model, one_class[:1]))
         given = batched_logits(network, one_class[:1]).shape[1]
         require(given == num_classes, f"the model gives logits of {given} classes, not of num_classes={num_classes}")
-        images = one_class.repeat(num_classes, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-        classes = torch.arange(num_classes, device=device).repeat_interleave(self.starts)
-        found = ascend_margins(
-            network, classes, images, steps=self.steps, step_size=self.step_size, rule=self.rule, tolerance=self.tolerance,
-            autocast=autocast, track=track,
-        )  # fmt: skip
-        with torch.no_grad():
-            logits = torch.cat([network(batch).float() for batch in found.images.split(images_at_once(found.images))])
-        largest, place = margin(logits, classes).view(num_classes, self.starts).max(1)
-        best = torch.arange(num_classes, device=device) * self.starts + place
-        return largest.cpu(), found.images[best].contiguous().cpu()
+        at_once = max(1, memory_budget(device) // (COPIES * one_class.nbytes))
+        largest, best = list[Tensor](), list[Tensor]()
+        for group in torch.arange(num_classes, device=device).split(at_once):
+            images = one_class.repeat(len(group), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+            classes = group.repeat_interleave(self.starts)
+            found = ascend_margins(
+                network, classes, images, steps=self.steps, step_size=self.step_size, rule=self.rule, tolerance=self.tolerance,
+                autocast=autocast, track=track,
+            )  # fmt: skip
+            with torch.no_grad():
+                logits = torch.cat([network(batch).float() for batch in found.images.split(images_at_once(found.images))])
+            reached, place = margin(logits, classes).view(len(group), self.starts).max(1)
+            chosen = torch.arange(len(group), device=device) * self.starts + place
+            largest.append(reached.cpu())
+            best.append(found.images[chosen].contiguous().cpu())
+        return torch.cat(largest), torch.cat(best)
 
     def judge(self, statistics: Tensor) -> MaximumMargins:
         """The same from given statistics (K,)."""
@@ -164,12 +173,29 @@ class MaximumMarginTest:
         return MaximumMargins(
             statistics.float().cpu(),
             p_value,
-            int(values.argmax()),
+            int(statistics.argmax()),
             p_value <= self.alpha,
             float(plain),
             float(shape),
             float(scale),
         )
+
+    def judge_signed(self, statistics: Tensor) -> MaximumMargins:
+        """The same from statistics (K,) of either sign, of which no class has a natural zero.
+
+        A gamma null at location 0 says nothing of those. The largest is judged by how many standard deviations of the others it
+        lies above their mean, and p is the share of simulated sets of K normal draws where it lies as far. That finds less than
+        the gamma does where all are positive.
+        """
+        values = statistics.double().cpu()
+        _check_finite(values)
+        drawn = torch.randn(
+            self.simulations, len(values), dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed)
+        )
+        p_value = (1 + int((_beyond_the_others(drawn) >= _beyond_the_others(values)).sum())) / (self.simulations + 1)
+        nothing = float("nan")
+        found = statistics.float().cpu()
+        return MaximumMargins(found, p_value, int(found.argmax()), p_value <= self.alpha, p_value, nothing, nothing)
 
 
 def maximum_margin_detection(
@@ -221,8 +247,20 @@ def gamma_draws(shape: float, size: tuple[int, ...], generator: torch.Generator)
     return draws
 
 
-def _positive(statistics: Tensor) -> Tensor:
-    """Statistics that a gamma at 0 can have: a class that hardly ever wins, or never, counts as a small share of the largest."""
+def _beyond_the_others(statistics: Tensor) -> Tensor:
+    """How many standard deviations of the others the largest of (..., K) lies above their mean, (...)."""
+    ordered = statistics.sort(-1).values
+    others = ordered[..., :-1]
+    return (ordered[..., -1] - others.mean(-1)) / others.std(-1).clamp_min(1e-12)
+
+
+def _check_finite(statistics: Tensor) -> None:
     largest = float(statistics.max())
     require(math.isfinite(largest), f"the model's largest margin is {largest}; it cannot be judged")
+
+
+def _positive(statistics: Tensor) -> Tensor:
+    """Statistics that a gamma at 0 can have: a class that hardly ever wins, or never, counts as a small share of the largest."""
+    _check_finite(statistics)
+    largest = float(statistics.max())
     return statistics.clamp_min(SMALLEST_SHARE * largest) if largest > 0 else torch.ones_like(statistics)

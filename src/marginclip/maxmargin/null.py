@@ -10,7 +10,7 @@ from torch import Tensor
 from marginclip.errors import require
 
 NULLS = ("gaussian", "empirical", "tail")
-TAIL_SHARE = 0.1
+TAIL_SHARE, FEWEST_EXCESSES = 0.1, 3
 
 
 def p_values(statistic: Tensor, clean: Tensor, *, null_distribution: str = "tail") -> Tensor:
@@ -79,16 +79,17 @@ def threshold(clean: Tensor, theta: float, *, null_distribution: str = "tail") -
 
 
 def _with_tail(statistic: Tensor, ordered: Tensor, empirical: Tensor) -> Tensor:
-    count = max(3, round(TAIL_SHARE * len(ordered)))
+    count = max(FEWEST_EXCESSES, round(TAIL_SHARE * len(ordered)))
     if count >= len(ordered):
         return empirical
     start = ordered[-count - 1]
-    shape, scale = pareto_by_moments(ordered[-count:] - start)
-    if scale <= 0:
+    above = ordered[ordered > start]  # fewer where many are alike, as with bounds that take nothing from most images
+    if len(above) < FEWEST_EXCESSES:
         return empirical
+    shape, scale = pareto_by_moments(above - start)
     excess = (statistic - start).clamp_min(0)
     survival = torch.exp(-excess / scale) if shape == 0 else (1 + shape * excess / scale) ** (-1 / shape)
-    base = (1 + count) / (len(ordered) + 1)
+    base = (1 + len(above)) / (len(ordered) + 1)
     return torch.where(statistic > start, base * survival, empirical)
 
 

@@ -6,12 +6,12 @@ from collections import Counter
 from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from marginclip.errors import UserError
 from marginclip.networks.layout import lay_out_for_training
-from marginclip.networks.tracing import Model, copied, trace
+from marginclip.networks.tracing import Model, agree, copied, trace
 
 
 def own_copy(model: Model) -> Model:
@@ -29,10 +29,14 @@ def trainable_copy(model: Model) -> Model:
 
 
 def fold_batch_norms(traced: fx.GraphModule) -> fx.GraphModule | None:
-    """``traced``, changed in place, without the batch norms that can be folded; None where a layer is called twice.
+    """``traced``, changed in place, without the batch norms that can be folded; None where that would not be exact.
 
-    Such a layer would have its batch norm folded in twice. Equal to the network in evaluation mode, up to rounding.
+    A layer that is called twice would have its batch norm folded in twice. One whose weight is computed at each call, as by
+    ``weight_norm``, has none to fold into. And a batch norm behind an ``nn.Linear`` is over its features only where these are the second
+    of two axes. Equal to the network in evaluation mode, up to rounding.
     """
+    if _has_computed_weights(traced) or _normalises_a_dense_layer(traced):
+        return None
     calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
     if any(count > 1 and list(traced.get_submodule(name).parameters()) for name, count in calls.items()):
         return None
@@ -42,13 +46,29 @@ def fold_batch_norms(traced: fx.GraphModule) -> fx.GraphModule | None:
         return None
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def _has_computed_weights(traced: fx.GraphModule) -> bool:
+    """Whether a module has a hook that runs before it, such as those of the older ``weight_norm`` and ``spectral_norm``."""
+    return any(module._forward_pre_hooks for module in traced.modules())
+
+
+def _normalises_a_dense_layer(traced: fx.GraphModule) -> bool:
+    kinds = {node: type(traced.get_submodule(str(node.target))) for node in traced.graph.nodes if node.op == "call_module"}
+    return any(
+        kind is nn.BatchNorm1d and any(kinds.get(source) is nn.Linear for source in node.all_input_nodes)
+        for node, kind in kinds.items()
+    )
+
+
+def frozen_copy(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy of ``model`` in evaluation mode whose weights need no gradient, batch norms folded where that is exact.
 
-    A model that torch.fx cannot trace is copied as it is.
+    A model that torch.fx cannot trace, or traces to something else for ``example`` (1, C, H, W), is copied as it is.
     """
+    own = copied(model).eval()
     try:
-        network: nn.Module = fold_batch_norms(trace(model)) or copied(model)
+        network: nn.Module = fold_batch_norms(trace(model)) or own
+        if not agree(own, network, example):
+            network = own
     except UserError:
-        network = copied(model)
+        network = own
     return network.eval().requires_grad_(False)

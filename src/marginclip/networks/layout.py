@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
+Network = TypeVar("Network", bound=nn.Module)
 FEW_CHANNELS = 8
 
 
@@ -16,6 +19,14 @@ def in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
     if layout is torch.contiguous_format and images.stride() != _plain_strides(images):
         return images.clone(memory_format=torch.contiguous_format)
     return images.contiguous(memory_format=layout)
+
+
+def channels_last(network: Network) -> Network:
+    """``network`` with its weights and buffers of four axes channels-last, in place; those of other ranks have no such layout."""
+    for value in (*network.parameters(), *network.buffers()):
+        if value.dim() == 4:
+            value.data = value.data.to(memory_format=torch.channels_last)
+    return network
 
 
 def lay_out_for_training(network: nn.Module) -> None:

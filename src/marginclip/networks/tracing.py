@@ -17,18 +17,20 @@ Model = TypeVar("Model", bound=nn.Module)
 ONE_SIDED_MODULES = (nn.ReLU, nn.ReLU6, nn.Softplus)
 TWO_SIDED_MODULES = (
     nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Mish, nn.Tanh,
-    nn.Hardtanh, nn.Threshold, nn.GLU,
+    nn.Hardtanh, nn.Threshold, nn.GLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.LogSigmoid, nn.Softsign,
 )  # fmt: skip
 ONE_SIDED_FUNCTIONS = (F.relu, F.relu_, F.relu6, F.softplus, torch.relu, torch.relu_)
 TWO_SIDED_FUNCTIONS = (
     F.leaky_relu, F.leaky_relu_, F.gelu, F.silu, F.elu, F.elu_, F.celu, F.selu, F.prelu, F.rrelu, F.hardswish, F.mish,
     torch.prelu, torch.selu, torch.celu, F.tanh, torch.tanh, F.hardtanh, F.hardtanh_, F.threshold, torch.threshold_, F.glu,
+    F.softshrink, F.hardshrink, F.tanhshrink, F.logsigmoid, F.softsign,
 )  # fmt: skip
 # Methods of tensors, and aten operators of exported graphs.
 ONE_SIDED_METHODS = ("relu", "relu_", "relu6", "relu6_", "softplus")
 TWO_SIDED_METHODS = (
     "tanh", "tanh_", "leaky_relu", "leaky_relu_", "gelu", "gelu_", "silu", "silu_", "elu", "elu_", "celu", "celu_", "selu", "selu_",
     "prelu", "rrelu", "rrelu_", "hardswish", "hardswish_", "mish", "mish_", "hardtanh", "hardtanh_", "threshold", "threshold_", "glu",
+    "softshrink", "hardshrink", "log_sigmoid",
 )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     try:
         traced = fx.symbolic_trace(own)
         _refuse_hidden_activations(traced)
+        _refuse_other_logits(own, traced, example)
         return traced
     except Exception as error:
         reason = first_line(error)
@@ -67,11 +70,48 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     try:
         untouched = copied(model).eval()  # a forward that torch.fx gave up on may have left something in the other copy
         parameter = next(untouched.parameters(), example)
-        return export_graph(untouched, example.to(parameter.device, parameter.dtype))
+        traced = export_graph(untouched, example.to(parameter.device, parameter.dtype))
+        _refuse_other_logits(own, traced, example)
+        return traced
     except Exception as error:
         raise UserError(
             f"the model {type(model).__name__} cannot be traced by torch.fx ({reason}) nor by torch.export ({first_line(error)}); {ADVICE}"
         ) from error
+
+
+@torch.no_grad()
+def agree(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
+    """Whether both give the same logits, up to rounding, for two copies of the first image of ``example`` (N, C, H, W).
+
+    True as well where that cannot be told: of a model that does not take this image, or draws random numbers.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        parameter = next(model.parameters(), example)
+        images = torch.cat([example[:1].detach().to(parameter.device, parameter.dtype)] * 2)
+        try:
+            wanted, again = model(images.clone()), model(images.clone())
+        except Exception:  # whoever called this meets it, too
+            return True
+        if not (isinstance(wanted, Tensor) and isinstance(again, Tensor) and _close(wanted, again)):
+            return True
+        try:
+            found = other(images.clone())
+        except Exception:  # whatever a graph does that is not the model's
+            return False
+    return isinstance(found, Tensor) and _close(wanted, found)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def _refuse_other_logits(model: nn.Module, traced: nn.Module, example: Tensor | None) -> None:
+    """Raise :class:`UserError` for a graph that does not compute what ``model`` does."""
+    if example is not None and not agree(model, traced, example):
+        raise UserError(
+            "the traced network gives other logits than the model, as where a hook on the model itself changes them, or a branch depends "
+            "on an argument that is not given"
+        )
 
 
 ADVICE = (
@@ -115,8 +155,10 @@ def check_traceable(model: nn.Module) -> None:
         raise UserError("the model is compiled: give the network inside, model._orig_mod")
     if any(".quantized" in type(part).__module__ for part in model.modules()):
         raise UserError("the model is quantised: give the network in full precision, whose activations can be bounded")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError("a TorchScript model cannot be traced again: give the network that it was made from")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise UserError(
+            "a TorchScript model, or one with such a part, cannot be traced: give the network that it was made from"
+        )
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -21,11 +21,12 @@ from marginclip.clipping.serving import NetworkPair, PairedNetwork, paired
 from marginclip.defenses import MMAC, Defense
 from marginclip.defenses.base import TrainerFactory
 from marginclip.defenses.clipping.tolerance import check_tolerance, hold, keeps_bounds, tell
-from marginclip.defenses.cross_fitting import cross_fitted
+from marginclip.defenses.cross_fitting import check_folds, cross_fitted
 from marginclip.errors import UserError, require
 from marginclip.files import bytes_writer, json_writer, tensor_bytes, write_all_whole
 from marginclip.maxmargin import Detection, MarginDropDetector
 from marginclip.maxmargin.detector import check_settings
+from marginclip.networks.layout import channels_last
 from marginclip.networks.logits import check_images, class_numbers, clean_logits
 from marginclip.networks.memory import images_at_once
 from marginclip.silence import silent_trainer
@@ -149,6 +150,7 @@ class Artefact:
         given, labels = clean_logits(model, images).cpu(), class_numbers(labels)
         names = classes or tuple(str(number) for number in range(given.shape[1]))
         require(len(names) == given.shape[1], f"the model gives logits of {given.shape[1]} classes, not of {len(names)}")
+        check_folds(labels, folds)
         result = defense.fit(model, images, labels, make_trainer=make_trainer)
         network = result.network
         if not isinstance(network, BoundedNetwork):
@@ -239,8 +241,7 @@ class Artefact:
         )
         tensors = _read_tensors(folder / TENSORS, found.tensors_digest)
         bounds = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith("bounds/")}
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        example = torch.zeros(1, *found.image_shape, device=device)
+        example = torch.zeros(1, *found.image_shape).to(next(model.parameters(), torch.zeros(())))  # its device and precision
         network = BoundedNetwork(
             model, example, channel_axis=found.channel_axis, sites=found.sites, offsets="offsets" in bounds, scaled="scale" in bounds
         )  # fmt: skip
@@ -248,7 +249,7 @@ class Artefact:
             weights = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith("weights/")}
             network.network.load_state_dict(network.network.state_dict() | weights)
         network.load_bounds(bounds)
-        network.to(memory_format=torch.channels_last)  # as it is learned: the same bits
+        channels_last(network)  # as it is learned: the same bits
         detector = MarginDropDetector(
             model, network, tensors["null/statistics"], tensors["null/margins"], **found.detector.model_dump()
         )  # fmt: skip
@@ -257,7 +258,8 @@ class Artefact:
 
     def _own_weights(self) -> dict[str, Tensor]:
         """The weights of the repair, where it has other ones than the model."""
-        untouched = BoundedNetwork(self.model, torch.zeros(1, *self.image_shape), channel_axis=self.network.channel_axis,
+        example = torch.zeros(1, *self.image_shape).to(next(self.model.parameters(), torch.zeros(())))
+        untouched = BoundedNetwork(self.model, example, channel_axis=self.network.channel_axis,
                                    sites=[name for name, _ in self.network.each()]).network.state_dict()  # fmt: skip
         own = {name: value for name, value in self.network.network.state_dict().items() if not name.startswith("bound_")}
         same = own.keys() <= untouched.keys() and all(

@@ -15,6 +15,7 @@ from marginclip.defenses import MMAC, MMOM, Defense, cross_fitted_logits
 from marginclip.defenses.base import TrainerFactory
 from marginclip.defenses.choosing.auto import Clock
 from marginclip.defenses.choosing.evidence import compare
+from marginclip.defenses.cross_fitting import check_folds
 from marginclip.errors import require
 from marginclip.maxmargin import MarginDropDetector, MaximumMargins, MaximumMarginTest
 from marginclip.maxmargin.detector import check_settings
@@ -131,6 +132,13 @@ def audit(
     names = classes or tuple(str(number) for number in range(count))
     require(count >= 3, f"an audit compares each class with the others and needs at least 3 classes, got {count}")
     require(len(names) == count, f"the model gives logits of {count} classes, not of {len(names)}")
+    check_folds(labels, folds)
+    sizes = labels.bincount(minlength=count)
+    few = int(sizes.argmin())
+    require(
+        int(sizes[few]) >= 2,
+        f"an audit leaves a part of the clean images out and needs at least 2 of every class: class '{names[few]}' has {int(sizes[few])}",
+    )
     if suspect_images is not None:
         check_images(suspect_images)
     clock, network = Clock(progress), own_copy(model)

@@ -116,6 +116,7 @@ def export(
     )
     path = Path(path)
     example = torch.rand(batch_size or 2, *artefact.image_shape, generator=torch.Generator().manual_seed(0))
+    example = example.to(next(artefact.model.parameters(), example).dtype)
     fused = format != "onnx"  # onnxruntime joins a ReLU to the layer before it, but not a clip with a number for each channel
     network = _to_be_written(artefact, part, fused, None if batch_size is None else example)
     network = network.cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)

@@ -34,13 +34,15 @@ def reach(
 
     ``starts`` images take ``steps`` steps of root mean square 0.01 towards each class; its statistic is their mean margin, in logits.
     A trigger is a small change that turns any image into the target class, so that class is within reach from everywhere. The
-    largest statistic is judged among the others as MM-BD judges its own (:class:`~marginclip.maxmargin.MaximumMarginTest`).
+    largest statistic is judged among the others as MM-BD judges its own (:class:`~marginclip.maxmargin.MaximumMarginTest`), where all
+    are positive. Where a class stays out of reach, its mean margin is negative, and they are judged by their spread.
     """
-    network, values = frozen_copy(model), []
+    network, values = frozen_copy(model, images[:1]), []
     for wanted, chosen in _others(network, images, labels, starts, seed):
         moved = ascend_margins(network, wanted, chosen, steps=steps, step_size=STEP_SIZE, rule="unit_rms")
         values.append(moved.margins.mean().cpu())
-    return MaximumMarginTest(alpha=alpha, seed=seed).judge(torch.stack(values))
+    found, test = torch.stack(values), MaximumMarginTest(alpha=alpha, seed=seed)
+    return test.judge(found) if float(found.min()) > 0 else test.judge_signed(found)
 
 
 def warp_reach(
@@ -60,7 +62,7 @@ def warp_reach(
     that all share the warp. The statistic of the class is by how much the mean margin grows at most on the way, in logits. The largest
     is judged as in :func:`reach`.
     """
-    network, values = frozen_copy(model), []
+    network, values = frozen_copy(model, images[:1]), []
     for wanted, chosen in _others(network, images, labels, starts, seed):
         values.append(_gain_by_warping(network, wanted, chosen, steps))
     return MaximumMarginTest(alpha=alpha, seed=seed).judge(torch.tensor(values))

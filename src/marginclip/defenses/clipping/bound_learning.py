@@ -23,6 +23,7 @@ from marginclip.errors import require
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import ascend_margins, margin
 from marginclip.maxmargin.objectives import BoundObjective, Measured, MMACObjective, Objective
+from marginclip.networks.layout import channels_last
 from marginclip.networks.logits import check_clean_set, clean_logits
 from marginclip.networks.memory import images_at_once, images_that_fit, memory_budget
 
@@ -157,7 +158,7 @@ class BoundLearning(LearningDefense):
             model, images[:1], channel_axis=self.channel_axis, sites=self.sites,
             offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
         )  # fmt: skip
-        self.bounded.to(memory_format=torch.channels_last)
+        channels_last(self.bounded)
         self.start.apply(self.bounded, images)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)

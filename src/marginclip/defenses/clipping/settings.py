@@ -144,7 +144,7 @@ class AscentPlan:
     def starts(self, images: Tensor, labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
         """New margin inputs (N, C, H, W), one for each class of ``wanted`` (N,), given the clean set (M, C, H, W) and its labels (M,)."""
         if self.start_from == "noise":
-            return random_starts(len(wanted), images.shape[1:], generator=generator, device=images.device)
+            return random_starts(len(wanted), images.shape[1:], generator=generator, device=images.device).to(images.dtype)
         return images[self.start_rows(labels, wanted, generator)].clone()
 
     def start_rows(self, labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:

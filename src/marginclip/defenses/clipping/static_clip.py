@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses.base import ComputedDefense, RepairResult
 from marginclip.defenses.clipping.settings import BoundStart
+from marginclip.networks.layout import channels_last
 from marginclip.networks.logits import check_clean_set, clean_logits
 
 
@@ -30,6 +30,6 @@ class StaticClip(ComputedDefense):
     def compute(self, model: nn.Module, images: Tensor, labels: Tensor) -> RepairResult:
         """Bound a copy of the model and set its bounds."""
         check_clean_set(images, labels, clean_logits(model, images[:2]).shape[1])
-        bounded = BoundedNetwork(model, images[:1], channel_axis=self.channel_axis).to(memory_format=torch.channels_last)
+        bounded = channels_last(BoundedNetwork(model, images[:1], channel_axis=self.channel_axis))
         self.start.apply(bounded, images)
         return RepairResult(bounded)

@@ -12,6 +12,7 @@ from marginclip.defenses.weights.finetune import FineTune
 from marginclip.defenses.weights.inversion import InversionPlan, InvertedTriggers, anomaly_indices, invert_triggers, paste
 from marginclip.errors import require
 from marginclip.networks.copies import frozen_copy
+from marginclip.networks.layout import channels_last
 from marginclip.networks.logits import clean_logits
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class NeuralCleanse(FineTune):
                 self.suspect_class < self.num_classes,
                 f"defense.suspect_class must be a class in 0..{self.num_classes - 1}, got {self.suspect_class}",
             )
-        self.frozen = [frozen_copy(model).to(memory_format=torch.channels_last)]
+        self.frozen = [channels_last(frozen_copy(model, images[:1]))]
 
     @property
     def suspects(self) -> list[int]:
