@@ -57,6 +57,16 @@ def test_null_is_a_setting_of_a_run_like_any_other():
     assert identifying_settings(settings, Identifies.VICTIM, find) == {"_target_": "mine.Made"}
 
 
+def test_null_identifies_a_victim_where_it_is_not_the_default():
+    settings = {"_target_": "mine.Spread", "mean": None, "other": None}
+    assert identifying_settings(settings, Identifies.VICTIM, lambda target: Spread) == {"_target_": "mine.Spread", "mean": None}
+
+
+class Spread:
+    def __init__(self, *, mean: float | None = 0.5, other: float | None = None) -> None:
+        self.mean, self.other = mean, other
+
+
 def test_nested_objects_and_lists_are_followed():
     settings = {"base": {"_target_": "mine.Made", "threshold": 1.0}, "blocks": (1, 2), "plain": {"threshold": 1.0}}
     found = identifying_settings(settings, Identifies.VICTIM, find)

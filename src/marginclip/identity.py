@@ -62,18 +62,29 @@ def identifying_fields(value: Any, what: Identifies) -> dict[str, Any]:
 def identifying_settings(settings: Any, what: Identifies, find: Callable[[str], Any]) -> Any:
     """Nested settings without those that are no part of the identity of ``what``.
 
-    A victim does not depend on settings left at null, so that a new option leaves the victims of before
-    alone. ``find`` gives the class or function that a ``_target_`` names; its annotations decide about its settings.
+    A victim does not depend on settings left at null, so that a new option leaves the victims of before alone; where null is not the
+    default, it says something. ``find`` gives the class or function that a ``_target_`` names; its annotations decide about its
+    settings.
     """
     if not isinstance(settings, Mapping):
         return list(settings) if isinstance(settings, (list, tuple)) else settings
     target = settings.get("_target_")
-    hints = known_types(find(target)) if isinstance(target, str) else {}
+    made = find(target) if isinstance(target, str) else None
+    hints, other_defaults = (known_types(made), _without_null_default(made)) if made is not None else ({}, set[str]())
     return {
         name: identifying_settings(value, what, find)
         for name, value in settings.items()
-        if (value is not None or what is Identifies.RUN) and declared(hints.get(name)).part_of(what)
+        if (value is not None or what is Identifies.RUN or name in other_defaults) and declared(hints.get(name)).part_of(what)
     }
+
+
+def _without_null_default(target: Any) -> set[str]:
+    """The arguments of a class or function that have a default, and another one than None."""
+    try:
+        taken = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    return {each.name for each in taken if each.default is not None and each.default is not each.empty}
 
 
 def known_types(target: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marginclip.errors import UserError
-from marginclip.experiment.recipe import find_victim
+from marginclip.experiment.recipe import find_victim, run_folder
 from marginclip.experiment.setup import build_setup
 from marginclip.experiment.victim import obtain_victim
 
@@ -59,6 +59,15 @@ def test_it_starts_from_a_file_and_another_content_is_another_victim(configure, 
     torch.testing.assert_close(tuned[name], state[name], rtol=0, atol=1e-5)
     save_file({name: value + 1 for name, value in state.items()}, file)
     assert find_victim(configure(*settings)).folder != before
+
+
+def test_another_content_of_the_start_is_another_run(configure, tmp_path):
+    file = tmp_path / "given.safetensors"
+    folders = []
+    for value in (0.0, 1.0):
+        save_file({"weight": torch.full((1,), value)}, file)
+        folders.append(run_folder(configure("attack=one_pixel", *FINETUNE, f"training.start_from={file}")))
+    assert folders[0] != folders[1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from PIL import Image
 from marginclip.errors import UserError
 from marginclip.experiment.command import with_group
 from marginclip.experiment.loggers import opened_loggers
-from marginclip.experiment.loggers.base import summary_metrics
+from marginclip.experiment.loggers.base import Destination, summary_metrics
 
 
 @pytest.fixture
@@ -79,6 +79,31 @@ def test_one_that_is_not_installed_says_how_to_install_it(configure, tmp_path, m
         opened_loggers(configure(f"logger={name}"), tmp_path, job="train", name="run"),
     ):
         pass
+
+
+class Failing(Destination):
+    """Begins, and is gone when the run is through."""
+
+    def start(self, run):
+        self.lightning = False
+
+    def publish(self, record, figures):
+        raise ConnectionError("no route to host")
+
+    def close(self, status):
+        raise ConnectionError("still none")
+
+
+def test_one_that_fails_at_the_end_is_told_and_costs_nothing(configure, tmp_path, finished, caplog):
+    spec = configure("logger=csv", "+logger.gone._target_=test_loggers.Failing")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setitem(sys.modules, "test_loggers", sys.modules[__name__])
+        publish(spec, tmp_path, finished[1])
+    assert (tmp_path / "csv" / "metrics.csv").exists()
+    told = [record.message for record in caplog.records if "ConnectionError" in record.message]
+    assert [each.partition(" could not ")[2] for each in told] == [
+        "take the results of a run that is done (ConnectionError: no route to host)", "be closed (ConnectionError: still none)",
+    ]  # fmt: skip
 
 
 def test_a_word_in_the_place_of_a_logger_is_refused(configure, tmp_path):

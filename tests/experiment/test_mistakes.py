@@ -53,6 +53,17 @@ def complain(overrides, name="defend"):
         (["attack=badnet,blendd"], ["unknown option attack=blendd", "did you mean 'blend'?"]),
         (["attack=badnet,blend", "x2x=all2one,one2on"], ["unknown option x2x=one2on", "did you mean 'one2one'?"]),
         (["seed=interval(0,3)"], ["seed=interval(0,3)", "seed=range(0,3)"]),
+        (
+            ["experiment=longtail_table2_small,longtail_table3_small"],
+            [
+                "'experiment=longtail_table2_small,longtail_table3_small'",
+                "is a sweep of its own; run one experiment after the other",
+            ],
+        ),
+        (
+            ["victim=checkpoint", "victim.path=a.pt", "training.epochs=10,200"],
+            ["'training.epochs=10' has no effect: victim=checkpoint trains nothing"],
+        ),
         (["experiment=cifar10_smal"], ["unknown option experiment=cifar10_smal", "did you mean 'cifar10_small'?"]),
         (
             ["attack=none", "attack.rate=0.2"],
@@ -96,6 +107,7 @@ def test_unknown_options_and_keys_name_the_nearest(overrides, parts):
         ["runs_dir=/tmp/a b"],
         ["defense/detector=paper", "defense.detector.theta=0.01", "defense.start=null"],
         ["experiment=cifar10_small", "model.width=8"],
+        ["experiment=cifar10_small,cifar10_folder_small"],
     ],
 )
 def test_good_command_lines_pass(overrides):
@@ -277,6 +289,7 @@ def nan_logits(path):
         (["+attack.colour=red"], "attack: "),
         (["attack.patch_size=30"], "does not fit into images of 16 x 16"),
         (["victim=checkpoint"], "victim=checkpoint needs victim.path"),
+        (["figures=no"], "figures must be true or false, got 'no'"),
         (["victim=checkpoint", "victim.path=nowhere.pt"], "victim.path='nowhere.pt' is not a file"),
         (other_architecture, "is of another architecture than the model"),
         (truncated, "victim.path="),

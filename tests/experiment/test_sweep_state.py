@@ -93,6 +93,27 @@ def test_what_a_later_sweep_did_is_done(sweep, capsys):
     assert lines[-2] == "  missing: seed=1: not begun"
 
 
+@pytest.mark.parametrize(("name", "command"), [("02-00-00-000", "defend"), ("04-00-00-000", "train")])
+def test_what_an_earlier_sweep_or_another_command_did_is_not(sweep, capsys, name, command):
+    """With the same options: `marginclip train` trains victims, and leaves the runs of `defend` to do."""
+    other = sweep.with_name(name)
+    write(other, "sweep.json", {"command": command, "asked": ["seed=4"]})
+    write(other / "0", "outcome.json", {"overrides": "seed=4", "error": None, "record": "runs/b/run.json"})
+    main([str(sweep.parents[2])])
+    assert "  missing: seed=4: not begun" in capsys.readouterr().out.splitlines()
+
+
+def test_what_a_killed_job_left_goes_when_the_same_is_done(tmp_path):
+    for name, overrides, ago in (("a", "seed=1", 2 * STALE), ("b", "seed=2", 2 * STALE), ("c", "seed=1", 5)):
+        write(tmp_path / "day" / name, ALIVE, sign(overrides, ago))
+    with pytest.raises(ValueError), alive(tmp_path / "day" / "d", "seed=1"):
+        raise ValueError
+    assert len(list(tmp_path.rglob(ALIVE))) == 3
+    with alive(tmp_path / "day" / "d", "seed=1"):
+        pass
+    assert sorted(path.parent.name for path in tmp_path.rglob(ALIVE)) == ["b", "c"]
+
+
 def test_status_counts_records(finished, capsys):
     runs_dir, record = finished
     main([str(runs_dir)])

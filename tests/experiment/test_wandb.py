@@ -236,6 +236,23 @@ def test_a_sweep_has_a_run_of_its_own_with_the_pivot(finished, configure, tmp_pa
         assert cell["repaired/asr"] == record.metrics["mmac"]["asr"]
 
 
+def test_what_a_sweep_varied_beside_its_groups_is_a_column_and_no_part_of_a_mean(finished):
+    _, record = finished
+    others = [record.model_copy(deep=True) for _ in range(4)]
+    for number, other in enumerate(others):
+        other.seed, other.identity["seed"] = number % 2, number % 2
+        other.identity["training"]["epochs"] = 1 + number // 2
+        other.metrics["mmac"]["asr"] = 0.1 * number
+    tables = sweep_tables(others)
+    for name, count in (("pivot", 2), ("runs", 4)):
+        columns, rows = tables[name]
+        assert len(rows) == count
+        assert {row[columns.index("training.epochs")] for row in rows} == {"1", "2"}
+        assert "seed" not in columns[: columns.index("training.epochs") + 1]
+    columns, rows = tables["pivot"]
+    assert [row[columns.index("repaired/asr")] for row in rows] == pytest.approx([0.05, 0.25])
+
+
 def test_the_pivot_is_the_mean_over_runs_whose_attack_took(finished):
     _, record = finished
     others = [record.model_copy(deep=True) for _ in range(3)]

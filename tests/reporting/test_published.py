@@ -108,6 +108,25 @@ def test_failed_attacks_are_named_and_not_counted(run):
     assert next(row for row in lines(text) if row[:2] == ["badnet all2one", "MMAC"])[2] == "1"
 
 
+def test_unfinished_runs_are_not_counted(run):
+    text = published_table("table1", [run(0, {"mmac": (0.9, 0.1)}), run(1, {"mmac": (0.1, 0.9)}, status="running")])
+    assert next(row for row in lines(text) if row[:2] == ["badnet all2one", "MMAC"])[2:4] == ["1", "90.0 (88.4, +1.6)"]
+    assert "- badnet all2one, seed 1: not finished" in text
+
+
+def test_one_victim_under_two_paths_is_one(run):
+    runs = [run(0, {"mmac": (0.9, 0.1)}), run(0, {"nad": (0.8, 0.2)})]
+    runs[1].victim.folder = f"/somewhere/else/{runs[1].victim.folder}"
+    assert next(row for row in lines(published_table("table1", runs)) if row[1] == "no defense")[2] == "1"
+
+
+def test_runs_of_other_settings_in_one_row_are_told(run):
+    runs = [run(seed, {"mmac": (0.9, 0.1)}) for seed in range(2)]
+    assert "Mixed settings" not in published_table("table1", runs)
+    runs[1].identity["model"] = {"name": "resnet18", "width": 64}
+    assert "badnet all2one mmac: the means are over runs that differ in model" in published_table("table1", runs)
+
+
 def test_cells_of_ours_that_the_paper_lacks_are_shown(run):
     text = published_table("table3", [run(0, {"mmac": (0.9, 0.1)}, attack="adaptive", beta=2)])
     assert next(row for row in lines(text) if row[:2] == ["adaptive all2one beta 2", "MMAC"])[3] == "90.0"

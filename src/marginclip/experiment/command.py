@@ -179,6 +179,8 @@ def _attempt(config: DictConfig, task: Callable[..., str], own: tuple[str, ...],
         content = fit_to_targets(plain(config), HydraConfig.get().overrides.task)
         settings = {key: content.pop(key) for key in own}
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if "output" in settings:  # each run of a sweep writes to a place of its own
+                settings["output"] = str(Path(settings["output"]) / str(HydraConfig.get().job.num))
             content["logger"] = with_group(content["logger"], sweep_name(Path(HydraConfig.get().sweep.dir)))
         with endings_of_signals():
             outcome["record"] = task(run_spec(content), **settings)

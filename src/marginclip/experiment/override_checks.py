@@ -90,6 +90,7 @@ def check_overrides(overrides: list[str], config_name: str, config_dir: Path, ow
         seen: set[str] = set()
         for variant in _variants(parsed, folders):
             hydra = _check_variant(variant, config_name, folders)
+            _refuse_swept_sweeps(parsed, variant, hydra)
             experiment = next((text for text in variant if text.startswith("experiment=")), None)
             if experiment is not None and experiment not in seen:
                 seen.add(experiment)
@@ -103,6 +104,7 @@ def _check_variant(variant: list[str], config_name: str, folders: OptionFolders)
     _refuse_missing_launcher(variant)
     _refuse_missing_groups(variant, folders)
     _refuse_unused_groups(variant, config_name)
+    _refuse_training_of_a_given_model(variant)
     config, hydra = _compose(variant, config_name, folders)
     _refuse_unusable_folder(Path(str(config.runs_dir)))
     _refuse_replaced_groups(variant, config_name, folders)
@@ -196,6 +198,22 @@ def _refuse_missing_groups(overrides: list[str], folders: OptionFolders) -> None
         if options and (text.startswith("~") or value in ("null", "")):
             hint = f"use {key}=none" if "none" in options else f"there are {', '.join(options)}"
             raise UserError(f"'{text}' leaves the run without {key}; {hint}")
+
+
+def _refuse_swept_sweeps(parsed: list[Override], variant: list[str], hydra: DictConfig) -> None:
+    """Refuse a sweep over experiments that sweep by themselves: Hydra would run one cell of each."""
+    swept = next((each for each in parsed if each.key_or_group == "experiment" and each.is_sweep_override()), None)
+    if swept is not None and hydra.sweeper.params:
+        one = next(text for text in variant if text.startswith("experiment="))
+        raise UserError(f"'{swept.input_line}': {one} is a sweep of its own; run one experiment after the other")
+
+
+def _refuse_training_of_a_given_model(overrides: list[str]) -> None:
+    """Refuse ``training.epochs=10`` beside ``victim=checkpoint``, which trains nothing."""
+    if "victim=checkpoint" in overrides:
+        for text in overrides:
+            if re.split("[./@=]", text.lstrip("+~"))[0] == "training":
+                raise UserError(f"'{text}' has no effect: victim=checkpoint trains nothing; leave it out")
 
 
 def _refuse_unused_groups(overrides: list[str], command: str) -> None:

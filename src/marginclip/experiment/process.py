@@ -10,12 +10,18 @@ import torch
 from marginclip.allocator import keep_freed_memory
 from marginclip.silence import silence_lightning
 
+_before: list[int] = []  # the threads of this process, before runs of a sweep that it shares took their own numbers
+
 
 def prepare_process(threads: int | None) -> None:
-    """Take so many CPU threads, where the number is given, silence Lightning, and keep freed memory."""
+    """Take so many CPU threads, or as many as before another run took its own number, silence Lightning, and keep freed memory."""
     silence_lightning()
     if threads is not None:
+        _before.append(torch.get_num_threads())
         torch.set_num_threads(threads)
+    elif _before:
+        torch.set_num_threads(_before[0])
+        _before.clear()
     keep_freed_memory()
 
 

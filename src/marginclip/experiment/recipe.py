@@ -33,6 +33,9 @@ def victim_recipe(spec: RunSpec) -> dict[str, Any]:
 def run_identity(spec: RunSpec) -> dict[str, Any]:
     """What the result of a run depends on, as plain content."""
     found: dict[str, Any] = identity(spec, Identifies.RUN) | {"images": spec.dataset.source().digest()}
+    start = None if spec.from_checkpoint or spec.training.start_from == CLEAN else file_digest(spec.training.start_from)
+    if start is not None:
+        found["start_content"] = start
     return found | {"checkpoint_content": file_digest(spec.weights)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from marginclip.experiment import progress
 from marginclip.files import write_json
-from marginclip.sweep_files import ALIVE
+from marginclip.sweep_files import ALIVE, is_alive, sign_of
 
 EVERY = 20.0  # seconds
 
@@ -36,7 +36,16 @@ def alive(folder: Path, overrides: str, every: float = EVERY) -> Iterator[None]:
     thread.start()
     try:
         yield
+        _remove_those_of_killed(folder, overrides)
     finally:
         ended.set()
         thread.join()
         file.unlink(missing_ok=True)
+
+
+def _remove_those_of_killed(folder: Path, overrides: str) -> None:
+    """Remove what killed jobs with the same options left in folders beside that of a job that is through."""
+    for file in folder.parent.parent.glob(f"*/*/{ALIVE}"):
+        sign = sign_of(file.parent)
+        if file.parent != folder and sign is not None and sign["overrides"] == overrides and not is_alive(sign):
+            file.unlink(missing_ok=True)

@@ -99,6 +99,8 @@ def run_spec(config: Settings) -> RunSpec:
     require(kind in ("trained", "checkpoint"), f"victim.kind must be trained or checkpoint, got '{kind}'")
     runs_dir = config["runs_dir"]
     require(isinstance(runs_dir, str) and runs_dir != "", f"runs_dir must be the name of a folder, got {runs_dir!r}")
+    figures = config.get("figures", False)
+    require(isinstance(figures, bool), f"figures must be true or false, got {figures!r}")
     attack = Choice.of("attack", config["attack"])
     return RunSpec(
         seed=config["seed"],
@@ -119,7 +121,7 @@ def run_spec(config: Settings) -> RunSpec:
         clean_order=config["clean_order"],
         runs_dir=Path(runs_dir),
         logger=config["logger"] or {},
-        figures=config.get("figures", False),
+        figures=figures,
         config=config,
     )
 

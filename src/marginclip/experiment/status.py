@@ -37,8 +37,9 @@ def main(arguments: list[str]) -> int:
 def status_lines(runs_dir: Path) -> Iterator[str]:
     """The sweeps, the oldest first, with every cell that is not done; single runs under way; then all records by their status."""
     sweeps = [sweep_state(folder) for folder in sweep_folders(runs_dir)]
-    done = {cell.overrides for sweep in sweeps for cell in sweep.cells if cell.state == "done"}
-    for sweep in sweeps:
+    for place, sweep in enumerate(sweeps):
+        later = [each for each in sweeps[place + 1 :] if each.command == sweep.command]
+        done = {cell.overrides for each in later for cell in each.cells if cell.state == "done"}
         yield from sweep_lines(with_later_ones(sweep, done))
     for file in sorted((runs_dir / "hydra").glob(f"*/*/{ALIVE}")):
         cell = cell_state(file.parent, "")
@@ -53,7 +54,7 @@ def sweep_folders(runs_dir: Path) -> list[Path]:
 
 
 def with_later_ones(sweep: SweepState, done: set[str]) -> SweepState:
-    """A sweep in which cells count as done that another sweep with the same options has done."""
+    """A sweep in which cells count as done that a later one of the same command with the same options has ``done``."""
     cells = [replace(cell, state="done", why="") if cell.overrides in done else cell for cell in sweep.cells]
     return replace(sweep, cells=cells)
 

@@ -25,11 +25,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepState:
-    """All cells of a sweep, and of its first stage, the victims."""
+    """All cells of a sweep of ``command``, and of its first stage, the victims."""
 
     folder: Path
     cells: list[Cell]
     victims: list[Cell]
+    command: str = "defend"
 
     def count(self, *states: str) -> int:
         """How many cells are in one of these states."""
@@ -53,7 +54,8 @@ class SweepState:
 
 def sweep_state(folder: Path) -> SweepState:
     """The state of the sweep in ``folder``, of cells ``0``, ``1`` ... and victims ``victims/0`` ..."""
-    return SweepState(folder, _cells(folder, _asked(folder)), _cells(folder / VICTIMS, _asked(folder / VICTIMS)))
+    command = (content_of(folder / ASKED) or {}).get("command", "defend")
+    return SweepState(folder, _cells(folder, _asked(folder)), _cells(folder / VICTIMS, _asked(folder / VICTIMS)), command)
 
 
 def _cells(folder: Path, asked: list[str]) -> list[Cell]:

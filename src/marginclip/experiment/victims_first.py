@@ -37,7 +37,7 @@ class VictimsFirst(Callback):
         if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # others decide about cells as they go on
             return
         sweep_dir, cells = Path(config.hydra.sweep.dir), asked_cells(config)
-        note(sweep_dir, cells)
+        note(sweep_dir, cells, str(config.hydra.job.config_name))
         if config.hydra.launcher._target_.endswith(
             ".BasicLauncher"
         ):  # one job at a time: nobody waits, and it shows the sweep itself
@@ -47,7 +47,7 @@ class VictimsFirst(Callback):
             first = first_stage(config, cells)
             if first:
                 log.warning("first %d victims, then the %d cells that need them", len(first), len(cells))
-                note(sweep_dir / VICTIMS, first)
+                note(sweep_dir / VICTIMS, first, "train")
                 launch(config, first)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -65,11 +65,11 @@ def asked_cells(config: DictConfig) -> list[list[str]]:
     return [list(cell) for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None) for cell in batch]
 
 
-def note(folder: Path, cells: list[list[str]]) -> None:
-    """Write what was asked for into the folder of a stage, so that what is missing can be told."""
+def note(folder: Path, cells: list[list[str]], command: str) -> None:
+    """Write what was asked for, and by which ``command``, into the folder of a stage, so that what is missing can be told."""
     from marginclip.files import write_json
 
-    write_json(folder / ASKED, {"asked": [" ".join(cell) for cell in cells]})
+    write_json(folder / ASKED, {"command": command, "asked": [" ".join(cell) for cell in cells]})
 
 
 def first_stage(config: DictConfig, cells: list[list[str]]) -> list[list[str]]:

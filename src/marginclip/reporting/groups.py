@@ -8,7 +8,7 @@ from marginclip.record import RunRecord
 from marginclip.reporting.rows import imbalance, loss
 
 Group = tuple[str, ...]
-LEFT_OUT = {"attack_failed": "attack failed", "failed": "run failed"}
+LEFT_OUT = {"attack_failed": "attack failed", "failed": "run failed", "running": "not finished"}
 # Settings that a sweep varies within a row's other names -> their dotted key.
 SWEPT = {"epochs": "training.epochs", "λ": "defense.lambda_.initial"}
 

@@ -15,6 +15,7 @@ from marginclip.errors import UserError, nearest
 from marginclip.record import RunRecord
 from marginclip.reporting.groups import LEFT_OUT, named
 from marginclip.reporting.rows import label, metric
+from marginclip.reporting.summary import mixed
 
 FILE = Path(__file__).with_name("published.csv")
 SHOWN = ("ACC", "ASR", "PACC")
@@ -92,6 +93,9 @@ def published_table(table: str, records: Iterable[RunRecord]) -> str:
     tests = list(_test_lines(runs))
     if tests:
         parts += [f"Differences to {REFERENCE} on the same victims, in points; p by flipping signs:", "\n".join(tests)]
+    notes = [mixed((cell.title, row), records) for (cell, row), records in runs.items() if row != "none"]
+    if any(notes):
+        parts.append("Mixed settings:\n\n" + "\n".join(f"- {note}" for note in notes if note))
     if left_out:
         parts.append("Left out of the means:\n\n" + "\n".join(dict.fromkeys(left_out)))
     return "\n\n".join(parts) + "\n"
@@ -183,4 +187,6 @@ def _gap(differences: list[float]) -> str:
 def _victim(record: RunRecord) -> str:
     """What the runs of one victim share."""
     source = record.victim
-    return str((source and (source.folder or source.path)) or record.seed)
+    if source is None:
+        return str(record.seed)
+    return Path(source.folder).name if source.folder else str(source.path or record.seed)  # folders by any path to them

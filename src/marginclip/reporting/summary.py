@@ -146,7 +146,7 @@ def _reason(record: RunRecord) -> str:
 
 def mixed(key: Group, records: list[RunRecord]) -> str | None:
     """A note when runs of one row differ in other settings than the seed, or repeat a seed; None when all is well."""
-    settings = [dict(_flat(record.identity)) for record in records]
+    settings = [dict(flat(record.identity)) for record in records]
     missing = object()
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [key for key in keys if any(each.get(key, missing) != settings[0].get(key, missing) for each in settings)]
@@ -159,12 +159,12 @@ def mixed(key: Group, records: list[RunRecord]) -> str | None:
     return None
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """What identifies a run by dotted key, without the seeds, in which the runs of one row differ."""
     for key, entry in value.items():
         if key.endswith("seed") and key not in DATA_SEEDS:
             continue
         if isinstance(entry, dict):
-            yield from _flat(entry, f"{path}{key}.")
+            yield from flat(entry, f"{path}{key}.")
         else:
             yield f"{path}{key}", entry

@@ -27,6 +27,7 @@ def composed(*overrides):
         ["training=long_tail", "imbalance=exponential", "loss=gcl", "defense=mmom", "logger=csv", "trainer=exact"],
         ["victim=checkpoint", "victim.path='it\\'s a b/c.pt'", "attack=adaptive", "model.mean=[0.1,0.2,0.3]", "detect=mmbd"],
         ["dataset=image_folder", "dataset.root=/x/y", "training=finetune", "defense=auto", "clean_per_class=null", "seed=5"],
+        ["logger=none"],
     ],
 )
 def test_the_command_composes_to_the_configuration_of_the_record(overrides):

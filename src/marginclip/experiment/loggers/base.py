@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marginclip.errors import require
+from marginclip.errors import first_line, require
 from marginclip.experiment.objects import make
 from marginclip.experiment.recipe import find_victim
 from marginclip.experiment.spec import RunSpec
 from marginclip.record import RunRecord
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ class RunLoggers:
         return [each.lightning for each in self.destinations] or False
 
     def publish(self, record: RunRecord, figures: list[Path]) -> None:
-        """Send the results of a run and its ``figures`` everywhere."""
+        """Send the results of a run and its ``figures`` everywhere. The run is done by then: a destination that fails is told, no more."""
         for each in self.destinations:
-            each.publish(record, figures)
+            with told(each, "take the results of a run that is done"):
+                each.publish(record, figures)
 
 
 @contextmanager
@@ -113,7 +117,18 @@ def opened_loggers(spec: RunSpec, folder: Path, *, job: str, name: str) -> Itera
         status = "done"
     finally:
         for each in loggers.destinations:
-            each.close(status)
+            with told(each, "be closed"):
+                each.close(status)
+
+
+@contextmanager
+def told(destination: Destination, what: str) -> Iterator[None]:
+    """Log what goes wrong inside in one sentence instead of raising it: the run's own files are whole."""
+    try:
+        yield
+    except Exception as error:  # of somebody else's service, or of the network
+        name = type(destination).__module__.rpartition(".")[2]
+        log.error("logger=%s could not %s (%s: %s)", name, what, type(error).__name__, first_line(error))
 
 
 def destination(name: str, settings: Any) -> Destination:

@@ -12,6 +12,7 @@ from marginclip.errors import UserError
 from marginclip.experiment.loggers.base import destination, summary_metrics
 from marginclip.record import RunRecord, read_record
 from marginclip.reporting.groups import LEFT_OUT, named
+from marginclip.reporting.summary import flat
 
 log = logging.getLogger(__name__)
 GROUPS = ("dataset", "model", "attack", "x2x", "defense")
@@ -38,22 +39,42 @@ def readable(paths: Iterable[str]) -> Iterable[RunRecord]:
 
 
 def sweep_tables(records: list[RunRecord]) -> Tables:
-    """``runs``: groups, seed, status and metrics of every run. ``pivot``: means over the runs of equal groups whose attack took."""
+    """``runs``: groups, what else was varied, seed, status and metrics of every run. ``pivot``: means over the runs in which all but the
+    seed is equal, and whose attack took."""
     metrics = {id(record): _shown(record) for record in records}
     columns = sorted({name for found in metrics.values() for name in found})
+    varied = _varied(records)
+    settings = {id(record): tuple(str(dict(flat(record.identity)).get(key, "")) for key in varied) for record in records}
     runs = [
-        [*_groups(record), record.seed, record.status, *(metrics[id(record)].get(name) for name in columns)]
+        [
+            *_groups(record),
+            *settings[id(record)],
+            record.seed,
+            record.status,
+            *(metrics[id(record)].get(name) for name in columns),
+        ]
         for record in records
     ]
     cells: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in records:
         if record.status not in LEFT_OUT:
-            cells.setdefault(_groups(record), []).append(record)
+            cells.setdefault(_groups(record) + settings[id(record)], []).append(record)
     pivot = [
         [*group, len(having), *(_mean(metrics[id(record)].get(name) for record in having) for name in columns)]
         for group, having in sorted(cells.items())
     ]
-    return {"runs": ([*GROUPS, "seed", "status", *columns], runs), "pivot": ([*GROUPS, "runs", *columns], pivot)}
+    names = [*GROUPS, *varied]
+    return {"runs": ([*names, "seed", "status", *columns], runs), "pivot": ([*names, "runs", *columns], pivot)}
+
+
+def _varied(records: list[RunRecord]) -> list[str]:
+    """The settings, but for seeds, in which runs of equal groups differ."""
+    found: dict[str, None] = {}
+    for group in {_groups(record) for record in records}:
+        settings = [dict(flat(record.identity)) for record in records if _groups(record) == group]
+        keys = dict.fromkeys(key for each in settings for key in each)
+        found |= dict.fromkeys(key for key in keys if len({str(each.get(key, "")) for each in settings}) > 1)
+    return sorted(found)
 
 
 def _groups(record: RunRecord) -> tuple[str, ...]:

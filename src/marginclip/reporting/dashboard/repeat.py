@@ -52,7 +52,7 @@ def repeat_command(record: RunRecord) -> str:
         settings += [
             f"++{group}.{'.'.join(path)}={literal(value)}"
             for path, value in leaves(content).items()
-            if not _same((given | of_parts).get(path, ...), value)
+            if path and not _same((given | of_parts).get(path, ...), value)
         ]
     plain = {
         key: value for key, value in record.config.items() if key not in (*GROUPS, "runs_dir") and not isinstance(value, dict)

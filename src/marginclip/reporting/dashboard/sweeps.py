@@ -25,10 +25,12 @@ class Cell:
 
 @dataclass
 class Sweep:
-    """A multirun by the ``place`` of its folder; ``complete`` says whether it noted what it asked for, so that all cells are known."""
+    """A multirun of a ``command`` by the ``place`` of its folder; ``complete`` says whether it noted what it asked for, so that all cells
+    are known."""
 
     place: str
     complete: bool
+    command: str = "defend"
     cells: list[Cell] = field(default_factory=list)
 
     def count(self, status: str) -> int:
@@ -44,14 +46,17 @@ def read_sweeps(runs_dir: Path, runs: list[Run]) -> list[Sweep]:
     """The sweeps below ``runs_dir``, in the order of their paths.
 
     A cell without an outcome is ``running`` while its job gives signs of life, else ``missing``: it was not reached, or was interrupted.
-    What another sweep with the same overrides has done counts as done here, too. A sweep of a version that did not note its cells is
-    known by the jobs that it began.
+    What a later sweep of the same command with the same overrides has done counts as done here, too. A sweep of a version that did not
+    note its cells is known by the jobs that it began.
     """
     by_name = {run.record.folder.name: run for run in runs}
     folders = {path.parent for path in runs_dir.rglob(ASKED)} | {path.parent.parent for path in runs_dir.rglob(OUTCOME)}
     sweeps = [_read(folder, str(folder.relative_to(runs_dir)), by_name) for folder in sorted(folders)]
-    done = {cell.overrides: cell for sweep in sweeps for cell in sweep.of("done", "attack_failed", "removed") if cell.overrides}
-    for sweep in sweeps:
+    for place, sweep in enumerate(sweeps):
+        later = [other for other in sweeps[place + 1 :] if other.command == sweep.command]
+        done = {
+            cell.overrides: cell for other in later for cell in other.of("done", "attack_failed", "removed") if cell.overrides
+        }
         sweep.cells = [_or_done(cell, done.get(cell.overrides)) for cell in sweep.cells]
     return sweeps
 
@@ -60,7 +65,7 @@ def _read(folder: Path, place: str, by_name: dict[str, Run]) -> Sweep:
     asked = content_of(folder / ASKED)
     names = [str(name) for name in asked["asked"]] if asked and isinstance(asked.get("asked"), list) else []
     begun = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
-    sweep = Sweep(place, complete=bool(names))
+    sweep = Sweep(place, complete=bool(names), command=str((asked or {}).get("command", "defend")))
     for number in range(len(names)) if names else begun:
         outcome = content_of(folder / str(number) / OUTCOME)
         text = names[number] if names else _overrides(folder / str(number), outcome)
