@@ -226,6 +226,20 @@ def test_digest_follows_the_content(tmp_path):
     assert file_digest(None) is file_digest(str(tmp_path / "none")) is None
 
 
+def test_a_large_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    from marginclip.experiment import checkpoints
+
+    monkeypatch.setattr(checkpoints, "LARGE", 2)
+    read, content_of = [], checkpoints._content_digest
+    monkeypatch.setattr(checkpoints, "_content_digest", lambda path: read.append(path) or content_of(path))
+    path = tmp_path / "large.bin"
+    path.write_bytes(b"abc")
+    first = [file_digest(str(path)) for _ in range(3)]
+    assert len(set(first)) == len(read) == 1
+    path.write_bytes(b"abcd")
+    assert file_digest(str(path)) not in first
+
+
 def test_another_number_of_classes_is_said(tmp_path):
     torch.save(ResNet(4, blocks=(1, 1), width=2).state_dict(), tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"has 4 classes and the data set 3: dataset\.root needs one sub-folder for each class"):

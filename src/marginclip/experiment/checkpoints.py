@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from marginclip.errors import UserError, first_line, require
 
+LARGE = 16 * 2**20  # bytes of a file whose digest is worth keeping
 WRAPPING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 PREFIXES = ("module.", "model.", "net.", "network.", "backbone.", "_orig_mod.")
 # Names of common implementations of the same networks, and ours.
@@ -44,8 +47,22 @@ def file_digest(path: str | None) -> str | None:
         return hashlib.sha256(" ".join(f"{file.name} {file_digest(str(file))}" for file in files).encode()).hexdigest()
     if path is None or not Path(path).is_file():
         return None
-    with Path(path).open("rb") as file:
+    status = Path(path).stat()
+    if status.st_size < LARGE:
+        return _content_digest(path)
+    return _known_digest(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+
+
+def _content_digest(path: str) -> str:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _known_digest(path: str, size: int, changed: int) -> str:
+    """That of a large file, which a run asks for several times, until it changes."""
+    del size, changed
+    return _content_digest(path)
 
 
 def _read(file: Path, told: str) -> Any:
