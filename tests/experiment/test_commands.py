@@ -66,7 +66,7 @@ def test_sweep_survives_a_failing_cell_and_names_it(command, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
     (noted,) = tmp_path.glob("out/sweeps/*/*/sweep.json")
     outcomes = [json.loads((noted.parent / number / "outcome.json").read_text()) for number in "01"]
-    assert json.loads(noted.read_text()) == {"asked": [outcome["overrides"] for outcome in outcomes]}
+    assert json.loads(noted.read_text()) == {"command": "defend", "asked": [outcome["overrides"] for outcome in outcomes]}
 
 
 def test_train_prints_its_record_last(command, tmp_path):

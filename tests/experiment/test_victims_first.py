@@ -43,8 +43,10 @@ def test_cells_are_those_of_hydras_sweeper_in_its_order(sweep):
 
 
 def test_a_sweep_notes_the_cells_that_it_asks_for(sweep, tmp_path):
-    note(tmp_path / "new", asked_cells(sweep("attack=badnet,blend")))
-    asked = json.loads((tmp_path / "new" / "sweep.json").read_text())["asked"]
+    note(tmp_path / "new", asked_cells(sweep("attack=badnet,blend")), "train")
+    noted = json.loads((tmp_path / "new" / "sweep.json").read_text())
+    asked = noted["asked"]
+    assert noted["command"] == "train"
     assert [cell.split()[-1] for cell in asked] == ["attack=badnet", "attack=blend"]
 
 

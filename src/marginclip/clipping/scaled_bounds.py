@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from marginclip.clipping.serving import Clip, is_relu
+from marginclip.networks.layout import contiguous_input
 
 SMALLEST = 1e-12  # an upper bound below this one is taken for zero
 
@@ -59,7 +60,7 @@ def _own_convolutions(network: fx.GraphModule) -> dict[fx.Node, nn.Conv2d]:
         for node, module in found.items()
         if type(module) is nn.Conv2d
         and "weight" in module._parameters
-        and not module._forward_pre_hooks
+        and all(hook is contiguous_input for hook in module._forward_pre_hooks.values())
         and all(uses[id(parameter)] == 1 for parameter in module.parameters())
     }
 

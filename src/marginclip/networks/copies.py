@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from marginclip.errors import UserError
-from marginclip.networks.layout import lay_out_for_training
+from marginclip.networks.layout import contiguous_input, lay_out_for_training
 from marginclip.networks.tracing import Model, agree, copied, trace
 
 
@@ -48,7 +48,8 @@ def fold_batch_norms(traced: fx.GraphModule) -> fx.GraphModule | None:
 
 def _has_computed_weights(traced: fx.GraphModule) -> bool:
     """Whether a module has a hook that runs before it, such as those of the older ``weight_norm`` and ``spectral_norm``."""
-    return any(module._forward_pre_hooks for module in traced.modules())
+    hooks = (hook for module in traced.modules() for hook in module._forward_pre_hooks.values())
+    return any(hook is not contiguous_input for hook in hooks)
 
 
 def _normalises_a_dense_layer(traced: fx.GraphModule) -> bool:

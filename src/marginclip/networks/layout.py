@@ -36,14 +36,15 @@ def lay_out_for_training(network: nn.Module) -> None:
     """
     layout = training_layout(network)
     for layer in network.modules():
-        if _corrupts_memory(layer) and _contiguous_input not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_contiguous_input)
+        if _corrupts_memory(layer) and contiguous_input not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(contiguous_input)
     for weight in network.parameters():
         if weight.dim() == 4:
             weight.data = in_layout(weight.data, layout)
 
 
-def _contiguous_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def contiguous_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook in front of a layer: images in torch's own layout."""
     return tuple(in_layout(images, torch.contiguous_format) for images in inputs)
 
 
