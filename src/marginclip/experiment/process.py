@@ -10,20 +10,12 @@ import torch
 from marginclip.allocator import keep_freed_memory
 from marginclip.silence import silence_lightning
 
-_changed: list[tuple[int, int]] = []  # threads of this process before a run took its own number, and that number
-
 
 def prepare_process(threads: int | None) -> None:
-    """Take so many CPU threads, or as many as before another run took its own number, silence Lightning, and keep freed memory."""
+    """Take so many CPU threads, where the number is given, silence Lightning, and keep freed memory."""
     silence_lightning()
-    present = torch.get_num_threads()
-    if _changed and _changed[0][1] != present:  # somebody else has set them since
-        _changed.clear()
-    before = _changed.pop()[0] if _changed else present
     if threads is not None:
-        _changed.append((before, threads))
-    if threads is not None or before != present:
-        torch.set_num_threads(before if threads is None else threads)
+        torch.set_num_threads(threads)
     keep_freed_memory()
 
 
