@@ -60,7 +60,6 @@ class TorchvisionModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         found: Any = self.network(self.normalize(images))
-        logits: Tensor = (
-            found.logits if self.training and getattr(self.network, "aux_logits", False) else found
-        )  # GoogLeNet, Inception
+        auxiliary = self.training and getattr(self.network, "aux_logits", False)  # of GoogLeNet and Inception
+        logits: Tensor = found.logits if auxiliary else found
         return logits

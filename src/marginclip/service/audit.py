@@ -132,13 +132,7 @@ def audit(
     names = classes or tuple(str(number) for number in range(count))
     require(count >= 3, f"an audit compares each class with the others and needs at least 3 classes, got {count}")
     require(len(names) == count, f"the model gives logits of {count} classes, not of {len(names)}")
-    check_folds(labels, folds)
-    sizes = labels.bincount(minlength=count)
-    few = int(sizes.argmin())
-    require(
-        int(sizes[few]) >= 2,
-        f"an audit leaves a part of the clean images out and needs at least 2 of every class: class '{names[few]}' has {int(sizes[few])}",
-    )
+    _check_parts(labels, folds, names)
     if suspect_images is not None:
         check_images(suspect_images)
     clock, network = Clock(progress), own_copy(model)
@@ -177,6 +171,17 @@ def audit(
     extremes = activation_extremes(bounded, images)
     sites = {name: (extremes[name][1].amax(0), bound.upper.detach().cpu()) for name, bound in bounded.each()}
     return Audit(verdict, found, names, margins, reached, warped, under_bounds, clock.seconds, tensors, sites, suspicious)
+
+
+def _check_parts(labels: Tensor, folds: int, names: tuple[str, ...]) -> None:
+    """Raise :class:`UserError` for clean images of which a part cannot be left out."""
+    check_folds(labels, folds)
+    sizes = labels.bincount(minlength=len(names))
+    few = int(sizes.argmin())
+    require(
+        int(sizes[few]) >= 2,
+        f"an audit leaves a part of the clean images out and needs at least 2 of every class: class '{names[few]}' has {int(sizes[few])}",
+    )
 
 
 def _findings(logits: Tensor, fitted: Mapping[str, Tensor], labels: Tensor, suspect: int) -> Findings:
