@@ -328,3 +328,21 @@ def test_reliability_is_of_the_models_probabilities(found, poisoned, clean):
     filled = bins[:, 0] > 0
     assert float((bins[filled, 0] * bins[filled, 1]).sum()) == pytest.approx(float(confidence.sum()), rel=1e-4)
     assert float((bins[filled, 0] * bins[filled, 2]).sum()) == pytest.approx(float((decisions == labels).sum()))
+
+
+def test_classes_that_cannot_be_divided_are_told_before_anything_is_searched(honest, clean, monkeypatch):
+    monkeypatch.setattr(MaximumMarginTest, "search", lambda *_, **__: pytest.fail("a search ran"))
+    images, labels = clean
+    kept = torch.cat([(labels != 3).nonzero().flatten(), (labels == 3).nonzero().flatten()[:1]])
+    with pytest.raises(UserError, match="needs at least 2 of every class: class '3' has 1"):
+        audit(honest, images[kept], labels[kept])
+    with pytest.raises(UserError, match="at least 2 folds, got 1"):
+        audit(honest, images, labels, folds=1)
+
+
+def test_classes_out_of_reach_are_judged_by_their_spread(honest, clean):
+    found = reach(honest, *clean, steps=1)
+    assert found.statistics.min() < 0
+    assert found.suspect == int(found.statistics.argmax())
+    assert found.p_value == pytest.approx(MaximumMarginTest().judge_signed(found.statistics).p_value, abs=1e-3)
+    assert not found.detected
