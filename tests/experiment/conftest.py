@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from marginclip.experiment.command import plain
@@ -71,12 +72,19 @@ def configure(tmp_path, configure_at):
 
 @pytest.fixture
 def job(tmp_path, monkeypatch, capsys, caplog):
-    """Runs one job of defend.py (or ``script``) in this process as its command line does: (exit code, stdout, stderr)."""
+    """Runs one job of defend.py (or ``script``) in this process as its command line does: (exit code, stdout, stderr).
+
+    With a ``number`` it is that job of a multirun.
+    """
     from marginclip.experiment import command
 
-    def job(*overrides, script="defend"):
+    def job(*overrides, script="defend", number=None):
         config = make_config(tmp_path / "runs", *overrides, name=script)
-        OmegaConf.update(config, "hydra.runtime.output_dir", str(tmp_path / "job"), force_add=True)
+        told = {"runtime.output_dir": str(tmp_path / "job")}
+        if number is not None:
+            told |= {"mode": RunMode.MULTIRUN, "job.num": number, "sweep.dir": str(tmp_path)}
+        for key, value in told.items():
+            OmegaConf.update(config, f"hydra.{key}", value, force_add=True)
         HydraConfig.instance().set_config(config)
         failures = []
         monkeypatch.setattr(command, "_failures", failures)

@@ -134,6 +134,18 @@ def test_a_repair_refuses_a_detector_without_folds(tmp_path, configure_at):
         repair_model(configure_at(tmp_path / "runs", *words), output=str(tmp_path / "kept"), tolerance=None, json=False)
 
 
+@pytest.mark.parametrize(("script", "does"), [("repair", "repair_model"), ("audit", "audit_model")])
+def test_each_run_of_a_sweep_writes_to_a_folder_of_its_own(tmp_path, job, monkeypatch, script, does):
+    from marginclip.experiment import handed_over
+
+    written = []
+    monkeypatch.setattr(handed_over, does, lambda *_, output, **__: written.append(output) or (False, "told"))
+    words = ["dataset=image_folder", "dataset.root=absent", "victim.path=absent.pt", f"output={tmp_path / 'kept'}"]
+    for number in (None, 0, 1):
+        assert job(*words, script=script, number=number)[0] == 0
+    assert written == [str(tmp_path / name) for name in ("kept", "kept/0", "kept/1")]
+
+
 def test_the_audit_is_given_the_detector_and_the_folds(theirs, tmp_path, configure_at, monkeypatch):
     from marginclip.experiment import handed_over
 

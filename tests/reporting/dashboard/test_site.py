@@ -156,6 +156,22 @@ def test_a_cell_that_runs_or_that_a_later_sweep_did_is_not_missing(tmp_path, syn
     assert earlier.cells[1].run.record.folder == place
 
 
+@pytest.mark.parametrize(
+    ("order", "command", "status"), [("12", "defend", "done"), ("21", "defend", "missing"), ("12", "train", "missing")]
+)
+def test_only_a_later_sweep_of_the_same_command_does_a_missing_cell(tmp_path, synthetic, order, command, status):
+    (place,) = synthetic.write_runs(tmp_path, 1)
+    missed, did = (tmp_path / "sweeps" / name for name in order)
+    for folder, told in ((missed, "defend"), (did, command)):
+        folder.mkdir(parents=True)
+        (folder / "sweep.json").write_text(json.dumps({"command": told, "asked": ["seed=1"]}))
+    (did / "0").mkdir()
+    outcome = {"overrides": "seed=1", "error": None, "record": str(place / "run.json")}
+    (did / "0" / "outcome.json").write_text(json.dumps(outcome))
+    cells = {sweep.place: sweep.cells[0].status for sweep in read_sweeps(tmp_path, read_runs(tmp_path)[0])}
+    assert cells == {f"sweeps/{order[0]}": status, f"sweeps/{order[1]}": "done"}
+
+
 def test_the_overview_tells_mixed_settings_versions_and_devices(tmp_path, two_seeds):
     """Two seeds of one row, of which one has another rate, another torch and another device."""
     _, other = two_seeds
