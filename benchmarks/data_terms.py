@@ -34,7 +34,7 @@ from marginclip.silence import SILENT, silence_lightning
 # Data term, pi, how often bounds are learned.
 VARIANTS = (
     ("cross_entropy", 0.98, 1), ("cross_entropy", 0.99, 1), ("kl_divergence", 0.97, 1), ("kl_divergence", 0.98, 1),
-    ("cross_entropy", 0.98, 2), ("cross_entropy", 0.98, 4),
+    ("cross_entropy", 0.98, 2), ("cross_entropy", 0.98, 4), ("distillation", 0.98, 1), ("distillation", 0.98, 2),
 )  # fmt: skip
 RELAXED = (0.05, 0.1, 0.2)  # of the way to the clean maxima, after the first variant
 STARTS_PER_CLASS, LARGEST = 50, 10

@@ -114,6 +114,14 @@ def test_the_divergence_compares_probabilities_of_both_networks():
     assert MMACObjective(data="kl_divergence")(measured, 0.3).data.item() == pytest.approx(expected / 6, rel=1e-4)
 
 
+def test_distillation_is_the_mean_of_labels_and_of_the_models_probabilities():
+    measured = Measured(torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4, torch.randn(9), [])
+    bounded, clean = measured.bounded_logits.double().log_softmax(1), measured.clean_logits.double().softmax(1)
+    hard = sum(-bounded[i, measured.labels[i]].item() for i in range(6)) / 6
+    soft = sum(-clean[i, k].item() * bounded[i, k].item() for i in range(6) for k in range(4)) / 6
+    assert MMACObjective(data="distillation")(measured, 0.3).data.item() == pytest.approx((hard + soft) / 2, rel=1e-4)
+
+
 def test_the_divergence_rests_where_nothing_changed_and_ignores_the_size_of_logits():
     logits = 30 * torch.randn(8, 5)
     same = logits.clone().requires_grad_(True)
@@ -127,7 +135,10 @@ def test_the_divergence_rests_where_nothing_changed_and_ignores_the_size_of_logi
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"data": "l2"}, "defense.objective.data must be one of cross_entropy, kl_divergence, squared_error, got 'l2'"),
+        (
+            {"data": "l2"},
+            "defense.objective.data must be one of cross_entropy, distillation, kl_divergence, squared_error, got 'l2'",
+        ),
         ({"penalty": "max"}, "defense.objective.penalty must be one of hinge, signed, got 'max'"),
         ({"largest": 0}, "defense.objective.largest must be at least 1 or null, got 0"),
         ({"kappa": float("nan")}, "defense.objective.kappa must be a finite number of logits, got nan"),

@@ -83,6 +83,18 @@ def kl_divergence(bounded_logits: Tensor, clean_logits: Tensor) -> Tensor:
     return F.kl_div(bounded, clean, reduction="batchmean", log_target=True)
 
 
+def distillation(bounded_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of logits under bounds (B, K) with the mean of the labels (B,) and of the model's class probabilities, in nats.
+
+    Hard and soft targets by halves (Hinton, Vinyals and Dean 2015, section 2), at temperature 1. ``clean_logits`` (B, K) are the model's.
+
+    >>> round(distillation(torch.tensor([[0.0, 0.0]]), torch.tensor([[9.0, 0.0]]), torch.tensor([0])).item(), 4)  # log 2
+    0.6931
+    """
+    hard = F.one_hot(labels, bounded_logits.shape[1])
+    return F.cross_entropy(bounded_logits.float(), (hard + clean_logits.float().softmax(1)) / 2)
+
+
 def mmbm(bounded_logits: Tensor, clean_logits: Tensor, bounds: Sequence[Tensor], lambda_: float) -> Objective:
     """The MMBM objective (Wang et al. 2022): stay close to the model's logits on clean images, with small bounds.
 
@@ -168,7 +180,7 @@ class BoundObjective(Protocol):
     def __call__(self, step: Measured, lambda_: float) -> Objective: ...
 
 
-DATA_TERMS = ("cross_entropy", "kl_divergence", "squared_error")
+DATA_TERMS = ("cross_entropy", "distillation", "kl_divergence", "squared_error")
 MARGIN_TERMS = ("hinge", "signed")
 
 
@@ -178,9 +190,9 @@ class MMACObjective:
 
     Args:
         data: the data term: the ``cross_entropy`` with the labels, the ``kl_divergence`` from the model's own class probabilities to
-            those under bounds, or the ``squared_error`` against the model's own logits. The divergence costs less accuracy, but left
-            half of a WaNet backdoor alive (docs/results/mmac.md). The squared error wants the large logits back that an attack has
-            caused, and so wide bounds.
+            those under bounds, the ``distillation`` from both by halves (:func:`distillation`), or the ``squared_error`` against the
+            model's own logits. The divergence costs less accuracy, but left half of a WaNet backdoor alive (docs/results/mmac.md). The
+            squared error wants the large logits back that an attack has caused, and so wide bounds.
         penalty: the margin term: the ``hinge`` of :func:`margin_hinge`, or the ``signed`` margins.
         kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa. Without effect on
             ``signed``.
@@ -214,6 +226,8 @@ class MMACObjective:
     def __call__(self, step: Measured, lambda_: float) -> Objective:
         if self.data == "cross_entropy":
             data = F.cross_entropy(step.bounded_logits.float(), step.labels)
+        elif self.data == "distillation":
+            data = distillation(step.bounded_logits, step.clean_logits, step.labels)
         elif self.data == "kl_divergence":
             data = kl_divergence(step.bounded_logits, step.clean_logits)
         else:
