@@ -190,9 +190,9 @@ class MMACObjective:
 
     Args:
         data: the data term: the ``cross_entropy`` with the labels, the ``kl_divergence`` from the model's own class probabilities to
-            those under bounds, the ``distillation`` from both by halves (:func:`distillation`), or the ``squared_error`` against the
-            model's own logits. The divergence costs less accuracy, but left half of a WaNet backdoor alive (docs/results/mmac.md). The
-            squared error wants the large logits back that an attack has caused, and so wide bounds.
+            those under bounds, the ``distillation``, which takes both by halves (:func:`distillation`), or the ``squared_error``
+            against the model's own logits. The divergence costs less accuracy, but left half of a WaNet backdoor alive
+            (docs/results/mmac.md). The squared error wants the large logits back that an attack has caused, and so wide bounds.
         penalty: the margin term: the ``hinge`` of :func:`margin_hinge`, or the ``signed`` margins.
         kappa: of the hinge, a finite number of logits: margin inputs count where their margin exceeds -kappa. Without effect on
             ``signed``.
