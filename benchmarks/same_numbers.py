@@ -73,7 +73,7 @@ RUNS = {
     "train": "train attack=none seed=1",
     "checkpoint": f"defend victim=checkpoint victim.path=WEIGHTS {BOUNDS} {ASCENT}",
 }  # fmt: skip
-SCHEDULES = ("tight_start", "clean_starts", "warm_noise", "algorithm", "authors_code")
+SCHEDULES = ("fitted_start", "tight_start", "clean_starts", "warm_noise", "algorithm", "authors_code")
 OLD_KEYS = {"lambda": "penalty"}  # of a history, in records of schema 1
 UNTIMED = re.compile(r"seconds")
 

@@ -192,7 +192,7 @@ def test_steps_lower_the_objective_on_fixed_margin_inputs(victim, clean):
 def first_step(model, clean, defense, inputs):
     """The gradient of the objective at the start, and where one plain Adam step leads from there."""
     network = BoundedNetwork(model, clean[0][:1])
-    defense.start.apply(network, clean[0])
+    defense.start.apply(network, *clean)
     images, _, targets = correct_ones(model, clean)
     logits = network(inputs)
     others = logits.masked_fill(F.one_hot(defense.wanted, 4).bool(), float("-inf")).amax(1)
@@ -225,7 +225,7 @@ def test_one_step_is_adams_first(plain_victim, clean, lr_scale):
 def test_without_penalty_above_the_clean_maximum_nothing_moves(plain_victim, clean):
     above = BoundStart(share=1.01, quantile=1.0)  # at the maximum itself rounding may cut an activation
     start = BoundedNetwork(plain_victim, clean[0][:1])
-    above.apply(start, clean[0])
+    above.apply(start, *clean)
     repaired = fit(learning(start=above, lambda_={"initial": 0.0}), plain_victim, clean)
     for name, value in repaired.bounds_state().items():
         torch.testing.assert_close(value, start.bounds_state()[name])  # the maxima are the same up to the memory format
@@ -256,7 +256,7 @@ def test_margin_inputs_come_in_minibatches_like_the_scripts(plain_victim, clean)
         steps=1, check_every=1, batch_size=5, reduction="sum", ascent={"batch_size": 5}, lambda_={"initial": 0.1}
     )
     start = BoundedNetwork(plain_victim, clean[0][:1])
-    defense.start.apply(start, clean[0])
+    defense.start.apply(start, *clean)
     losses = []
 
     class Loss(L.Callback):

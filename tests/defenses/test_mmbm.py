@@ -69,7 +69,7 @@ def test_one_step_is_adams_first_on_the_closed_gradient(plain_victim, clean, fit
     start = BoundStart(share=0.6, quantile=1.0)
     repaired = fit(learning(start=start, steps=1, check_every=1, lambda_={"initial": 0.05}), plain_victim, clean)
     network = BoundedNetwork(plain_victim, clean[0][:1])
-    start.apply(network, clean[0])
+    start.apply(network, *clean)
     with torch.no_grad():
         targets = plain_victim(clean[0])
     right = targets.argmax(1) == clean[1]

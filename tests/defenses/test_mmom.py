@@ -110,7 +110,7 @@ def test_one_step_is_adams_first_on_the_closed_gradient(plain_victim, clean, fit
         learning(start=start, steps=1, check_every=1, learning_rate=0.1, lambda_={"initial": 0.0}), plain_victim, clean
     )
     network = BoundedNetwork(plain_victim, images[:1])
-    start.apply(network, images)
+    start.apply(network, images, labels)
     F.cross_entropy(network(images), labels).backward()
     expected = [value.detach() - 0.1 * value.grad / (value.grad.abs() + 1e-8) for value in network.bound_parameters()]
     for value, wanted in zip(repaired.bound_parameters(), expected, strict=True):
@@ -230,7 +230,7 @@ def test_offsets_and_scale_start_at_the_best_fit_and_are_learned(victim, clean, 
     images, labels = clean
     start = BoundStart(share=0.6, quantile=1.0)
     network = BoundedNetwork(victim, images[:1], sites="last")
-    start.apply(network, images)
+    start.apply(network, images, labels)
     scale, shift = fit_affine(network(images), labels, scale="shared", shift=True, l2=1e-6)
     settings = {"sites": "last", "start": start, "steps": 1, "check_every": 1, "lambda_": {"initial": 0.0}}
     repaired = fit(learning(offset_rate=1e-7, scale_rate=1e-7, learning_rate=1e-7, **settings), victim, clean)

@@ -42,7 +42,7 @@ class BoundLearning(LearningDefense):
         objective: what is minimised; it tells the methods apart (:func:`~marginclip.maxmargin.objectives.mmac`). None: MMAC's.
         sites: which activations are bounded: ``all``, ``last``, ``first_half`` or a list of names
             (:func:`~marginclip.clipping.activations.choose_sites`).
-        start: where the bounds start. None: 0.4 of the 0.9 quantile of what each map reaches on the clean images.
+        start: where the bounds start. None: at the share of the clean maxima at which they keep 95 % of what the model has right.
         ascent: how margin inputs are made and when. None: its defaults; an objective without margins takes None only.
         lambda_: the weight of the margin term, and how it moves. None: its defaults.
         steps: bound steps to take.
@@ -159,7 +159,7 @@ class BoundLearning(LearningDefense):
             offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
         )  # fmt: skip
         channels_last(self.bounded)
-        self.start.apply(self.bounded, images)
+        self.start.apply(self.bounded, images, labels)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)

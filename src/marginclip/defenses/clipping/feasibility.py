@@ -1,4 +1,4 @@
-"""States of a bounded network around its learning: where offsets start, and how far learned bounds must give way."""
+"""States of a bounded network around its learning: where bounds and offsets start, and how far learned bounds must give way."""
 
 from __future__ import annotations
 
@@ -38,6 +38,42 @@ def start_offsets(offsets: LogitOffsets, logits: Tensor, labels: Tensor) -> None
         "the labels; set defense.scale_rate=null, or use defense=last_layer",
     )
     offsets.load({"offsets": shift, "scale": scale})
+
+
+HALVINGS = 8  # of the interval (0, 1] in which the share is looked for
+
+
+@torch.no_grad()
+def fit_share(bounded: BoundedNetwork, images: Tensor, labels: Tensor, kept: float) -> float:
+    """Multiply all bounds by the smallest share at which they keep ``kept``, in [0, 1], of what the model has right.
+
+    That is of the clean ``images`` (N, C, H, W) that the model classifies as their ``labels`` (N,). Before, the bounds are those of share
+    1, the clean maxima. The share is found by halving an interval, to within 1 / 256; it is returned.
+
+    Raises :class:`UserError` where the model has no image right.
+    """
+    with bounded.unbounded():
+        right = clean_logits(bounded, images).argmax(1).cpu() == labels.cpu()
+    require(
+        bool(right.any()),
+        f"the model classifies none of the {len(images)} clean images correctly, so no start can be fitted: set "
+        "defense.start.share; are the labels right?",
+    )
+    images, labels = images[right.to(images.device)], labels[right.to(labels.device)].cpu()
+    values = [value for _, bound in bounded.each() for value in bound.values()]
+    widest = [value.clone() for value in values]
+
+    def agreement_at(share: float) -> float:
+        for value, wide in zip(values, widest, strict=True):
+            value.copy_(share * wide)
+        return float((clean_logits(bounded, images).argmax(1).cpu() == labels).float().mean())
+
+    lowest, share = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (lowest + share) / 2
+        lowest, share = (lowest, middle) if agreement_at(middle) >= kept else (middle, share)
+    agreement_at(share)
+    return share
 
 
 class Relaxation:

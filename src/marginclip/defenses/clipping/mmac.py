@@ -31,11 +31,11 @@ class Repeat:
 
 
 class MMAC(BoundLearning):
-    """Maximum-margin activation clipping: :class:`BoundLearning` with its own defaults, which are the schedule ``tight_start``.
+    """Maximum-margin activation clipping: :class:`BoundLearning` with its own defaults, which are the schedule ``fitted_start``.
 
-    Bounds start tight, at 0.4 of the 0.9 quantile of the clean activations, where a model has lost accuracy and most attacks have, too.
-    The cross entropy of the clean images buys the accuracy back, while a hinge keeps down the margins of clean images that were moved
-    towards other classes by a few small steps.
+    Bounds start as tight as the model bears: at the share of its clean maxima at which they keep 95 % of what it has right. From there
+    a hinge lowers the margins of clean images that were moved towards other classes by a few small steps, while the cross entropy of the
+    clean images buys accuracy back.
 
     A part of what bounds cut is chance: it follows from the order of the clean images and from which margin inputs were drawn. So
     bounds can be learned several times, each time from a seed of its own. Every activation then keeps the loosest of its bounds: only

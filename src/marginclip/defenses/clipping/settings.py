@@ -10,35 +10,45 @@ import torch
 from torch import Tensor
 
 from marginclip.clipping import BoundedNetwork
+from marginclip.defenses.clipping.feasibility import fit_share
 from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
 
 
 @dataclass(frozen=True)
 class BoundStart:
-    """Where learning starts: one constant, or a share of what each map reaches on clean images.
+    """Where bounds start: one constant, or a share of what each map reaches on clean images. The share is given, or fitted to the model.
 
     Args:
         constant: one start for every bound. None: ``share`` and ``quantile`` say it.
-        share: of each map's clean maximum.
+        share: of each map's clean maximum. None: the smallest share, the same for all maps, at which bounds keep ``kept``.
         quantile: over the clean images, of the maps' per-image maxima; 1 is the maximum.
+        kept: what bounds keep of the clean images that the model classifies correctly, in (0, 1]. Without effect where a share or a
+            constant is given.
+
+    Raises:
+        UserError: for a setting outside its range.
     """
 
     constant: float | None = None
-    share: float = 0.4
-    quantile: float = 0.9
+    share: float | None = None
+    quantile: float = 1.0
+    kept: float = 0.95
 
     def __post_init__(self) -> None:
         require(self.constant is None or self.constant > 0, f"defense.start.constant must be positive, got {self.constant}")
-        require(self.share > 0, f"defense.start.share must be positive, got {self.share:g}")
+        require(self.share is None or self.share > 0, f"defense.start.share must be positive or null, got {self.share}")
         require(0 < self.quantile <= 1, f"defense.start.quantile must be in (0, 1], got {self.quantile:g}")
+        require(0 < self.kept <= 1, f"defense.start.kept must be in (0, 1], got {self.kept:g}")
 
-    def apply(self, bounded: BoundedNetwork, images: Tensor) -> None:
-        """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W)."""
-        if self.constant is None:
-            bounded.set_from_images(images, share=self.share, quantile=self.quantile)
-        else:
+    def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor) -> None:
+        """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs."""
+        if self.constant is not None:
             bounded.set_constant(self.constant)
+            return
+        bounded.set_from_images(images, share=1.0 if self.share is None else self.share, quantile=self.quantile)
+        if self.share is None:
+            fit_share(bounded, images, labels, self.kept)
 
 
 STARTS = ("noise", "clean")

@@ -31,5 +31,5 @@ class StaticClip(ComputedDefense):
         """Bound a copy of the model and set its bounds."""
         check_clean_set(images, labels, clean_logits(model, images[:2]).shape[1])
         bounded = channels_last(BoundedNetwork(model, images[:1], channel_axis=self.channel_axis))
-        self.start.apply(bounded, images)
+        self.start.apply(bounded, images, labels)
         return RepairResult(bounded)
