@@ -60,7 +60,7 @@ def test_the_reserve_is_neither_learned_from_nor_evaluated_on(load):
     images = torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     held_out = ImageSet(images, labels, ("a", "b", "c"))
     data = ImageData(Splits(held_out, held_out), clean_per_class=4, reserve_per_class=10)
-    script = load("data_terms")
+    script = load("accuracy_cost")
     found, answers = script.reserve(VictimSetup(data.splits, None, data, nn.Identity()))
     assert len(found) == len(answers) == 60 - len(data.clean_index) - len(data.eval_index) == 18
     used = torch.cat([data.clean_index, data.eval_index])
@@ -74,7 +74,7 @@ def test_the_reserve_is_neither_learned_from_nor_evaluated_on(load):
 
 def test_the_largest_margin_is_that_of_images_that_climbed(load, toy):
     model, images, labels = toy
-    found = load("data_terms").largest_margin(model, images, labels, 3)
+    found = load("accuracy_cost").largest_margin(model, images, labels, 3)
     with torch.no_grad():
         resting = [float(margin(model(images), torch.full((30,), c))[labels != c].max()) for c in range(3)]
     assert found > max(resting)

@@ -77,7 +77,7 @@ def test_lower_bounds_move_by_the_same_share(clean):
 
 
 def test_model_that_is_never_right_needs_a_share(victim, clean):
-    images, labels = clean
+    images, _ = clean
     wrong = (clean_logits(victim, images).argmax(1) + 1) % 4
     with pytest.raises(UserError, match=r"none of the \d+ clean images correctly.*defense\.start\.share.*labels right\?"):
         started(victim, (images, wrong), BoundStart())
