@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from marginclip.defenses.base import Defense
 from marginclip.defenses.clipping.bound_learning import BoundLearning
-from marginclip.defenses.clipping.feasibility import SHARES
+from marginclip.defenses.clipping.feasibility import HALVINGS, SHARES
 from marginclip.defenses.clipping.mmac import MMAC
 
 RELAXING, STARTING = 1 + len(SHARES), 4  # passes over the clean images that end and begin a repair, at most
@@ -38,8 +38,9 @@ def passes_of(defense: Defense, count: int, classes: int, *, longest: bool = Fal
     later = plan.steps + 1
     ascents = inputs * (later * -(-steps // plan.refresh_every) + plan.first_steps - plan.steps)
     checks = -(-steps // defense.check_every) * (inputs + (0 if defense.sites == "last" else count))
+    starting = STARTING + (HALVINGS + 1 if defense.start.fitted else 0)
     repeats = defense.repeats if isinstance(defense, MMAC) else 1
-    return Passes(repeats * (checks + (RELAXING + STARTING) * count), repeats * (steps * step + ascents), step)
+    return Passes(repeats * (checks + (RELAXING + starting) * count), repeats * (steps * step + ascents), step)
 
 
 def passes_with_folds(defense: Defense, count: int, classes: int, folds: int, *, longest: bool = False) -> Passes | None:

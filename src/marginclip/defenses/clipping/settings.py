@@ -41,13 +41,18 @@ class BoundStart:
         require(0 < self.quantile <= 1, f"defense.start.quantile must be in (0, 1], got {self.quantile:g}")
         require(0 < self.kept <= 1, f"defense.start.kept must be in (0, 1], got {self.kept:g}")
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the share is fitted to the model."""
+        return self.constant is None and self.share is None
+
     def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor) -> None:
         """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs."""
         if self.constant is not None:
             bounded.set_constant(self.constant)
             return
         bounded.set_from_images(images, share=1.0 if self.share is None else self.share, quantile=self.quantile)
-        if self.share is None:
+        if self.fitted:
             fit_share(bounded, images, labels, self.kept)
 
 
