@@ -6,7 +6,8 @@ Bounds are learned from the defender's clean set, and judged on the reserve: hel
 on. Nothing here knows a trigger. *Loss* is the accuracy of the model less that of the bounded network. *Kept* is the share of rightly
 decided images that stay right. *Margin* is the mean of the ten largest margins, in logits, that the ascent of the default schedule finds
 from the reserve under the bounds. *Relaxed* is the control: bounds learned once, moved by a share of the way to the clean maxima. The
-victim is found in the store or trained; arguments are options of ``marginclip defend``.
+victim is found in the store or trained; arguments are options of ``marginclip defend``, and ``--tight-start``: everything from the start of
+before (``defense/schedule=tight_start``).
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ class Variant(NamedTuple):
         return f"{start} {'maximum' if self.quantile == 1 else f'{self.quantile:g} quantile'}", self.data, self.pi, self.repeats
 
 
-DEFAULT = Variant()
-VARIANTS = (
-    DEFAULT, Variant(share=0.4, quantile=0.9), Variant(share=0.5), Variant(kept=0.8), Variant(kept=0.9), Variant(kept=0.98),
-    Variant(quantile=0.9), Variant(pi=0.99), Variant(data="distillation"), Variant(data="kl_divergence", pi=0.97),
-    Variant(data="kl_divergence"), Variant(repeats=2), Variant(repeats=4), Variant(data="distillation", repeats=2),
+TIGHT = Variant(share=0.4, quantile=0.9)  # the schedule tight_start
+STARTS: tuple[dict[str, Any], ...] = (
+    {"share": 0.4, "quantile": 0.9}, {"share": 0.5}, {"kept": 0.8}, {"kept": 0.9}, {"kept": 0.98}, {"quantile": 0.9},
+)  # fmt: skip
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"pi": 0.99}, {"data": "distillation"}, {"data": "kl_divergence", "pi": 0.97}, {"data": "kl_divergence"},
+    {"repeats": 2}, {"repeats": 4}, {"data": "distillation", "repeats": 2},
 )  # fmt: skip
 RELAXED = (0.05, 0.1, 0.2)  # of the way to the clean maxima, after the default
 STARTS_PER_CLASS, LARGEST = 50, 10
@@ -90,7 +93,10 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    spec, setup = attacked_model(sys.argv[1:])
+    tight = "--tight-start" in sys.argv
+    given = TIGHT if tight else Variant()
+    changes = ({}, *(() if tight else STARTS), *CHANGES)
+    spec, setup = attacked_model([argument for argument in sys.argv[1:] if argument != "--tight-start"])
     model, learned_from, (images, labels) = setup.model.eval(), setup.data.clean_set(), reserve(setup)
 
     def make_trainer(epochs: int) -> Any:
@@ -112,13 +118,13 @@ def main() -> None:
         cells = (*named, f"{loss:.1f}", f"{100 * float(kept[right].float().mean()):.1f}", f"{largest:.2f}")
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
-    for variant in VARIANTS:
+    for variant in (given._replace(**change) for change in changes):
         method = variant.method(spec.seed)
         bounded = method.fit(model, *learned_from, make_trainer=make_trainer).network
         found = method.findings()
         taken = [each["bound_steps"] for each in (found, *found.get("other_repeats", ()))]
         row(bounded, *variant.cells(), "", ", ".join(map(str, taken)))
-        if variant == DEFAULT:
+        if variant == given:
             assert isinstance(bounded, BoundedNetwork)
             way = Relaxation(bounded, learned_from[0])
             for share in RELAXED:
