@@ -232,7 +232,7 @@ def test_peers_are_compared_on_the_victims_that_both_have(load):
                 )
             )
             records[-1].config |= {"attack": {"name": attack}}
-            records[-1].config["defense"] |= {"detector": {"folds": 2}}
+            records[-1].config["defense"] |= {"detector": {"folds": 2}, "start": {"share": 0.4}}
     points = peers.measured(records)
     assert points["nad"]["badnet"]["1"] == pytest.approx({"acc": 92, "asr": 3, "pacc": 90.1, "seconds": 3})
     assert peers.against(points, "nad", "acc") == "-2.0 (p = 0.031)"

@@ -424,3 +424,12 @@ def test_attack_of_a_record_is_the_drawn_one():
     drawn = [make(composed("defend", f"seed={seed}").x2x, num_classes=10, seed=seed, key="x2x").target for seed in range(8)]
     assert drawn == [AllToOne(10, seed=seed).target for seed in range(8)]
     assert len(set(drawn)) > 2
+
+
+def test_the_schedule_of_before_differs_in_its_start_alone():
+    fitted, tight = (
+        composed("defend", "defense=mmac", f"defense/schedule={name}").defense for name in ("fitted_start", "tight_start")
+    )
+    changed = {key for key in fitted if fitted[key] != tight[key]}
+    assert changed == {"start"}
+    assert dict(tight.start) == dict(fitted.start) | {"share": 0.4, "quantile": 0.9, "kept": None}

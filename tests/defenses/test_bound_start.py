@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses import MMAC, BoundStart, StaticClip
+from marginclip.defenses import MMAC, MMOM, BoundStart, StaticClip
+from marginclip.defenses.clipping.passes import passes_of
 from marginclip.errors import UserError
 from marginclip.networks.logits import clean_logits
 from marginclip.silence import silent_trainer
@@ -97,3 +98,34 @@ def test_mmac_starts_where_static_bounds_keep_as_much(victim, clean):
     for name, value in control.bounds_state().items():
         torch.testing.assert_close(repaired.bounds_state()[name], value, rtol=1e-4, atol=1e-6)
     assert defense.history[0]["agreement"] >= 0.95
+    assert defense.findings()["start_share"] == pytest.approx(share_of(control, victim, clean))
+
+
+def test_a_low_quantile_may_keep_less_than_asked_for_even_at_share_one(victim, clean):
+    start = BoundStart(kept=1.0, quantile=0.05)
+    network = BoundedNetwork(victim, clean[0][:1])
+    assert start.apply(network, *clean) == 1.0
+    assert kept_at(victim, clean, 1.0, 0.05) < 1.0
+
+
+def test_passes_of_a_fitted_start_are_counted():
+    for repeats in (1, 2):
+        fitted, given = (
+            passes_of(MMAC(repeats=repeats, start=start), 500, 10) for start in (BoundStart(), BoundStart(share=0.5))
+        )
+        assert fitted.forward - given.forward == repeats * 9 * 500
+
+
+def test_every_repeat_starts_at_the_same_share(victim, clean):
+    defense = MMAC(steps=1, check_every=1, extra_steps=0, repeats=2)
+    defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
+    found = defense.findings()
+    assert found["start_share"] == found["other_repeats"][0]["start_share"]
+
+
+def test_with_offsets_the_last_activation_alone_is_fitted(victim, clean):
+    defense = MMOM(steps=1, tolerance=None, start=BoundStart(kept=0.8))
+    network = BoundedNetwork(victim, clean[0][:1], sites="last")
+    share = BoundStart(kept=0.8).apply(network, *clean)
+    defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
+    assert defense.findings()["start_share"] == share

@@ -271,7 +271,7 @@ def nan_logits(path):
         (["defense.detector.theta=low"], "defense.detector.theta must be a number, got 'low'"),
         (["defense.start.share=0"], "defense.start.share must be positive or null, got 0"),
         (["defense.start.quantile=2"], "defense.start.quantile must be in (0, 1], got 2"),
-        (["defense.start.kept=0"], "defense.start.kept must be in (0, 1], got 0"),
+        (["defense.start.kept=0"], "defense.start.kept must be in (0, 1] or null, got 0"),
         (["defense.start.constant=-1"], "defense.start.constant must be positive, got -1"),
         (["defense.start.constant=0"], "defense.start.constant must be positive, got 0"),
         (["defense.ascent.momentum=2"], "defense.ascent.momentum must be in [0, 1), got 2"),

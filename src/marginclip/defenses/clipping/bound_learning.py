@@ -18,7 +18,7 @@ from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.clipping.fixed_part import FixedPartCache, caching_pays
 from marginclip.defenses.base import History, LearningDefense
 from marginclip.defenses.clipping.feasibility import ACCEPTED, LESS_ACCURATE, RELAXED, relax_until_accurate, start_offsets
-from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
+from marginclip.defenses.clipping.settings import KEPT, AscentPlan, BoundStart
 from marginclip.errors import require
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import ascend_margins, margin
@@ -79,6 +79,7 @@ class BoundLearning(LearningDefense):
     last_loss: float
     checked_at: int
     prefix: FixedPartCache | None
+    start_share: float | None
     at_once: int
 
     def __init__(
@@ -129,7 +130,8 @@ class BoundLearning(LearningDefense):
             f"defense.ascent has no effect: {type(self.objective).__name__} needs no margins; set it to null",
         )
         self.sites = sites
-        self.start, self.ascent, self.lambda_ = start or BoundStart(), ascent or AscentPlan(), lambda_ or LambdaController()
+        self.start, self.ascent = start or BoundStart(kept=KEPT), ascent or AscentPlan()
+        self.lambda_ = lambda_ or LambdaController()
         self.steps, self.extra_steps = steps, extra_steps if keep == "feasible" else 0
         self.batch_size, self.learning_rate, self.lr_scale = batch_size, learning_rate, lr_scale
         self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
@@ -159,7 +161,7 @@ class BoundLearning(LearningDefense):
             offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
         )  # fmt: skip
         channels_last(self.bounded)
-        self.start.apply(self.bounded, images, labels)
+        self.start_share = self.start.apply(self.bounded, images, labels)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
@@ -281,10 +283,10 @@ class BoundLearning(LearningDefense):
             self.trainer.should_stop = True
 
     def findings(self) -> dict[str, Any]:
-        """How long bounds were learned, what ended it, ``tolerance`` or ``steps``, and how far they had to be relaxed, in [0, 1]."""
-        taken = self.stopped_at or self.checked_at
-        found: dict[str, Any] = {"bound_steps": taken, "stopped_by": "tolerance" if self.stopped_at else "steps"}
-        return found | {"relaxed": self.relaxed}
+        """How long bounds were learned, what ended it, ``tolerance`` or ``steps``, how far they had to be relaxed, and a fitted start."""
+        found: dict[str, Any] = {"bound_steps": self.stopped_at or self.checked_at, "relaxed": self.relaxed}
+        found["stopped_by"] = "tolerance" if self.stopped_at else "steps"
+        return found | ({"start_share": self.start_share} if self.start.fitted else {})
 
     def _steps_taken(self) -> bool:
         """Whether ``steps`` are taken and bounds that kept the accuracy were found, or ``extra_steps``, too."""

@@ -45,10 +45,11 @@ HALVINGS = 8  # of the interval (0, 1] in which the share is looked for
 
 @torch.no_grad()
 def fit_share(bounded: BoundedNetwork, images: Tensor, labels: Tensor, kept: float) -> float:
-    """Multiply all bounds by the smallest share at which they keep ``kept``, in [0, 1], of what the model has right.
+    """Multiply all bounds by the smallest share at which they keep ``kept``, in (0, 1], of what the model has right.
 
     That is of the clean ``images`` (N, C, H, W) that the model classifies as their ``labels`` (N,). Before, the bounds are those of share
-    1, the clean maxima. The share is found by halving an interval eight times, to within 1 / 256; it is returned.
+    1, the clean maxima. The share is found by halving an interval eight times, to within 1 / 256, as if a larger one kept no less. It is
+    returned.
 
     Raises :class:`UserError` where the model has no image right.
     """

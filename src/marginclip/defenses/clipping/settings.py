@@ -14,6 +14,8 @@ from marginclip.defenses.clipping.feasibility import fit_share
 from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
 
+KEPT = 0.95  # pi of the papers
+
 
 @dataclass(frozen=True)
 class BoundStart:
@@ -23,8 +25,8 @@ class BoundStart:
         constant: one start for every bound. None: ``share`` and ``quantile`` say it.
         share: of each map's clean maximum. None: the smallest share, the same for all maps, at which bounds keep ``kept``.
         quantile: over the clean images, of the maps' per-image maxima; 1 is the maximum.
-        kept: what bounds keep of the clean images that the model classifies correctly, in (0, 1]. Without effect where a share or a
-            constant is given.
+        kept: what bounds keep of the clean images that the model classifies correctly, in (0, 1]. None: 0.95, pi of the papers. Without
+            effect where a share or a constant is given. With a quantile below 1 even share 1 may keep less; then it is share 1.
 
     Raises:
         UserError: for a setting outside its range.
@@ -33,27 +35,29 @@ class BoundStart:
     constant: float | None = None
     share: float | None = None
     quantile: float = 1.0
-    kept: float = 0.95
+    kept: float | None = None
 
     def __post_init__(self) -> None:
         require(self.constant is None or self.constant > 0, f"defense.start.constant must be positive, got {self.constant}")
         require(self.share is None or self.share > 0, f"defense.start.share must be positive or null, got {self.share}")
         require(0 < self.quantile <= 1, f"defense.start.quantile must be in (0, 1], got {self.quantile:g}")
-        require(0 < self.kept <= 1, f"defense.start.kept must be in (0, 1], got {self.kept:g}")
+        require(self.kept is None or 0 < self.kept <= 1, f"defense.start.kept must be in (0, 1] or null, got {self.kept}")
 
     @property
     def fitted(self) -> bool:
         """Whether the share is fitted to the model."""
         return self.constant is None and self.share is None
 
-    def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor) -> None:
-        """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs."""
+    def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor) -> float | None:
+        """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs.
+
+        Returns the share, or None with a constant.
+        """
         if self.constant is not None:
             bounded.set_constant(self.constant)
-            return
+            return None
         bounded.set_from_images(images, share=1.0 if self.share is None else self.share, quantile=self.quantile)
-        if self.fitted:
-            fit_share(bounded, images, labels, self.kept)
+        return fit_share(bounded, images, labels, KEPT if self.kept is None else self.kept) if self.fitted else self.share
 
 
 STARTS = ("noise", "clean")
