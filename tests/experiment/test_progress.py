@@ -162,9 +162,8 @@ def test_a_training_detector_folds_and_mmbd_are_shown(configure, monkeypatch):
             seen.append(str(self))
 
     progress.use(Seen())
-    defend(
-        configure("trainer.enable_progress_bar=true", "detect=mmbd", "detect.steps=3", "detect.starts=2", "training.epochs=1")
-    )
+    options = ["detect=mmbd", "detect.steps=3", "detect.starts=2", "training.epochs=1", "defense.start.share=0.01"]
+    defend(configure("trainer.enable_progress_bar=true", *options))  # a start so tight that extra steps are taken
     text = "\n".join(seen)
     assert "training digits-small_resnet-badnet-all2one-seed0" in text
     assert "8 of 8 batches" in text
