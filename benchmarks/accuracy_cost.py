@@ -6,8 +6,8 @@ Bounds are learned from the defender's clean set, and judged on the reserve: hel
 on. Nothing here knows a trigger. *Loss* is the accuracy of the model less that of the bounded network. *Kept* is the share of rightly
 decided images that stay right. *Margin* is the mean of the ten largest margins, in logits, that the ascent of the default schedule finds
 from the reserve under the bounds. *Relaxed* is the control: bounds learned once, moved by a share of the way to the clean maxima. The
-victim is found in the store or trained; arguments are options of ``marginclip defend``, and ``--tight-start``: everything from the start of
-before (``defense/schedule=tight_start``).
+victim is found in the store or trained; arguments are options of ``marginclip defend``, and ``--tight-start``: all
+rows have the start of ``defense/schedule=tight_start``.
 """
 
 from __future__ import annotations
