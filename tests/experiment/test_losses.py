@@ -44,7 +44,7 @@ def equal(one, other):
 
 # -- the same recipe is the same victim ----------------------------------------------------------------------------------------
 
-# Places of victims: a change of these trains every victim of every user anew.
+# Places of victims: a change of these trains every victim of every user anew. An adaptive one has the settings of the defense it knows.
 PINNED = [
     (("attack=badnet", "dataset=mnist_subset"), "mnist_subset-small_resnet-badnet-all2one-seed0-688b3da42f"),
     (
@@ -52,6 +52,11 @@ PINNED = [
         "digits-small_resnet-exponential100-none-seed3-f7e401f987",
     ),
     (("attack=wanet", "dataset=mnist_subset"), "mnist_subset-small_resnet-wanet-all2one-seed0-75fab758e3"),
+    (
+        ("attack=adaptive", "attack.beta=10", "attack.unbounded_weight=1", "defense/schedule@attack.defender=tight_start"),
+        "mnist_m-small_resnet-adaptive-all2one-seed0-4acb3c5cb6",
+    ),
+    (("attack=adaptive",), "mnist_m-small_resnet-adaptive-all2one-seed0-73dd2209af"),
 ]
 
 
