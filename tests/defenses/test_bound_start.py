@@ -7,6 +7,7 @@ from torch import nn
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import MMAC, MMOM, BoundStart, StaticClip
 from marginclip.defenses.clipping.passes import passes_of
+from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError
 from marginclip.networks.logits import clean_logits
 from marginclip.silence import silent_trainer
@@ -92,13 +93,42 @@ def test_settings_outside_their_range_are_refused(setting):
 
 
 def test_mmac_starts_where_static_bounds_keep_as_much(victim, clean):
-    defense = MMAC(steps=1, check_every=1, extra_steps=0, learning_rate=1e-9, keep="last")
+    start = BoundStart(kept=0.95)
+    defense = MMAC(steps=1, check_every=1, extra_steps=0, learning_rate=1e-9, keep="last", start=start)
     repaired = defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu")).network
-    control = StaticClip(start=BoundStart()).fit(victim, *clean).network
+    control = StaticClip(start=start).fit(victim, *clean).network
     for name, value in control.bounds_state().items():
         torch.testing.assert_close(repaired.bounds_state()[name], value, rtol=1e-4, atol=1e-6)
     assert defense.history[0]["agreement"] >= 0.95
     assert defense.findings()["start_share"] == pytest.approx(share_of(control, victim, clean))
+
+
+@pytest.mark.parametrize(("counts", "part", "kept"), [
+    ((20, 50), 1.0, 0.95), ((19, 50), 1.0, 0.4), ((10, 25), 0.5, 0.95), ((9, 25), 0.5, 0.4), ((5,), 1.0, 0.4),
+])  # fmt: skip
+def test_few_images_of_a_class_are_started_tighter(counts, part, kept):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert BoundStart().to_keep(labels, part) == kept
+    assert BoundStart(kept=0.7).to_keep(labels, part) == 0.7
+
+
+@pytest.mark.parametrize("images", [40, 8])
+def test_a_fold_starts_as_the_whole_does(victim, draw_quarters, images):
+    """A fold has half of the images of a class: it is no smaller clean set of its own."""
+    clean = draw_quarters(4 * images, seed=2)
+    counts = clean[1].unique(return_counts=True)[1]
+    asked = []
+
+    class Watched(BoundStart):
+        def to_keep(self, labels, part=1.0):
+            asked.append(super().to_keep(labels, part))
+            return asked[-1]
+
+    defense = MMAC(steps=1, check_every=1, extra_steps=0, start=Watched())
+    defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
+    cross_fitted(defense, victim, *clean, folds=2)
+    assert (int(counts.min()) >= 20) == (images == 40), "draw others"
+    assert asked == [0.95 if images == 40 else 0.4] * 3
 
 
 def test_a_low_quantile_may_keep_less_than_asked_for_even_at_share_one(victim, clean):

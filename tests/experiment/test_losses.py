@@ -56,7 +56,7 @@ PINNED = [
         ("attack=adaptive", "attack.beta=10", "attack.unbounded_weight=1", "defense/schedule@attack.defender=tight_start"),
         "mnist_m-small_resnet-adaptive-all2one-seed0-4acb3c5cb6",
     ),
-    (("attack=adaptive",), "mnist_m-small_resnet-adaptive-all2one-seed0-73dd2209af"),
+    (("attack=adaptive",), "mnist_m-small_resnet-adaptive-all2one-seed0-b40f959f59"),
 ]
 
 

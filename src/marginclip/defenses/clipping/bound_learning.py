@@ -18,7 +18,7 @@ from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.clipping.fixed_part import FixedPartCache, caching_pays
 from marginclip.defenses.base import History, LearningDefense
 from marginclip.defenses.clipping.feasibility import ACCEPTED, LESS_ACCURATE, RELAXED, relax_until_accurate, start_offsets
-from marginclip.defenses.clipping.settings import KEPT, AscentPlan, BoundStart
+from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
 from marginclip.errors import require
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import ascend_margins, margin
@@ -42,7 +42,7 @@ class BoundLearning(LearningDefense):
         objective: what is minimised; it tells the methods apart (:func:`~marginclip.maxmargin.objectives.mmac`). None: MMAC's.
         sites: which activations are bounded: ``all``, ``last``, ``first_half`` or a list of names
             (:func:`~marginclip.clipping.activations.choose_sites`).
-        start: where the bounds start. None: at the share of the clean maxima at which they keep 95 % of what the model has right.
+        start: where the bounds start. None: at a share of the clean maxima that is fitted to the model (:class:`BoundStart`).
         ascent: how margin inputs are made and when. None: its defaults; an objective without margins takes None only.
         lambda_: the weight of the margin term, and how it moves. None: its defaults.
         steps: bound steps to take.
@@ -130,14 +130,14 @@ class BoundLearning(LearningDefense):
             f"defense.ascent has no effect: {type(self.objective).__name__} needs no margins; set it to null",
         )
         self.sites = sites
-        self.start, self.ascent = start or BoundStart(kept=KEPT), ascent or AscentPlan()
+        self.start, self.ascent = start or BoundStart(), ascent or AscentPlan()
         self.lambda_ = lambda_ or LambdaController()
         self.steps, self.extra_steps = steps, extra_steps if keep == "feasible" else 0
         self.batch_size, self.learning_rate, self.lr_scale = batch_size, learning_rate, lr_scale
         self.offset_rate, self.scale_rate, self.tolerance = offset_rate, scale_rate, tolerance
         self.keep, self.project, self.check_every = keep, project, check_every
         self.channel_axis, self.seed = channel_axis, seed
-        self.of_a_part = False
+        self.part = 1.0  # of the clean set that it learns from
         self._forget()
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class BoundLearning(LearningDefense):
             offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
         )  # fmt: skip
         channels_last(self.bounded)
-        self.start_share = self.start.apply(self.bounded, images, labels)
+        self.start_share = self.start.apply(self.bounded, images, labels, part=self.part)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
@@ -211,19 +211,19 @@ class BoundLearning(LearningDefense):
 
     def _warn(self, message: str, *values: float) -> None:
         """Tell the user, unless these are the bounds of a fold."""
-        if not self.of_a_part:
+        if self.part == 1:
             log.warning(message, *values)
 
     @contextmanager
     def in_proportion(self, share: float) -> Iterator[None]:
         """See :meth:`Defense.in_proportion`: as many steps as always, of fewer clean images and margin inputs."""
-        whole = self.batch_size, self.ascent, self.of_a_part
+        whole = self.batch_size, self.ascent, self.part
         self.batch_size, self.ascent = math.ceil(share * self.batch_size), self.ascent.in_proportion(share)
-        self.of_a_part = True  # its bounds are not the user's: nothing is said of them
+        self.part *= share  # its bounds are not the user's: nothing is said of them
         try:
             yield
         finally:
-            self.batch_size, self.ascent, self.of_a_part = whole
+            self.batch_size, self.ascent, self.part = whole
 
     # -- learning -------------------------------------------------------------------------------------------------------------
 

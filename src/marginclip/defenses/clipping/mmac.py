@@ -33,9 +33,9 @@ class Repeat:
 class MMAC(BoundLearning):
     """Maximum-margin activation clipping: :class:`BoundLearning` with its own defaults, which are the schedule ``fitted_start``.
 
-    Bounds start as tight as the model bears: at the share of its clean maxima at which they keep 95 % of what it has right. From there
-    a hinge lowers the margins of clean images that were moved towards other classes by a few small steps, while the cross entropy of the
-    clean images buys accuracy back.
+    Bounds start as tight as the model bears: at the share of its clean maxima at which they keep 95 % of what it has right, or 40 % where
+    clean images are few. From there a hinge lowers the margins of clean images that were moved towards other classes by a few small
+    steps, while the cross entropy of the clean images buys accuracy back.
 
     A part of what bounds cut is chance: it follows from the order of the clean images and from which margin inputs were drawn. So
     bounds can be learned several times, each time from a seed of its own. Every activation then keeps the loosest of its bounds: only
@@ -88,7 +88,7 @@ class MMAC(BoundLearning):
 
     def _repeat(self, repeat: int, model: nn.Module, images: Tensor, labels: Tensor, make_trainer: TrainerFactory) -> Repeat:
         """What is learned from the seed of a further repeat."""
-        if not self.of_a_part:
+        if self.part == 1:
             log.info("MMAC learns its bounds %d times: time %d, without a progress display", self.repeats, repeat)
         own, self.seed = self.seed, self.seed + SEEDS_APART * repeat
         try:
