@@ -42,11 +42,9 @@ class Method:
     settings: Mapping[str, float | None] = field(default_factory=dict)
 
 
-# MMAC's schedules tight_start, which the others are compared with, and fitted_start, the default.
-TIGHT = {"defense.detector.folds": 2, "defense.start.share": 0.4}
-FITTED = {"defense.detector.folds": 2, "defense.start.share": None}
+DEFAULT = {"defense.detector.folds": 2, "defense.start.share": None, "defense.repeats": 1}
 METHODS = {
-    "none": Method("no defense", "mmdf", "none", TIGHT),
+    "none": Method("no defense", "mmdf", "none", DEFAULT),
     "static_clip_0.9": Method(
         "bounds set, 0.9 quantile", "static_clip", "static_clip", {"defense.start.quantile": 0.9, "defense.start.share": 0.5}
     ),
@@ -65,14 +63,11 @@ METHODS = {
     "anp": Method("ANP", "anp", "anp"),
     "ft_sam": Method("FT-SAM", "ft_sam", "ft_sam"),
     "mmbm": Method("MMBM", "mmbm", "mmbm"),
-    "mmac": Method("MMAC", "mmdf", "mmac", TIGHT),
-    "mmdf": Method("MMDF", "mmdf", "mmdf", TIGHT),
-    "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both", TIGHT),
-    "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired", TIGHT),
-    "mmac_fitted": Method("MMAC, `fitted_start`", "mmdf", "mmac", FITTED),
-    "mmdf_fitted": Method("MMDF, `fitted_start`", "mmdf", "mmdf", FITTED),
-    "mmdf_both_fitted": Method("MMDF, both statistics, `fitted_start`", "mmdf", "mmdf_both", FITTED),
-    "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune", {"defense.mixture_weight": 0}),
+    "mmac": Method("MMAC", "mmdf", "mmac", DEFAULT),
+    "mmdf": Method("MMDF", "mmdf", "mmdf", DEFAULT),
+    "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both", DEFAULT),
+    "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired", DEFAULT),
+    "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune", {"defense.mixture_weight": 1}),
 }
 Points = dict[str, dict[str, dict[str, dict[str, float]]]]  # method -> attack -> seed -> measure -> value
 
