@@ -82,7 +82,7 @@ def test_model_that_is_never_right_needs_a_share(victim, clean):
     images, _ = clean
     wrong = (clean_logits(victim, images).argmax(1) + 1) % 4
     with pytest.raises(UserError, match=r"none of the \d+ clean images correctly.*defense\.start\.share.*labels right\?"):
-        started(victim, (images, wrong), BoundStart())
+        started(victim, (images, wrong), BoundStart(kept=0.95))
 
 
 @pytest.mark.parametrize("setting", [{"kept": 0}, {"kept": 1.5}, {"share": 0}, {"quantile": 0}, {"constant": 0}])
@@ -103,32 +103,43 @@ def test_mmac_starts_where_static_bounds_keep_as_much(victim, clean):
     assert defense.findings()["start_share"] == pytest.approx(share_of(control, victim, clean))
 
 
-@pytest.mark.parametrize(("counts", "part", "kept"), [
-    ((20, 50), 1.0, 0.95), ((19, 50), 1.0, 0.4), ((10, 25), 0.5, 0.95), ((9, 25), 0.5, 0.4), ((5,), 1.0, 0.4),
+TIGHT = BoundStart(share=0.4, quantile=0.9)
+
+
+@pytest.mark.parametrize(("counts", "part", "few"), [
+    ((20, 50), 1.0, False), ((19, 50), 1.0, True), ((10, 25), 0.5, False), ((9, 25), 0.5, True), ((5,), 1.0, True),
 ])  # fmt: skip
-def test_few_images_of_a_class_are_started_tighter(counts, part, kept):
+def test_nothing_is_fitted_to_few_images_of_a_class(counts, part, few):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    assert BoundStart().to_keep(labels, part) == kept
-    assert BoundStart(kept=0.7).to_keep(labels, part) == 0.7
+    assert BoundStart().replaced(labels, part) == (TIGHT if few else BoundStart())
+    for start in (BoundStart(kept=0.95), BoundStart(share=0.5), BoundStart(constant=3.0)):
+        assert start.replaced(labels, part) is start
+
+
+def test_few_images_start_where_the_schedule_tight_start_does(victim, draw_quarters):
+    clean = draw_quarters(40, seed=1)
+    given, fitted = (started(victim, clean, start).bounds_state() for start in (TIGHT, BoundStart()))
+    assert all(torch.equal(given[name], value) for name, value in fitted.items())
+    assert BoundStart().apply(started(victim, clean, TIGHT), *clean) == 0.4
 
 
 @pytest.mark.parametrize("images", [40, 8])
 def test_a_fold_starts_as_the_whole_does(victim, draw_quarters, images):
     """A fold has half of the images of a class: it is no smaller clean set of its own."""
     clean = draw_quarters(4 * images, seed=2)
-    counts = clean[1].unique(return_counts=True)[1]
-    asked = []
+    assert (int(clean[1].unique(return_counts=True)[1].min()) >= 20) == (images == 40), "draw others"
+    taken = []
 
     class Watched(BoundStart):
-        def to_keep(self, labels, part=1.0):
-            asked.append(super().to_keep(labels, part))
-            return asked[-1]
+        def replaced(self, labels, part=1.0):
+            taken.append(super().replaced(labels, part))
+            return taken[-1]
 
-    defense = MMAC(steps=1, check_every=1, extra_steps=0, start=Watched())
+    start = Watched()
+    defense = MMAC(steps=1, check_every=1, extra_steps=0, start=start)
     defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
     cross_fitted(defense, victim, *clean, folds=2)
-    assert (int(counts.min()) >= 20) == (images == 40), "draw others"
-    assert asked == [0.95 if images == 40 else 0.4] * 3
+    assert taken == [start if images == 40 else TIGHT] * 3
 
 
 def test_a_low_quantile_may_keep_less_than_asked_for_even_at_share_one(victim, clean):

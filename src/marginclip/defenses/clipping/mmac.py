@@ -33,9 +33,9 @@ class Repeat:
 class MMAC(BoundLearning):
     """Maximum-margin activation clipping: :class:`BoundLearning` with its own defaults, which are the schedule ``fitted_start``.
 
-    Bounds start as tight as the model bears: at the share of its clean maxima at which they keep 95 % of what it has right, or 40 % where
-    clean images are few. From there a hinge lowers the margins of clean images that were moved towards other classes by a few small
-    steps, while the cross entropy of the clean images buys accuracy back.
+    Bounds start as tight as the model bears: at the share of its clean maxima at which they keep 95 % of what it has right, or at 0.4 of
+    the 0.9 quantile where clean images are few. From there a hinge lowers the margins of clean images that were moved towards other
+    classes by a few small steps, while the cross entropy of the clean images buys accuracy back.
 
     A part of what bounds cut is chance: it follows from the order of the clean images and from which margin inputs were drawn. So
     bounds can be learned several times, each time from a seed of its own. Every activation then keeps the loosest of its bounds: only

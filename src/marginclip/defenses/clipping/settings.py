@@ -14,8 +14,9 @@ from marginclip.defenses.clipping.feasibility import fit_share
 from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
 
-KEPT, KEPT_BY_FEW = 0.95, 0.4  # pi of the papers; where images are few, a start so loose leaves much of a trigger
-FEW = 20  # clean images of the smallest class
+KEPT = 0.95  # pi of the papers
+FEW = 20  # clean images of the smallest class: below, the fitted start leaves much of a faint trigger
+SHARE_OF_FEW, QUANTILE_OF_FEW = 0.4, 0.9  # the start of the schedule tight_start
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class BoundStart:
         constant: one start for every bound. None: ``share`` and ``quantile`` say it.
         share: of each map's clean maximum. None: the smallest share, the same for all maps, at which bounds keep ``kept``.
         quantile: over the clean images, of the maps' per-image maxima; 1 is the maximum.
-        kept: what bounds keep of the clean images that the model classifies correctly, in (0, 1]. None: 0.95, pi of the papers, or 0.4
-            where a class has fewer than 20 images. Without effect where a share or a constant is given. With a quantile below 1 even
-            share 1 may keep less; then it is share 1.
+        kept: what bounds keep of the clean images that the model classifies correctly, in (0, 1]. None: 0.95, pi of the papers; and where
+            a class has fewer than 20 images nothing is fitted to them: bounds start at 0.4 of the 0.9 quantile. Without effect where a
+            share or a constant is given. With a quantile below 1 even share 1 may keep less; then it is share 1.
 
     Raises:
         UserError: for a setting outside its range.
@@ -50,11 +51,10 @@ class BoundStart:
         """Whether the share is fitted to the model."""
         return self.constant is None and self.share is None
 
-    def to_keep(self, labels: Tensor, part: float = 1.0) -> float:
-        """``kept``, or what takes its place for clean images of these labels (N,), which are this ``part`` of the clean set."""
-        if self.kept is not None:
-            return self.kept
-        return KEPT_BY_FEW if int(labels.unique(return_counts=True)[1].min()) < FEW * part else KEPT
+    def replaced(self, labels: Tensor, part: float = 1.0) -> BoundStart:
+        """What takes its place where the clean images of these labels (N,), this ``part`` of the clean set, are few; else itself."""
+        few = self.fitted and self.kept is None and int(labels.unique(return_counts=True)[1].min()) < FEW * part
+        return BoundStart(share=SHARE_OF_FEW, quantile=QUANTILE_OF_FEW) if few else self
 
     def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor, *, part: float = 1.0) -> float | None:
         """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs.
@@ -65,8 +65,9 @@ class BoundStart:
         if self.constant is not None:
             bounded.set_constant(self.constant)
             return None
-        bounded.set_from_images(images, share=1.0 if self.share is None else self.share, quantile=self.quantile)
-        return fit_share(bounded, images, labels, self.to_keep(labels, part)) if self.fitted else self.share
+        start = self.replaced(labels, part)
+        bounded.set_from_images(images, share=1.0 if start.share is None else start.share, quantile=start.quantile)
+        return fit_share(bounded, images, labels, KEPT if start.kept is None else start.kept) if start.fitted else start.share
 
 
 STARTS = ("noise", "clean")
