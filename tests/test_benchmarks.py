@@ -232,7 +232,7 @@ def test_peers_are_compared_on_the_victims_that_both_have(load):
                 )
             )
             records[-1].config |= {"attack": {"name": attack}}
-            records[-1].config["defense"] |= {"detector": {"folds": 2}, "start": {"share": 0.4}}
+            records[-1].config["defense"] |= {"detector": {"folds": 2}, "start": {"share": None}, "repeats": 1}
     points = peers.measured(records)
     assert points["nad"]["badnet"]["1"] == pytest.approx({"acc": 92, "asr": 3, "pacc": 90.1, "seconds": 3})
     assert peers.against(points, "nad", "acc") == "-2.0 (p = 0.031)"
@@ -242,9 +242,9 @@ def test_peers_are_compared_on_the_victims_that_both_have(load):
         peers.measured([*records, records[0]])
 
 
-@pytest.mark.parametrize(("weight", "taken"), [(0.0, True), (1.0, False)])
-def test_the_row_of_fine_tuning_is_without_mixtures(load, weight, taken):
-    """A run with mixtures of clean images, as the default has them, does not replace the row that was measured without."""
+@pytest.mark.parametrize(("weight", "taken"), [(0.0, False), (1.0, True)])
+def test_the_row_of_fine_tuning_is_that_of_the_default(load, weight, taken):
+    """A run without mixtures of clean images does not replace the row that was measured with them."""
     values = {"acc": 0.9, "asr": 0.1, "pacc": 0.8}
     defense = {"name": "mmac_finetune", "mixture_weight": weight}
     record = RunRecord(
