@@ -42,7 +42,7 @@ class Method:
     settings: Mapping[str, float | None] = field(default_factory=dict)
 
 
-DEFAULT = {"defense.detector.folds": 2, "defense.start.share": None, "defense.repeats": 1}
+DEFAULT = {"defense.detector.folds": 2, "defense.start.share": None, "defense.start.kept": None, "defense.repeats": 1}
 METHODS = {
     "none": Method("no defense", "mmdf", "none", DEFAULT),
     "static_clip_0.9": Method(
@@ -67,7 +67,12 @@ METHODS = {
     "mmdf": Method("MMDF", "mmdf", "mmdf", DEFAULT),
     "mmdf_both": Method("MMDF, both statistics", "mmdf", "mmdf_both", DEFAULT),
     "mmdf_repaired": Method("MMDF, repair decides", "mmdf", "mmdf_repaired", DEFAULT),
-    "mmac_finetune": Method("MMAC, then fine-tuning", "mmac_finetune", "mmac_finetune", {"defense.mixture_weight": 1}),
+    "mmac_finetune": Method(
+        "MMAC, then fine-tuning",
+        "mmac_finetune",
+        "mmac_finetune",
+        {"defense.mixture_weight": 1, "defense.mmac.start.share": None},
+    ),
 }
 Points = dict[str, dict[str, dict[str, dict[str, float]]]]  # method -> attack -> seed -> measure -> value
 

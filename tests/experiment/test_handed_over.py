@@ -336,7 +336,7 @@ def test_few_clean_images_are_warned_of(theirs, tmp_path, configure_at, caplog):
         spec = configure_at(tmp_path / "runs", *words, "clean_per_class=null")
         repair_model(spec, output=str(tmp_path / "kept"), tolerance=100.0, json=True)
     (told,) = (text for record in caplog.records if "the smallest class has 4 clean images" in (text := record.getMessage()))
-    assert "defense.repeats=2" in told
+    assert "defense.repeats=4" in told
 
 
 def few_of(folder, label):

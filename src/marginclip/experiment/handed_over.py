@@ -174,7 +174,7 @@ def _given(spec: RunSpec, methods: Methods) -> tuple[VictimSetup, Tensor, Tensor
     if fewest < FEW_IMAGES:
         log.warning(
             "the smallest class has %d clean images. With so few the repair costs more accuracy, and the detector knows less of what is "
-            "usual. Our measurements have about 50 of every class. With mmac and mmdf defense.repeats=2 wins a part of it back", fewest,
+            "usual. Our measurements have about 50 of every class. With mmac and mmdf defense.repeats=4 wins a part of it back", fewest,
         )  # fmt: skip
     most = int(labels.bincount(minlength=len(setup.classes)).max())
     if most > 2 * fewest:
