@@ -15,7 +15,7 @@ from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
 
 KEPT = 0.95  # pi of the papers
-FEW = 20  # clean images of the smallest class: below, the fitted start leaves much of a faint trigger
+FEW = 20  # clean images of the smallest class: with five, on GTSRB, the fitted start leaves much of a faint trigger
 SHARE_OF_FEW, QUANTILE_OF_FEW = 0.4, 0.9  # the start of the schedule tight_start
 
 
@@ -59,8 +59,8 @@ class BoundStart:
     def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor, *, part: float = 1.0) -> float | None:
         """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs.
 
-        ``part``, in (0, 1], is what they are of the clean set, so that a fold starts as the whole does. Returns the share, or None with a
-        constant.
+        ``part``, in (0, 1], is what they are of the clean set: a fold is not few because it is a part. Returns the share, of the clean
+        maxima or of the quantile that was taken, or None with a constant.
         """
         if self.constant is not None:
             bounded.set_constant(self.constant)
