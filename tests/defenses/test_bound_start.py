@@ -106,46 +106,77 @@ def test_mmac_starts_where_static_bounds_keep_as_much(victim, clean):
 TIGHT = BoundStart(share=0.4, quantile=0.9)
 
 
-@pytest.mark.parametrize(("counts", "part", "few"), [
-    ((20, 50), 1.0, False), ((19, 50), 1.0, True), ((10, 25), 0.5, False), ((9, 25), 0.5, True), ((5,), 1.0, True),
-])  # fmt: skip
-def test_nothing_is_fitted_to_few_images_of_a_class(counts, part, few):
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    assert BoundStart().replaced(labels, part) == (TIGHT if few else BoundStart())
-    for start in (BoundStart(kept=0.95), BoundStart(share=0.5), BoundStart(constant=3.0)):
-        assert start.replaced(labels, part) is start
+@pytest.mark.parametrize(("fewest", "few"), [(50, False), (20, False), (19, True), (5, True), (0, True)])
+def test_nothing_is_fitted_to_few_images_of_a_class(fewest, few):
+    assert BoundStart().decided(fewest) == (TIGHT if few else BoundStart(kept=0.95))
+    for start in (BoundStart(kept=0.9), BoundStart(share=0.5), BoundStart(constant=3.0)):
+        assert start.decided(fewest) is start
+    assert BoundStart(quantile=0.99).decided(fewest) == BoundStart(quantile=0.99, kept=0.95)  # a given quantile is followed
+    decided = BoundStart().decided(fewest)
+    assert decided.decided(50 - fewest) == decided
 
 
-def test_few_images_start_where_the_schedule_tight_start_does(victim, draw_quarters):
+def test_few_images_start_where_the_schedule_tight_start_does(victim, draw_quarters, caplog):
     clean = draw_quarters(40, seed=1)
     given, fitted = (started(victim, clean, start).bounds_state() for start in (TIGHT, BoundStart()))
     assert all(torch.equal(given[name], value) for name, value in fitted.items())
-    assert BoundStart().apply(started(victim, clean, TIGHT), *clean) == 0.4
+    with caplog.at_level("INFO"):
+        assert BoundStart().apply(started(victim, clean, TIGHT), *clean) == TIGHT
+    fewest = int(clean[1].bincount().min())
+    assert (
+        f"the smallest class has {fewest} clean images, fewer than 20: bounds start at 0.4 of the 0.9 quantile" in caplog.text
+    )
+    found = one_step(victim, clean, BoundStart()).findings()
+    assert (found["start_share"], found["start_quantile"]) == (0.4, 0.9)
 
 
-@pytest.mark.parametrize("images", [40, 8])
-def test_a_fold_starts_as_the_whole_does(victim, draw_quarters, images):
-    """A fold has half of the images of a class: it is no smaller clean set of its own."""
-    clean = draw_quarters(4 * images, seed=2)
-    assert (int(clean[1].unique(return_counts=True)[1].min()) >= 20) == (images == 40), "draw others"
-    taken = []
+def test_class_without_clean_images_has_few(victim, draw_quarters):
+    images, labels = of_each_class(draw_quarters(160, seed=3), 20)
+    assert BoundStart().apply(started(victim, (images, labels), TIGHT), images, labels).kept == 0.95
+    for left_out in (0, 3):
+        kept = labels != left_out
+        assert BoundStart().apply(started(victim, (images, labels), TIGHT), images[kept], labels[kept]) == TIGHT
 
-    class Watched(BoundStart):
-        def replaced(self, labels, part=1.0):
-            taken.append(super().replaced(labels, part))
-            return taken[-1]
 
-    start = Watched()
-    defense = MMAC(steps=1, check_every=1, extra_steps=0, start=start)
+def one_step(victim, clean, start, **settings):
+    defense = MMAC(steps=1, check_every=1, extra_steps=0, start=start, **settings)
     defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
-    cross_fitted(defense, victim, *clean, folds=2)
-    assert taken == [start if images == 40 else TIGHT] * 3
+    return defense
+
+
+def of_each_class(clean, count):
+    images, labels = clean
+    rows = torch.cat([(labels == label).nonzero().flatten()[:count] for label in range(4)])
+    assert torch.equal(labels[rows].bincount(minlength=4), torch.full((4,), count)), "draw more"
+    return images[rows], labels[rows]
+
+
+@pytest.mark.parametrize(("count", "folds"), [(21, 2), (20, 2), (20, 3), (19, 2), (19, 3), (9, 2)])
+def test_a_fold_starts_as_the_whole_does(victim, draw_quarters, caplog, monkeypatch, count, folds):
+    """It has a part of each class's images, not always the same number: it is no smaller clean set of its own."""
+    clean = of_each_class(draw_quarters(240, seed=2), count)
+    taken, apply = [], BoundStart.apply
+
+    def noted(start, *given):
+        taken.append(apply(start, *given))
+        return taken[-1]
+
+    monkeypatch.setattr(BoundStart, "apply", noted)
+    defense = one_step(victim, clean, BoundStart())
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        cross_fitted(defense, victim, *clean, folds=folds)
+    whole = taken[0]
+    assert (whole == TIGHT) == (count < 20)
+    assert [(start.quantile, start.kept) for start in taken] == [(whole.quantile, whole.kept)] * (1 + folds)
+    assert "smallest class" not in caplog.text  # a fold's start is not the user's
+    assert defense.start == BoundStart()
 
 
 def test_a_low_quantile_may_keep_less_than_asked_for_even_at_share_one(victim, clean):
     start = BoundStart(kept=1.0, quantile=0.05)
     network = BoundedNetwork(victim, clean[0][:1])
-    assert start.apply(network, *clean) == 1.0
+    assert start.apply(network, *clean).share == 1.0
     assert kept_at(victim, clean, 1.0, 0.05) < 1.0
 
 
@@ -167,6 +198,6 @@ def test_every_repeat_starts_at_the_same_share(victim, clean):
 def test_with_offsets_the_last_activation_alone_is_fitted(victim, clean):
     defense = MMOM(steps=1, tolerance=None, start=BoundStart(kept=0.8))
     network = BoundedNetwork(victim, clean[0][:1], sites="last")
-    share = BoundStart(kept=0.8).apply(network, *clean)
+    share = BoundStart(kept=0.8).apply(network, *clean).share
     defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
     assert defense.findings()["start_share"] == share

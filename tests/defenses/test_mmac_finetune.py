@@ -41,7 +41,7 @@ def test_the_row_before_the_fine_tuning_is_mmac(victim, clean):
     assert list(result.variants) == ["mmac"]
     images, _ = clean
     torch.testing.assert_close(result.variants["mmac"].network(images), SHORT(seed=1).fit(victim, *clean).network(images))
-    assert set(result.findings["mmac"]) == {"bound_steps", "stopped_by", "relaxed", "start_share"}
+    assert set(result.findings["mmac"]) == {"bound_steps", "stopped_by", "relaxed", "start_share", "start_quantile"}
     bare = make(mmac=None).fit(victim, *clean)
     assert bare.variants == {}
     assert not isinstance(bare.network, BoundedNetwork)

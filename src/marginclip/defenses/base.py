@@ -87,10 +87,11 @@ class Defense(ABC):
         nothing needs neither. Raises :class:`UserError` for images, labels or models that do not fit.
         """
 
-    def in_proportion(self, share: float) -> AbstractContextManager[None]:
+    def in_proportion(self, share: float, fewest: int | None = None) -> AbstractContextManager[None]:
         """Within it, a step takes ``share``, in (0, 1], of the images that it usually takes: for a repair from that share of a clean set.
 
-        Only methods whose steps take a fixed number of images do so; others learn as always.
+        ``fewest`` is how many images the smallest class of the whole clean set has: what a method decides by that, it decides for the
+        whole. Only methods whose steps take a fixed number of images do so; others learn as always.
         """
         return nullcontext()
 

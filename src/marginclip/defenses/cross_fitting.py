@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from marginclip.defenses.base import Defense, TrainerFactory
 from marginclip.errors import require
-from marginclip.networks.logits import clean_logits
+from marginclip.networks.logits import clean_logits, smallest_class
 from marginclip.silence import silent_trainer
 
 
@@ -84,7 +84,7 @@ def cross_fitted(
     """
     check_folds(labels, folds)
     fold = stratified_folds(labels.cpu(), folds, seed)
-    with defense.in_proportion(1 - 1 / folds):
+    with defense.in_proportion(1 - 1 / folds, smallest_class(model, images, labels)):
         networks = [
             defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network
             for number in track(range(folds))

@@ -104,6 +104,12 @@ def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
     require(0 <= lowest and highest < num_classes, f"labels must be in 0..{num_classes - 1}, got {lowest}..{highest}")
 
 
+def smallest_class(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """How many of the labels (N,) the class with the fewest has, of all classes that the model tells apart in images (N, C, H, W)."""
+    classes = batched_logits(model, images[:1]).shape[1]
+    return int(labels.bincount(minlength=classes).min())
+
+
 def warn_if_poor(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Warn of a model that decides most clean images (N, C, H, W) otherwise than their labels (N,) say: something is amiss."""
     logits = clean_logits(model, images)

@@ -79,7 +79,7 @@ class BoundLearning(LearningDefense):
     last_loss: float
     checked_at: int
     prefix: FixedPartCache | None
-    start_share: float | None
+    started: BoundStart
     at_once: int
 
     def __init__(
@@ -161,7 +161,7 @@ class BoundLearning(LearningDefense):
             offsets=self.offset_rate is not None, scaled=self.scale_rate is not None,
         )  # fmt: skip
         channels_last(self.bounded)
-        self.start_share = self.start.apply(self.bounded, images, labels, part=self.part)
+        self.started = self.start.apply(self.bounded, images, labels)
         self.working = [self.bounded.fused()]  # in a list: its parameters are the bounded network's own
         kept = (correct if self.objective.correct_only else torch.ones_like(correct)).nonzero().flatten().to(images.device)
         self.register_buffer("images", images[kept].contiguous(memory_format=torch.channels_last), persistent=False)
@@ -215,15 +215,16 @@ class BoundLearning(LearningDefense):
             log.warning(message, *values)
 
     @contextmanager
-    def in_proportion(self, share: float) -> Iterator[None]:
+    def in_proportion(self, share: float, fewest: int | None = None) -> Iterator[None]:
         """See :meth:`Defense.in_proportion`: as many steps as always, of fewer clean images and margin inputs."""
-        whole = self.batch_size, self.ascent, self.part
+        whole = self.batch_size, self.ascent, self.start, self.part
         self.batch_size, self.ascent = math.ceil(share * self.batch_size), self.ascent.in_proportion(share)
+        self.start = self.start if fewest is None else self.start.decided(fewest)
         self.part *= share  # its bounds are not the user's: nothing is said of them
         try:
             yield
         finally:
-            self.batch_size, self.ascent, self.part = whole
+            self.batch_size, self.ascent, self.start, self.part = whole
 
     # -- learning -------------------------------------------------------------------------------------------------------------
 
@@ -286,7 +287,8 @@ class BoundLearning(LearningDefense):
         """How long bounds were learned, what ended it, ``tolerance`` or ``steps``, how far they had to be relaxed, and a fitted start."""
         found: dict[str, Any] = {"bound_steps": self.stopped_at or self.checked_at, "relaxed": self.relaxed}
         found["stopped_by"] = "tolerance" if self.stopped_at else "steps"
-        return found | ({"start_share": self.start_share} if self.start.fitted else {})
+        start = {"start_share": self.started.share, "start_quantile": self.started.quantile} if self.start.fitted else {}
+        return found | start
 
     def _steps_taken(self) -> bool:
         """Whether ``steps`` are taken and bounds that kept the accuracy were found, or ``extra_steps``, too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,16 @@ from marginclip.clipping import BoundedNetwork
 from marginclip.defenses.clipping.feasibility import fit_share
 from marginclip.errors import require
 from marginclip.maxmargin.margin import ASCENT_RULES, random_starts
+from marginclip.networks.logits import smallest_class
 
+log = logging.getLogger(__name__)
 KEPT = 0.95  # pi of the papers
 FEW = 20  # clean images of the smallest class: with five, on GTSRB, the fitted start leaves much of a faint trigger
 SHARE_OF_FEW, QUANTILE_OF_FEW = 0.4, 0.9  # the start of the schedule tight_start
+REPLACED = (
+    "the smallest class has %d clean images, fewer than %d: bounds start at %g of the %g quantile of the clean maxima, and are not fitted "
+    "to the model (defense.start.kept=0.95 fits them all the same)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class BoundStart:
         quantile: over the clean images, of the maps' per-image maxima; 1 is the maximum.
         kept: what bounds keep of the clean images that the model classifies correctly, in (0, 1]. None: 0.95, pi of the papers; and where
             a class has fewer than 20 images nothing is fitted to them: bounds start at 0.4 of the 0.9 quantile. Without effect where a
-            share or a constant is given. With a quantile below 1 even share 1 may keep less; then it is share 1.
+            share or a constant is given, and where ``quantile`` is below 1, which means 0.95. There even share 1 may keep less; then it
+            is share 1.
 
     Raises:
         UserError: for a setting outside its range.
@@ -51,23 +59,35 @@ class BoundStart:
         """Whether the share is fitted to the model."""
         return self.constant is None and self.share is None
 
-    def replaced(self, labels: Tensor, part: float = 1.0) -> BoundStart:
-        """What takes its place where the clean images of these labels (N,), this ``part`` of the clean set, are few; else itself."""
-        few = self.fitted and self.kept is None and int(labels.unique(return_counts=True)[1].min()) < FEW * part
-        return BoundStart(share=SHARE_OF_FEW, quantile=QUANTILE_OF_FEW) if few else self
+    def decided(self, fewest: int) -> BoundStart:
+        """The start for a clean set whose smallest class has ``fewest`` images: what is not given is filled in.
 
-    def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor, *, part: float = 1.0) -> float | None:
+        A decided start stays as it is, so a fold of the clean set can be handed the decision for the whole.
+        """
+        if not self.fitted or self.kept is not None:
+            return self
+        if fewest < FEW and self.quantile == 1:
+            return BoundStart(share=SHARE_OF_FEW, quantile=QUANTILE_OF_FEW)
+        return replace(self, kept=KEPT)
+
+    def apply(self, bounded: BoundedNetwork, images: Tensor, labels: Tensor) -> BoundStart:
         """Set the bounds of ``bounded`` from clean ``images`` (N, C, H, W) and their ``labels`` (N,), which only a fitted share needs.
 
-        ``part``, in (0, 1], is what they are of the clean set: a fold is not few because it is a part. Returns the share, of the clean
-        maxima or of the quantile that was taken, or None with a constant.
+        Returns the start that was taken, with the share that was found.
         """
         if self.constant is not None:
             bounded.set_constant(self.constant)
-            return None
-        start = self.replaced(labels, part)
+            return self
+        fewest = smallest_class(bounded, images, labels)
+        start = self.decided(fewest)
+        if start.quantile != self.quantile:
+            log.info(REPLACED, fewest, FEW, SHARE_OF_FEW, QUANTILE_OF_FEW)
         bounded.set_from_images(images, share=1.0 if start.share is None else start.share, quantile=start.quantile)
-        return fit_share(bounded, images, labels, KEPT if start.kept is None else start.kept) if start.fitted else start.share
+        return (
+            start
+            if start.kept is None or not start.fitted
+            else replace(start, share=fit_share(bounded, images, labels, start.kept))
+        )
 
 
 STARTS = ("noise", "clean")

@@ -98,9 +98,9 @@ class MMACFineTune(FineTune):
 
     # -- the defense contract -------------------------------------------------------------------------------------------------
 
-    def in_proportion(self, share: float) -> AbstractContextManager[None]:
+    def in_proportion(self, share: float, fewest: int | None = None) -> AbstractContextManager[None]:
         """See :meth:`Defense.in_proportion`: of the bound learning."""
-        return nullcontext() if self.bound_learning is None else self.bound_learning.in_proportion(share)
+        return nullcontext() if self.bound_learning is None else self.bound_learning.in_proportion(share, fewest)
 
     def check_model(self, model: nn.Module, image: Tensor) -> None:
         """Whether its activations can be bounded."""
