@@ -437,6 +437,49 @@ def test_feasible_is_the_last_that_kept_the_accuracy(victim, clean):
     assert defense.relaxed == 0
 
 
+def test_bounds_that_were_accurate_before_all_steps_do_not_end_the_learning(victim, clean):
+    """The margin term has only begun on them: with five images a class they left half of a chessboard."""
+    lambda_ = {"initial": 50.0, "min_agreement": 0.9, "factor": 3.0, "control": "agreement", "first_check": 25}
+    start = BoundStart(share=1.0, quantile=1.0)
+    defense = learning(keep="feasible", steps=25, extra_steps=200, check_every=1, start=start, learning_rate=0.5, lambda_=lambda_)
+    watch = Watch(epoch=lambda module: module.bounded.bounds_state())
+    repaired = fit(defense, victim, clean, callbacks=[watch])
+    accurate = [entry["agreement"] >= 0.9 for entry in defense.history[1:]]
+    assert any(accurate[:24]) and not accurate[24], "choose settings that are accurate at first, and not after all steps"
+    taken = defense.findings()["bound_steps"]
+    assert accurate.index(True, 24) == taken - 1 == len(accurate) - 1
+    assert all(torch.equal(value, watch.notes[taken - 1][name]) for name, value in repaired.bounds_state().items())
+
+
+def test_last_accurate_bounds_are_kept_where_none_are_accurate_after_all_steps(victim, clean):
+    lambda_ = {"initial": 50.0, "min_agreement": 0.9, "control": "fixed"}
+    start = BoundStart(share=1.0, quantile=1.0)
+    defense = learning(keep="feasible", steps=20, extra_steps=5, check_every=1, start=start, learning_rate=0.5, lambda_=lambda_)
+    fit(defense, victim, clean)
+    accurate = [entry["agreement"] >= 0.9 for entry in defense.history[1:]]
+    assert any(accurate) and not any(accurate[19:]), "choose settings under which accuracy is lost"
+    assert defense.best_at == max(step for step, kept in enumerate(accurate, 1) if kept)
+    assert defense.findings()["bound_steps"] == 25
+
+
+@pytest.mark.parametrize(("steps", "extra_steps"), [(7, 180), (7, 0), (5, 180), (3, 4)])
+def test_bounds_are_checked_when_all_steps_are_taken(victim, clean, steps, extra_steps):
+    lambda_ = {"initial": 0.0, "min_agreement": 0.1, "control": "fixed"}
+    defense = learning(keep="feasible", steps=steps, extra_steps=extra_steps, check_every=5, lambda_=lambda_)
+    fit(defense, victim, clean)
+    assert (defense.best_at, defense.findings()["bound_steps"]) == (steps, steps)
+
+
+@pytest.mark.parametrize(("steps", "extra_steps"), [(7, 9), (4, 3)])
+def test_extra_steps_end_where_they_are_to(victim, clean, steps, extra_steps):
+    defense = learning(
+        keep="feasible", steps=steps, extra_steps=extra_steps, check_every=5, start=BoundStart(constant=1e-3), learning_rate=1e-4,
+        lambda_={"initial": 0.0, "min_agreement": 1.0},
+    )  # fmt: skip
+    fit(defense, victim, clean)
+    assert defense.findings()["bound_steps"] == steps + extra_steps
+
+
 def test_learning_goes_on_until_bounds_are_accurate(victim, clean):
     start = BoundStart(share=0.05, quantile=1.0)
     settings = {"keep": "feasible", "steps": 2, "check_every": 1, "start": start, "learning_rate": 0.01}

@@ -46,7 +46,7 @@ class BoundLearning(LearningDefense):
         ascent: how margin inputs are made and when. None: its defaults; an objective without margins takes None only.
         lambda_: the weight of the margin term, and how it moves. None: its defaults.
         steps: bound steps to take.
-        extra_steps: further steps, taken with ``keep="feasible"`` while no bounds have kept the accuracy.
+        extra_steps: further steps, taken with ``keep="feasible"`` until bounds that were learned for ``steps`` keep the accuracy.
         tolerance: end before ``steps`` when two losses in a row differ by less; only where every step takes the whole clean set.
             None: never.
         batch_size: clean images in a step; for MMAC and MMBM, of those that the model classifies correctly.
@@ -183,7 +183,7 @@ class BoundLearning(LearningDefense):
 
     @property
     def num_epochs(self) -> int:
-        return -(-(self.steps + self.extra_steps) // self.check_every)
+        return self.usual_epochs + -(-self.extra_steps // self.check_every)
 
     @property
     def usual_epochs(self) -> int:
@@ -253,7 +253,8 @@ class BoundLearning(LearningDefense):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """End where the steps are taken, which may be within a round, or when the loss has come to rest."""
-        return -1 if self._steps_taken() or self.stopped_at else None
+        unchecked = self.global_step == self.steps and self.checked_at < self.steps
+        return -1 if self._steps_taken() or unchecked or self.stopped_at else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.global_step
@@ -291,13 +292,15 @@ class BoundLearning(LearningDefense):
         return found | start
 
     def _steps_taken(self) -> bool:
-        """Whether ``steps`` are taken and bounds that kept the accuracy were found, or ``extra_steps``, too."""
-        enough = self.steps if self.best_bounds else self.steps + self.extra_steps
-        return self.global_step >= enough
+        """Whether ``steps`` are taken and bounds found that keep the accuracy after them, or ``extra_steps`` are taken, too.
+
+        Bounds that kept it before do not count: the margin term has only begun on them, and what they leave of a trigger can be much.
+        """
+        return self.global_step >= self.steps + self.extra_steps or self.best_at >= self.steps
 
     def _forget(self) -> None:
         """Be as new, before or after learning."""
-        self.best_score, self.best_bounds = float("inf"), dict[str, Tensor]()
+        self.best_score, self.best_bounds, self.best_at = float("inf"), dict[str, Tensor](), -1
         self.most_agreement, self.most_accurate = 0.0, dict[str, Tensor]()
         self.history: History = []
         self.last_loss, self.relaxed = float("nan"), 0.0
@@ -367,7 +370,7 @@ class BoundLearning(LearningDefense):
         better = score < self.best_score or len(self.history) == 1 or self.keep == "feasible"
         if agreement >= self.lambda_.min_agreement and better:
             self.best_score = score if self.history else float("inf")
-            self.best_bounds = self.bounded.bounds_state()
+            self.best_bounds, self.best_at = self.bounded.bounds_state(), self.global_step
         if self.history:
             if self.keep == "feasible" and agreement >= self.most_agreement:
                 self.most_agreement, self.most_accurate = agreement, self.bounded.bounds_state()
@@ -389,6 +392,7 @@ class BoundLearning(LearningDefense):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bound_learning"] = {
             "lambda": self.lambda_.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
+            "best_at": self.best_at,
             "most_agreement": self.most_agreement, "most_accurate": self.most_accurate,
             "last_loss": self.last_loss, "stopped_at": self.stopped_at, "checked_at": self.checked_at,
         }  # fmt: skip
@@ -397,5 +401,5 @@ class BoundLearning(LearningDefense):
         state = checkpoint["bound_learning"]
         self.lambda_.load_state_dict(state["lambda"])
         self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]
-        self.most_agreement, self.most_accurate = state["most_agreement"], state["most_accurate"]
+        self.best_at, self.most_agreement, self.most_accurate = state.get("best_at", -1), state["most_agreement"], state["most_accurate"]
         self.last_loss, self.stopped_at, self.checked_at = state["last_loss"], state["stopped_at"], state["checked_at"]
