@@ -234,7 +234,7 @@ def test_defenses_are_made(defense):
 
 def by_value(learning):
     """The settings of bound learning as plain values, without what Lightning and torch keep beside them."""
-    skipped = {"history", "best_bounds", "last_loss"}
+    skipped = {"history", "checked", "last_loss"}
     found = {name: value for name, value in vars(learning).items() if not name.startswith("_") and name not in skipped}
     return found | {"lambda_": vars(found["lambda_"])}
 

@@ -308,7 +308,7 @@ def shipped(*overrides):
 
 def settings(learning):
     """The settings of bound learning as plain values, without what Lightning and torch keep beside them."""
-    skipped = {"history", "best_bounds", "last_loss"}
+    skipped = {"history", "checked", "last_loss"}
     found = {name: value for name, value in vars(learning).items() if not name.startswith("_") and name not in skipped}
     return found | {name: vars(found[name]) for name in ("lambda_",)} | {"objective": vars(found["objective"])}
 

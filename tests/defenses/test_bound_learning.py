@@ -441,7 +441,9 @@ def test_bounds_that_were_accurate_before_all_steps_do_not_end_the_learning(vict
     """The margin term has only begun on them: with five images a class they left half of a chessboard."""
     lambda_ = {"initial": 50.0, "min_agreement": 0.9, "factor": 3.0, "control": "agreement", "first_check": 25}
     start = BoundStart(share=1.0, quantile=1.0)
-    defense = learning(keep="feasible", steps=25, extra_steps=200, check_every=1, start=start, learning_rate=0.5, lambda_=lambda_)
+    defense = learning(
+        keep="feasible", steps=25, extra_steps=200, check_every=1, start=start, learning_rate=0.5, lambda_=lambda_
+    )
     watch = Watch(epoch=lambda module: module.bounded.bounds_state())
     repaired = fit(defense, victim, clean, callbacks=[watch])
     accurate = [entry["agreement"] >= 0.9 for entry in defense.history[1:]]
@@ -458,7 +460,7 @@ def test_last_accurate_bounds_are_kept_where_none_are_accurate_after_all_steps(v
     fit(defense, victim, clean)
     accurate = [entry["agreement"] >= 0.9 for entry in defense.history[1:]]
     assert any(accurate) and not any(accurate[19:]), "choose settings under which accuracy is lost"
-    assert defense.best_at == max(step for step, kept in enumerate(accurate, 1) if kept)
+    assert defense.checked.step == max(step for step, kept in enumerate(accurate, 1) if kept)
     assert defense.findings()["bound_steps"] == 25
 
 
@@ -467,7 +469,7 @@ def test_bounds_are_checked_when_all_steps_are_taken(victim, clean, steps, extra
     lambda_ = {"initial": 0.0, "min_agreement": 0.1, "control": "fixed"}
     defense = learning(keep="feasible", steps=steps, extra_steps=extra_steps, check_every=5, lambda_=lambda_)
     fit(defense, victim, clean)
-    assert (defense.best_at, defense.findings()["bound_steps"]) == (steps, steps)
+    assert (defense.checked.step, defense.findings()["bound_steps"]) == (steps, steps)
 
 
 @pytest.mark.parametrize(("steps", "extra_steps"), [(7, 9), (4, 3)])
@@ -520,7 +522,7 @@ def test_less_accurate_bounds_are_relaxed_to_what_the_papers_ask_for(victim, cle
     defense = learning(keep="feasible", extra_steps=0, start=start, learning_rate=1e-4, lambda_={"min_agreement": 1.0})
     repaired = fit(defense, victim, clean)
     assert defense.relaxed > 0 and agreement_of(repaired, victim, clean) >= 0.95
-    repaired.load_bounds(defense.most_accurate)
+    repaired.load_bounds(defense.checked.most_accurate)
     shares = (0.0, *SHARES)
     Relaxation(repaired, correct_ones(victim, clean)[0]).go(shares[shares.index(defense.relaxed) - 1])
     assert agreement_of(repaired, victim, clean) < 0.95

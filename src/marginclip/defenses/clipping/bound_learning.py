@@ -17,8 +17,15 @@ from torch.utils.data import DataLoader
 from marginclip.clipping import BoundedNetwork, activation_extremes
 from marginclip.clipping.fixed_part import FixedPartCache, caching_pays
 from marginclip.defenses.base import History, LearningDefense
-from marginclip.defenses.clipping.feasibility import ACCEPTED, LESS_ACCURATE, RELAXED, relax_until_accurate, start_offsets
-from marginclip.defenses.clipping.settings import AscentPlan, BoundStart
+from marginclip.defenses.clipping.feasibility import (
+    ACCEPTED,
+    LESS_ACCURATE,
+    RELAXED,
+    CheckedBounds,
+    relax_until_accurate,
+    start_offsets,
+)  # fmt: skip
+from marginclip.defenses.clipping.settings import AscentPlan, BoundStart, minibatch
 from marginclip.errors import require
 from marginclip.maxmargin.lambda_control import LambdaController
 from marginclip.maxmargin.margin import ascend_margins, margin
@@ -193,16 +200,17 @@ class BoundLearning(LearningDefense):
         """The bounded network with the bounds to keep."""
         if self.keep == "last":
             return self.bounded
-        if self.best_bounds:
+        checked = self.checked
+        if checked.best:
             # Not measured again: another precision would count an image or two otherwise, and relax all for it.
-            self.bounded.load_bounds(self.best_bounds)
+            self.bounded.load_bounds(checked.best)
             return self.bounded
         asked, taken = self.lambda_.min_agreement, self.stopped_at or self.checked_at
-        least = min(ACCEPTED, asked) if self.most_accurate else asked
-        if self.most_accurate:
-            self.bounded.load_bounds(self.most_accurate)
-        if self.most_accurate and self.most_agreement >= least:
-            self._warn(LESS_ACCURATE, 100 * asked, taken, 100 * self.most_agreement)
+        least = min(ACCEPTED, asked) if checked.most_accurate else asked
+        if checked.most_accurate:
+            self.bounded.load_bounds(checked.most_accurate)
+        if checked.most_accurate and checked.agreement >= least:
+            self._warn(LESS_ACCURATE, 100 * asked, taken, 100 * checked.agreement)
             return self.bounded
         self.relaxed = relax_until_accurate(self.bounded, self.images, self.labels, least)
         if self.relaxed:
@@ -296,13 +304,11 @@ class BoundLearning(LearningDefense):
 
         Bounds that kept it before do not count: the margin term has only begun on them, and what they leave of a trigger can be much.
         """
-        return self.global_step >= self.steps + self.extra_steps or self.best_at >= self.steps
+        return self.global_step >= self.steps + self.extra_steps or self.checked.step >= self.steps
 
     def _forget(self) -> None:
         """Be as new, before or after learning."""
-        self.best_score, self.best_bounds, self.best_at = float("inf"), dict[str, Tensor](), -1
-        self.most_agreement, self.most_accurate = 0.0, dict[str, Tensor]()
-        self.history: History = []
+        self.checked, self.history = CheckedBounds(), History()
         self.last_loss, self.relaxed = float("nan"), 0.0
         self.stopped_at, self.checked_at = 0, -1
         self.prefix, self.at_once = None, sys.maxsize
@@ -345,14 +351,7 @@ class BoundLearning(LearningDefense):
         self.margin_inputs = found.images
 
     def _minibatch(self, count: int, size: int, step: int) -> Tensor:
-        """``size`` of ``count`` rows for one step: whole passes in a seeded order that depends on the step alone."""
-        if size >= count:
-            return torch.arange(count, device=self.device)
-        per_pass = -(-count // size)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // per_pass)
-        order = torch.randperm(count, generator=generator)
-        rows: Tensor = order.split(size)[step % per_pass]
-        return rows.to(self.device)
+        return minibatch(count, size, step, self.seed).to(self.device)
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -367,13 +366,14 @@ class BoundLearning(LearningDefense):
         score = float(terms.loss)
         require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")
         # The start is checked before there are margin inputs: it is the fallback, to be beaten by any later state.
-        better = score < self.best_score or len(self.history) == 1 or self.keep == "feasible"
+        checked = self.checked
+        better = score < checked.score or len(self.history) == 1 or self.keep == "feasible"
         if agreement >= self.lambda_.min_agreement and better:
-            self.best_score = score if self.history else float("inf")
-            self.best_bounds, self.best_at = self.bounded.bounds_state(), self.global_step
+            checked.score = score if self.history else float("inf")
+            checked.best, checked.step = self.bounded.bounds_state(), self.global_step
         if self.history:
-            if self.keep == "feasible" and agreement >= self.most_agreement:
-                self.most_agreement, self.most_accurate = agreement, self.bounded.bounds_state()
+            if self.keep == "feasible" and agreement >= checked.agreement:
+                checked.agreement, checked.most_accurate = agreement, self.bounded.bounds_state()
             self.lambda_.update(agreement)
         active = self.bounded.active_share(self.extremes)
         largest = {"mean_margin": float(margins.mean()), "max_margin": float(margins.max())} if len(margins) else {}
@@ -391,15 +391,12 @@ class BoundLearning(LearningDefense):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bound_learning"] = {
-            "lambda": self.lambda_.state_dict(), "history": self.history, "best_score": self.best_score, "best_bounds": self.best_bounds,
-            "best_at": self.best_at,
-            "most_agreement": self.most_agreement, "most_accurate": self.most_accurate,
+            "lambda": self.lambda_.state_dict(), "history": self.history, "checked": dict(vars(self.checked)),
             "last_loss": self.last_loss, "stopped_at": self.stopped_at, "checked_at": self.checked_at,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["bound_learning"]
         self.lambda_.load_state_dict(state["lambda"])
-        self.history, self.best_score, self.best_bounds = state["history"], state["best_score"], state["best_bounds"]
-        self.best_at, self.most_agreement, self.most_accurate = state.get("best_at", -1), state["most_agreement"], state["most_accurate"]
+        self.history, self.checked = state["history"], CheckedBounds(**state["checked"])
         self.last_loss, self.stopped_at, self.checked_at = state["last_loss"], state["stopped_at"], state["checked_at"]

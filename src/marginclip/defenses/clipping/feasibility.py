@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,25 @@ def fit_share(bounded: BoundedNetwork, images: Tensor, labels: Tensor, kept: flo
         lowest, share = (lowest, middle) if agreement >= kept else (middle, share)
     set_to(share)
     return share
+
+
+@dataclass
+class CheckedBounds:
+    """Which of the bounds that were checked may be returned, as of :meth:`BoundedNetwork.bounds_state`.
+
+    Args:
+        best: those to return of all that kept the accuracy; empty while none did.
+        step: after which they were learned.
+        score: their objective at the initial lambda.
+        most_accurate: those that kept the most images right, where the learning may fall back on them.
+        agreement: the share of images that these kept right, in [0, 1].
+    """
+
+    best: dict[str, Tensor] = field(default_factory=dict)
+    step: int = -1
+    score: float = float("inf")
+    most_accurate: dict[str, Tensor] = field(default_factory=dict)
+    agreement: float = 0.0
 
 
 class Relaxation:

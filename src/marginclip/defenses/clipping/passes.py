@@ -38,7 +38,7 @@ def passes_of(defense: Defense, count: int, classes: int, *, longest: bool = Fal
     later = plan.steps + 1
     ascents = inputs * (later * -(-steps // plan.refresh_every) + plan.first_steps - plan.steps)
     checks = -(-steps // defense.check_every) * (inputs + (0 if defense.sites == "last" else count))
-    starting = STARTING + (HALVINGS + 1 if defense.start.fitted else 0)
+    starting = STARTING + (HALVINGS + 1 if defense.start.decided(count // classes).fitted else 0)
     repeats = defense.repeats if isinstance(defense, MMAC) else 1
     return Passes(repeats * (checks + (RELAXING + starting) * count), repeats * (steps * step + ascents), step)
 

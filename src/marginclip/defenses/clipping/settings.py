@@ -210,3 +210,13 @@ class AscentPlan:
 def _order(count: int, seed: int, turn: int) -> Tensor:
     """All of ``count`` classes in a random order of this turn's own."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn + 49979687))
+
+
+def minibatch(count: int, size: int, step: int, seed: int) -> Tensor:
+    """``size`` of ``count`` rows for one step, (size,) int64: whole passes in a seeded order that depends on the step alone."""
+    if size >= count:
+        return torch.arange(count)
+    per_pass = -(-count // size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_pass)
+    rows: Tensor = torch.randperm(count, generator=generator).split(size)[step % per_pass]
+    return rows
