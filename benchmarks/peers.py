@@ -26,6 +26,7 @@ from marginclip.reporting.style import AFTER, BEFORE, NEUTRAL, new_figure, tidy
 from marginclip.reporting.summary import load_records
 
 DATASET, X2X = "mnist_m", "all2one"
+CLEAN_SET = 500  # images, 50 of every class: those of runs with more or fewer are not compared
 ATTACKS = ("badnet", "chessboard", "wanet")
 SEEDS = ("0", "1", "2")
 MEASURES = ("acc", "asr", "pacc", "seconds")
@@ -78,22 +79,22 @@ Points = dict[str, dict[str, dict[str, dict[str, float]]]]  # method -> attack -
 
 
 def measured(records: Iterable[RunRecord]) -> Points:
-    """What the finished runs say of ``METHODS`` against ``ATTACKS``, all2one; a victim that two runs have is an error."""
+    """What the finished runs say of ``METHODS`` against ``ATTACKS``, all2one; two runs of one victim with other results are an error."""
     found: Points = {}
     for record in records:
         attack, seed = str(record.choice("attack")), str(record.seed)
         known = attack in ATTACKS and seed in SEEDS and (record.choice("dataset"), record.choice("x2x")) == (DATASET, X2X)
-        if record.status != "done" or not known:
+        if record.status != "done" or not known or record.clean_set_size not in (None, CLEAN_SET):
             continue
         for name, method in METHODS.items():
             wanted = all(record.setting(key) == value for key, value in method.settings.items())
             if record.choice("defense") != method.defense or method.row not in record.metrics or not wanted:
                 continue
             seeds = found.setdefault(name, {}).setdefault(attack, {})
-            if seed in seeds:
-                raise SystemExit(f"two runs have {method.title} on {attack}, seed {seed}: give a folder of one of them")
             phases = record.rows[method.row].phases
             values = {measure: 100 * record.metrics[method.row][measure] for measure in MEASURES if measure != "seconds"}
+            if any(values[measure] != seeds.get(seed, values)[measure] for measure in values):
+                raise SystemExit(f"two runs have {method.title} on {attack}, seed {seed}: give a folder of one of them")
             seeds[seed] = values | {"seconds": sum(record.seconds.get(phase, 0.0) for phase in phases)}
     return found
 

@@ -238,8 +238,11 @@ def test_peers_are_compared_on_the_victims_that_both_have(load):
     assert peers.against(points, "nad", "acc") == "-2.0 (p = 0.031)"
     assert peers.against(points, "anp", "acc") == peers.against(points, "mmac", "acc") == ""
     assert "| NAD | 92.0 ± 0.0 / 3.0 ± 0.0 / 90.1 ± 0.1 |" in peers.table(points)
-    with pytest.raises(SystemExit, match="two runs have no defense on badnet, seed 0"):
-        peers.measured([*records, records[0]])
+    assert peers.measured([*records, records[0]]) == points  # the same victim again, with the same results
+    other = records[0].model_copy(update={"metrics": records[0].metrics | {"mmac": records[1].metrics["nad"]}})
+    with pytest.raises(SystemExit, match="two runs have MMAC on badnet, seed 0"):
+        peers.measured([*records, other])
+    assert peers.measured([*records, other.model_copy(update={"clean_set_size": 100})]) == points  # ten images a class
 
 
 @pytest.mark.parametrize(("weight", "taken"), [(0.0, False), (1.0, True)])
