@@ -42,7 +42,7 @@ def repair(
         method: ``mmac`` (backdoors), ``mmom`` (imbalance and over-training), ``mmbm``, or ``auto``, which tells from the clean
             images which of the first two is needed, if any. None: ``mmac``.
         defense: an object with other settings instead of ``method``, such as ``MMAC(steps=120)``.
-        precision: ``auto`` learns in bf16 where the device computes in it; else a precision of Lightning, such as ``32-true``.
+        precision: ``auto`` learns in bf16 where the device computes in it; else ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         tolerance: points of accuracy that the repair may cost on images that it has not seen. Two further repairs, each of half of
             the images, measure that; where it costs more, the bounds are relaxed until it does not, and a warning says so, or that
             it cannot be held. None leaves this out, and takes a third of the time. A number is refused with methods without bounds,

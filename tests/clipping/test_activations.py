@@ -52,7 +52,7 @@ def test_every_spelling_of_relu_is_one_site(function, traced_by):
     (site,) = find_sites(traced, IMAGE)
     assert not site.two_sided
     expected = traced(IMAGE - 0.5).clone()
-    make_out_of_place(traced, site.node)
+    make_out_of_place(traced, [site.node])
     traced.recompile()
     kept = IMAGE - 0.5
     assert torch.equal(traced(kept), expected)

@@ -583,3 +583,26 @@ class Squeezed(nn.Module):
 def test_a_model_for_more_than_one_image_can_be_bounded():
     model, images = Squeezed().eval(), torch.rand(4, 3, 8, 8)
     assert torch.equal(BoundedNetwork(model, images)(images), model(images))
+
+
+class SharedInPlace(nn.Module):
+    """Pre-activation blocks: what a shared in-place ReLU overwrote is read again, twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.relu = nn.ReLU(inplace=True)
+        self.stem, self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, images):
+        stem = self.stem(images)
+        inner = self.first(self.relu(stem))
+        whole = self.second(self.relu(inner)) + inner + stem
+        return self.last(self.relu(whole).mean((2, 3)))
+
+
+@pytest.mark.parametrize("sites", ["all", "last", "first_half"])
+def test_shared_in_place_module_is_made_out_of_place_for_all_its_calls(sites):
+    model, images = SharedInPlace().eval(), torch.rand(4, 3, 5, 5)
+    assert torch.equal(BoundedNetwork(model, images, sites=sites)(images), model(images))

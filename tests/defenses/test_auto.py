@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from marginclip.clipping import BoundedNetwork
-from marginclip.defenses import MMAC, MMOM, Auto, BoundLearning
+from marginclip.defenses import MMAC, MMOM, Auto, BoundLearning, BoundStart
 from marginclip.defenses.choosing.evidence import Evidence, Paired, Rule, compare, sign_test
 from marginclip.errors import UserError
 from marginclip.experiment.command import plain
@@ -370,3 +370,14 @@ def test_it_can_be_done_again_from_its_checkpoint(victim, clean, tmp_path):
     again = auto[1].fit(victim, *clean, make_trainer=saving, resume=tmp_path / "last.ckpt")
     assert same(state(first.network), state(again.network))
     assert first.findings["reason"] == again.findings["reason"]
+
+
+def test_a_fold_of_auto_learns_its_repairs_in_proportion():
+    auto = Auto()
+    with auto.in_proportion(0.5, 19):
+        mmac, mmom = auto.repairs["mmac"], auto.repairs["mmom"]
+        assert (mmac.batch_size, mmac.part, mmac.start) == (50, 0.5, BoundStart().decided(19))
+        assert mmom.part == 0.5
+        with auto.in_proportion(0.5, 50):  # its own folds
+            assert (mmac.part, mmac.start) == (0.25, BoundStart().decided(19))
+    assert (mmac.batch_size, mmac.part, mmac.start, mmom.part) == (100, 1, BoundStart(), 1)

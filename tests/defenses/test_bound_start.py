@@ -6,6 +6,7 @@ from torch import nn
 
 from marginclip.clipping import BoundedNetwork
 from marginclip.defenses import MMAC, MMOM, BoundStart, StaticClip
+from marginclip.defenses.clipping.feasibility import relax_until_accurate
 from marginclip.defenses.clipping.passes import passes_of
 from marginclip.defenses.cross_fitting import cross_fitted
 from marginclip.errors import UserError
@@ -201,3 +202,24 @@ def test_with_offsets_the_last_activation_alone_is_fitted(victim, clean):
     share = BoundStart(kept=0.8).apply(network, *clean).share
     defense.fit(victim, *clean, make_trainer=lambda epochs: silent_trainer(epochs, accelerator="cpu"))
     assert defense.findings()["start_share"] == share
+
+
+class FromBound(nn.Module):
+    """An image of value v is right where its activation is not cut below v: bounds of share s keep those of v <= s."""
+
+    def forward(self, images):
+        value = images.flatten(1).amax(1, keepdim=True)
+        kept = torch.relu(images).flatten(1).amax(1, keepdim=True)
+        return torch.cat([kept - value + 1e-4, torch.zeros_like(value)], 1)
+
+
+def test_exactly_what_is_to_be_kept_is_enough():
+    """95 of 100 are 0.94999999 in float32."""
+    images = torch.full((100, 1, 1, 1), 0.25)
+    images[95:] = 1.0
+    labels = torch.zeros(100, dtype=torch.long)
+    network = BoundedNetwork(FromBound().eval(), images[:1])
+    found = BoundStart(kept=0.95).apply(network, images, labels)
+    assert float((clean_logits(network, images).argmax(1) == labels).double().mean()) == 0.95
+    assert found.share == pytest.approx(0.25, abs=1 / 256)
+    assert relax_until_accurate(network, images, labels, 0.95) == 0

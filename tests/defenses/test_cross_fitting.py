@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from marginclip.defenses import MMAC, AscentPlan, StaticClip, cross_fitted_logits
+from marginclip.defenses import MMAC, AscentPlan, FineTune, StaticClip, cross_fitted_logits
 from marginclip.defenses.clipping.settings import BoundStart
 from marginclip.defenses.cross_fitting import stratified_folds, stratified_share
 from marginclip.errors import UserError
@@ -106,3 +107,45 @@ def test_static_clip_cuts_at_the_share_of_the_clean_maximum(plain_victim, clean)
     second = torch.minimum(plain_victim[3:6](clipped), uppers[1].view(1, -1, 1, 1))
     third = torch.minimum(plain_victim[6:9](second), uppers[2])
     torch.testing.assert_close(repaired(images), plain_victim[9](third), atol=1e-5, rtol=1e-5)
+
+
+class Squeezed(nn.Module):
+    """Right for every batch of more than one image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Conv2d(1, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, images):
+        return self.last(nn.functional.adaptive_avg_pool2d(self.first(images).relu(), 1).squeeze())
+
+
+@pytest.mark.parametrize("defense", [StaticClip(start=BoundStart()), MMAC(steps=2, extra_steps=0), FineTune(epochs=1)])
+def test_models_that_squeeze_a_batch_of_one_away(clean, defense):
+    images = clean[0]
+    model = Squeezed().eval()
+    labels = clean_logits(model, images).argmax(1)
+    assert cross_fitted_logits(defense, model, images, labels).shape == (len(images), 4)
+    torch.testing.assert_close(clean_logits(model, images[:1]), clean_logits(model, images)[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (images, labels.float()), "labels must be whole numbers"),
+        (lambda images, labels: (images, labels[:, None]), r"labels must be whole numbers of shape \(N,\)"),
+        (lambda images, labels: (images, labels.bool()), "labels must be whole numbers"),
+        (lambda images, labels: ((images * 255).byte(), labels), "divide bytes by 255"),
+        (lambda images, labels: (images / 0 * 0, labels), "images must be finite"),
+    ],
+)
+def test_wrong_clean_sets_get_one_sentence(victim, clean, change, message):
+    with pytest.raises(UserError, match=message):
+        cross_fitted_logits(StaticClip(), victim, *change(*clean))
+
+
+def test_a_fold_of_warm_starts_keeps_inputs_of_all_classes():
+    plan = AscentPlan(warm_start=True, starts_per_class=1).in_proportion(0.5)
+    assert torch.equal(plan.classes(60), torch.arange(60))
+    assert AscentPlan().in_proportion(0.5).max_inputs == 50

@@ -273,3 +273,25 @@ def test_settings_that_make_no_sense_are_refused(victim, clean):
         NeuralCleanse(suspect_class=9).prepare(victim, *clean)
     with pytest.raises(UserError, match=r"defense\.inversion\.passes must be at least 1"):
         InversionPlan(passes=0)
+
+
+def test_one_object_is_told_anew_of_every_model():
+    defense = NeuralCleanse(suspect_class="known")
+    for told in (3, 5, None, 2):
+        defense.tell(suspect_class=told, class_counts=[1, 2])
+        assert defense.suspect_class == ("known" if told is None else told)
+        assert defense.oracle_told is (told is not None)
+    given = NeuralCleanse(suspect_class=1)
+    given.tell(suspect_class=3)
+    assert (given.suspect_class, given.oracle_told) == (1, None)
+
+
+def test_two_classes_have_no_outlier():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 2)).eval()
+    images = torch.rand(12, 1, 8, 8)
+    labels = model(images).argmax(1)
+    with pytest.raises(
+        UserError, match=r"suspect_class=auto .* at least 3 classes, got 2: give defense\.suspect_class a class"
+    ):
+        NeuralCleanse(suspect_class="auto", inversion=FEW, epochs=1).fit(model, images, labels)

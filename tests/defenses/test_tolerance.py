@@ -9,7 +9,7 @@ import torch
 import marginclip
 from marginclip.clipping import activation_extremes
 from marginclip.defenses import MMAC, MMOM, AscentPlan, Auto, BoundStart, FineTune, MMACFineTune, StaticClip
-from marginclip.defenses.clipping.tolerance import hold, keeps_bounds
+from marginclip.defenses.clipping.tolerance import Cost, hold, keeps_bounds
 from marginclip.defenses.cross_fitting import cross_fitted, stratified_folds
 from marginclip.errors import UserError
 from marginclip.networks.logits import clean_logits
@@ -137,3 +137,10 @@ def test_an_artefact_of_a_method_without_bounds_is_refused_before_it_is_fitted(v
 
     with pytest.raises(UserError, match="fine-tuning does not bound activations"):
         marginclip.Artefact.fit(victim, *clean, defense=Never())
+
+
+def test_one_image_of_a_hundred_is_one_point():
+    """0.97 less 0.96 is more than 0.01 in binary; a cost of exactly the tolerance holds it."""
+    for size in (100, 200, 500, 1000):
+        for right in range(size // 100, size + 1):
+            assert Cost(right / size, (right - size // 100) / size, 0.0, torch.zeros(1, 2)).points == 1.0

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from marginclip.errors import UserError
+from marginclip.experiment import recipe
 from marginclip.experiment.fitting import fit_resumably
 from marginclip.experiment.process import prepare_process
 from marginclip.experiment.recipe import find_surrogate, find_victim, run_folder
@@ -248,3 +249,13 @@ def test_the_record_tells_the_threads_of_the_run(configure, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     record = defend(configure("trainer.threads=1", "defense=none", "attack=none", "training.epochs=1"))
     assert record.device.threads == 1
+
+
+def test_runs_of_a_method_that_gives_other_results_now_are_other_runs(configure, monkeypatch):
+    """Its victims are not, nor are runs of other methods."""
+    specs = [configure(f"defense={name}") for name in ("mmdf", "mmac", "mmac_finetune", "auto", "finetune", "mmom")]
+    before = [(find_victim(spec).folder, run_folder(spec)) for spec in specs]
+    monkeypatch.setitem(recipe.REVISIONS, "marginclip.defenses.MMAC", 99)
+    after = [(find_victim(spec).folder, run_folder(spec)) for spec in specs]
+    assert [old == new for (_, old), (_, new) in zip(before, after, strict=True)] == [False] * 4 + [True] * 2
+    assert [old for old, _ in before] == [new for new, _ in after]

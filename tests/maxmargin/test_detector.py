@@ -347,7 +347,7 @@ def test_logits_that_are_not_finite_are_flagged(clean_logits, new_logits, null_d
         (lambda images: (images * 255).byte(), "images must be float32 or float64; divide bytes by 255, got uint8"),
         (lambda images: images[0], r"images must be \(N, C, H, W\)"),
         (lambda images: images.numpy(), "images must be a torch tensor, got ndarray"),
-        (lambda images: images * float("nan"), r"images must lie in \[0, 1\], got values from nan"),
+        (lambda images: images * float("nan"), "images must be finite, got NaN or infinite values"),
     ],
 )
 def test_images_of_another_kind_are_refused(pair, images, change, message):
@@ -375,3 +375,18 @@ def test_two_rules_share_a_null(clean_logits, new_logits):
     assert torch.equal(two.decisions, make(clean_logits, rule="repaired").decide(*new_logits).decisions)
     with pytest.raises(UserError, match=r"detector.rule must be one of paper, repaired, or_disagree, got 'both'"):
         paper.changed(rule="both")
+
+
+def test_logits_that_are_not_finite_make_no_detector(clean_logits):
+    for place in (0, 1):
+        broken = [logits.clone() for logits in clean_logits]
+        broken[place][3, 1] = float("nan")
+        with pytest.raises(UserError, match="must be finite"):
+            make(broken)
+    with pytest.raises(UserError, match="NaN or infinite logits for 7 of 7 clean images"):
+        MarginDropDetector.fit(nn.Flatten(), Broken(), torch.rand(7, 1, 2, 2))
+
+
+class Broken(nn.Module):
+    def forward(self, images):
+        return images.flatten(1) / 0 * 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,11 +136,18 @@ def _normalises(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
 
 
-def make_out_of_place(traced: fx.GraphModule, node: fx.Node) -> None:
-    """Turn an in-place activation call into the plain one; what used its overwritten input afterwards uses its output."""
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not _is_in_place(traced, node) or not isinstance(source, fx.Node):
-        return
+def make_out_of_place(traced: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Turn in-place activation calls into plain ones; what used their overwritten inputs afterwards uses their outputs.
+
+    ``nodes`` are all activation calls: a module that is called several times is in place in all of its calls, or in none.
+    """
+    for node in [each for each in nodes if _is_in_place(traced, each)]:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if isinstance(source, fx.Node):
+            _make_plain(traced, node, source)
+
+
+def _make_plain(traced: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
     if node.op == "call_module":
         traced.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
     elif node.op == "call_method":

@@ -269,12 +269,12 @@ def _with_bounds(
     if not sites:
         raise UserError("the model has no activation functions that could be bounded (ReLU, LeakyReLU, GELU, SiLU, ...)")
     bounds = nn.ModuleDict()
+    make_out_of_place(traced, [site.node for site in sites])
     for site in choose_sites(sites, wanted):
         bound = Bound(site) if parameter is None else Bound(site).to(parameter.device)
         bounds[site.name] = bound
         target = f"bound_{site.name}"
         traced.add_submodule(target, bound)
-        make_out_of_place(traced, site.node)
         with traced.graph.inserting_after(site.node):
             clipped = traced.graph.call_module(target, (site.node,))
         site.node.replace_all_uses_with(clipped, delete_user_cb=partial(operator.is_not, clipped))

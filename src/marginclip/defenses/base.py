@@ -63,6 +63,7 @@ class Defense(ABC):
     clean_per_class: int = 50
     oracles: tuple[str, ...] = ()
     bounds_activations: bool | None = None
+    _asked: frozenset[str] = frozenset()  # the oracles that the settings ask for
     _told: dict[str, bool] | None = None
 
     def check_model(self, model: nn.Module, image: Tensor) -> None:  # noqa: B027 (most methods take every model)
@@ -97,10 +98,10 @@ class Defense(ABC):
 
     def tell(self, **known: Any) -> None:
         """Give the values of oracles by name; those that the settings do not ask for by ``known`` are not taken, None tells nothing."""
-        asked = [name for name in self.oracles if name in known and getattr(self, name) == "known"]
-        for name in asked:
-            if known[name] is not None:
-                setattr(self, name, known[name])
+        self._asked |= {name for name in self.oracles if getattr(self, name) == "known"}
+        asked = sorted(self._asked & known.keys())
+        for name in asked:  # one object can repair several models: what was told of another is forgotten
+            setattr(self, name, "known" if known[name] is None else known[name])
         if asked:
             self._told = {name: known[name] is not None for name in asked}
 

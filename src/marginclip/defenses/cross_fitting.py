@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from marginclip.defenses.base import Defense, TrainerFactory
 from marginclip.errors import require
-from marginclip.networks.logits import clean_logits, smallest_class
+from marginclip.networks.logits import class_numbers, clean_logits, smallest_class
 from marginclip.silence import silent_trainer
 
 
@@ -82,9 +82,11 @@ def cross_fitted(
     those. A step of such a repair takes as much less as its clean set is smaller (:meth:`Defense.in_proportion`), so two folds cost
     about one repair. ``track`` goes through the folds, and can show how far it is. Raises :class:`UserError` where a fold would be empty.
     """
+    labels = class_numbers(labels)
+    fewest = smallest_class(model, images, labels)
     check_folds(labels, folds)
     fold = stratified_folds(labels.cpu(), folds, seed)
-    with defense.in_proportion(1 - 1 / folds, smallest_class(model, images, labels)):
+    with defense.in_proportion(1 - 1 / folds, fewest):
         networks = [
             defense.fit(model, images[fold != number], labels[fold != number], make_trainer=make_trainer).network
             for number in track(range(folds))

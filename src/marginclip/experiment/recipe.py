@@ -30,13 +30,29 @@ def victim_recipe(spec: RunSpec) -> dict[str, Any]:
     return recipe | {key: value for key, value in found.items() if value is not None}
 
 
+# Methods that give another result than before at the same settings, by how often that changed: their finished runs are done again, and
+# interrupted ones begin anew. Whoever changes what a method gives raises its number.
+REVISIONS = {"marginclip.defenses.MMAC": 2}
+
+
 def run_identity(spec: RunSpec) -> dict[str, Any]:
     """What the result of a run depends on, as plain content."""
     found: dict[str, Any] = identity(spec, Identifies.RUN) | {"images": spec.dataset.source().digest()}
+    revisions = {target: REVISIONS[target] for target in _targets(found.get("defense")) if target in REVISIONS}
+    if revisions:
+        found["revisions"] = revisions
     start = None if spec.from_checkpoint or spec.training.start_from == CLEAN else file_digest(spec.training.start_from)
     if start is not None:
         found["start_content"] = start
     return found | {"checkpoint_content": file_digest(spec.weights)}
+
+
+def _targets(settings: Any) -> set[str]:
+    """The classes that these settings name, at any depth."""
+    if not isinstance(settings, dict):
+        return set()
+    own = {settings["_target_"]} if isinstance(settings.get("_target_"), str) else set()
+    return own.union(*map(_targets, settings.values()))
 
 
 def run_folder(spec: RunSpec) -> Path:

@@ -15,7 +15,7 @@ from marginclip.errors import nearest, require
 from marginclip.maxmargin.margin import margin
 from marginclip.maxmargin.null import NULLS, p_values, threshold
 from marginclip.maxmargin.statistic import STATISTICS, Line, detection_lines, largest_of, margins
-from marginclip.networks.logits import batched_logits, check_images
+from marginclip.networks.logits import batched_logits, check_images, clean_logits
 
 log = logging.getLogger(__name__)
 DECISION_RULES = ("paper", "repaired", "or_disagree")
@@ -116,7 +116,7 @@ class MarginDropDetector(nn.Module):
         """
         check_images(images)
         require(len(images) >= 2, f"a detector needs at least 2 clean images, got {len(images)}")
-        both = (batched_logits(network, images, batch_size=batch_size) for network in (model, repaired))
+        both = (clean_logits(network, images, batch_size=batch_size) for network in (model, repaired))
         return cls.from_logits(model, repaired, *both, **settings)
 
     @classmethod
@@ -124,6 +124,10 @@ class MarginDropDetector(nn.Module):
         cls, model: nn.Module, repaired: nn.Module, logits: Tensor, bounded_logits: Tensor, **settings: Any
     ) -> MarginDropDetector:
         """The same from the two networks' logits (M, K) on clean images, e.g. cross-fitted ones."""
+        require(
+            bool(torch.isfinite(logits).all() and torch.isfinite(bounded_logits).all()),
+            "the logits of the clean images that a detector is made from must be finite, got NaN or infinite ones",
+        )
         without, kept = margins(logits, bounded_logits)
         drops = without - kept
         detector = cls(model, repaired, drops, kept, **settings)

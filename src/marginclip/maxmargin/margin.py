@@ -209,11 +209,12 @@ class _Search:
 
 
 def _chunk_size(search: _Search, starts: Tensor, classes: Tensor, memory_budget: int | None) -> int:
-    """How many images fit the budget, by what one image keeps for its backward pass."""
+    """How many images fit the budget, by what an image keeps for its backward pass."""
     if memory_budget is None:
         free = budget_of(starts.device)
         memory_budget = free // 2 if starts.device.type == "cuda" else min(2**30, free)
     if memory_budget < 1:
         raise UserError(f"memory_budget must be positive, got {memory_budget} bytes")
-    kept = kept_for_backward(search.model, starts[:1], lambda image: search.margins(image, classes[:1]))
-    return max(1, memory_budget // max(1, kept))
+    two, wanted = starts[:1].expand(2, -1, -1, -1), classes[:1].expand(2)  # some models squeeze a batch of one away
+    kept = kept_for_backward(search.model, two, lambda images: search.margins(images, wanted)) / 2
+    return max(1, int(memory_budget / max(1, kept)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ def check_images(images: Tensor) -> None:
     _check_dtype("images must be", images.dtype, advice="; divide bytes by 255" if images.dtype == torch.uint8 else "")
     require(len(images) > 0, "at least one image is needed, got none")
     lowest, highest = float(images.min()), float(images.max())
+    require(math.isfinite(lowest) and math.isfinite(highest), "images must be finite, got NaN or infinite values")
     require(
         lowest >= 0 and highest <= 1,
         f"images must lie in [0, 1], got values from {lowest:.3g} to {highest:.3g}; put the normalisation inside the model",
@@ -51,7 +53,7 @@ def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int | None =
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        found = [model(batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
+        found = [_of_batch(model, batch.to(device)) for batch in images.split(batch_size or images_at_once(images))]
     except (UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -69,13 +71,23 @@ def batched_logits(model: nn.Module, images: Tensor, *, batch_size: int | None =
     return torch.cat([logits.float() for logits in found])
 
 
+def _of_batch(model: nn.Module, batch: Tensor) -> Tensor:
+    """What the model gives for a batch. A single image goes twice: some models squeeze a batch of one away."""
+    if len(batch) != 1:
+        found: Tensor = model(batch)
+        return found
+    twice = model(torch.cat([batch, batch]))
+    return twice[:1] if isinstance(twice, Tensor) and twice.dim() == 2 else twice
+
+
 def clean_logits(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
     """:func:`batched_logits` on clean images.
 
-    Raises :class:`UserError` for a model in half precision, one that does not take the images, and logits that are not finite.
+    Raises :class:`UserError` for images that do not lie in [0, 1], a model in half precision, one that does not take the images, and
+    logits that are not finite.
     """
     check_full_precision(model)
-    require(isinstance(images, Tensor), f"images must be a torch tensor, got {type(images).__name__}")
+    check_images(images)
     logits = batched_logits(model, images, batch_size=batch_size)
     bad = int((~torch.isfinite(logits).all(1)).sum())
     require(bad == 0, f"the model gives NaN or infinite logits for {bad} of {len(images)} clean images; it cannot be repaired")
@@ -105,8 +117,12 @@ def check_clean_set(images: Tensor, labels: Tensor, num_classes: int) -> None:
 
 
 def smallest_class(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many of the labels (N,) the class with the fewest has, of all classes that the model tells apart in images (N, C, H, W)."""
-    classes = batched_logits(model, images[:1]).shape[1]
+    """How many of the labels (N,) the class with the fewest has, of all classes that the model tells apart in images (N, C, H, W).
+
+    Raises :class:`UserError` for images, labels or models that do not fit.
+    """
+    labels, classes = class_numbers(labels), clean_logits(model, images[:1]).shape[1]
+    check_clean_set(images, labels, classes)
     return int(labels.bincount(minlength=classes).min())
 
 

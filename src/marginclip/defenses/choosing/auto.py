@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,14 @@ class Auto(Defense):
         """Whether both of its repairs take it."""
         for repair in self.repairs.values():
             repair.check_model(model, image)
+
+    @contextmanager
+    def in_proportion(self, share: float, fewest: int | None = None) -> Iterator[None]:
+        """See :meth:`Defense.in_proportion`: of both repairs."""
+        with ExitStack() as stack:
+            for repair in self.repairs.values():
+                stack.enter_context(repair.in_proportion(share, fewest))
+            yield
 
     @with_gradients
     def fit(

@@ -361,7 +361,7 @@ class BoundLearning(LearningDefense):
             everything = torch.arange(len(self.images), device=self.device)
             logits = torch.cat([self._bounded_logits(rows).float() for rows in everything.split(images_at_once(self.images))])
             margins = self._margins(slice(None))
-        agreement = float((logits.argmax(1) == self.labels).float().mean())
+        agreement = float((logits.argmax(1) == self.labels).double().mean())
         terms = self._terms(logits, slice(None), margins, self.lambda_.initial)
         score = float(terms.loss)
         require(math.isfinite(score), f"bound learning diverged: the objective is {score}; try a lower defense.learning_rate")

@@ -74,7 +74,7 @@ def fit_share(bounded: BoundedNetwork, images: Tensor, labels: Tensor, kept: flo
     for _ in range(HALVINGS):
         middle = (lowest + share) / 2
         set_to(middle)
-        agreement = float((clean_logits(bounded, images).argmax(1).cpu() == labels).float().mean())
+        agreement = float((clean_logits(bounded, images).argmax(1).cpu() == labels).double().mean())
         lowest, share = (lowest, middle) if agreement >= kept else (middle, share)
     set_to(share)
     return share
@@ -128,7 +128,7 @@ def relax_until_accurate(bounded: BoundedNetwork, images: Tensor, labels: Tensor
     relaxation = Relaxation(bounded, images)
     for share in (0.0, *SHARES):
         relaxation.go(share)
-        agreement = float((clean_logits(bounded, images).argmax(1) == labels).float().mean())
+        agreement = float((clean_logits(bounded, images).argmax(1) == labels).double().mean())
         if agreement >= min_agreement:
             break
     return share

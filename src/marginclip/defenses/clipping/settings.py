@@ -176,12 +176,9 @@ class AscentPlan:
         return torch.stack([turns[int(place // num_classes)][place % num_classes] for place in places])
 
     def in_proportion(self, share: float) -> AscentPlan:
-        """The same with ``share``, in (0, 1], of the margin inputs, rounded up."""
-        fewer = {
-            key: math.ceil(count * share)
-            for key in ("starts_per_class", "batch_size", "max_inputs")
-            if (count := getattr(self, key)) is not None
-        }
+        """The same with ``share``, in (0, 1], of the margin inputs, rounded up; the limit stays where all classes must fit below it."""
+        limits = ("starts_per_class", "batch_size") if self.warm_start else ("starts_per_class", "batch_size", "max_inputs")
+        fewer = {key: math.ceil(count * share) for key in limits if (count := getattr(self, key)) is not None}
         return replace(self, **fewer)
 
     def search(self, *, first: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Cost:
     @property
     def points(self) -> float:
         """Points of accuracy that are lost; negative where some are won."""
-        return 100 * (self.before - self.after)
+        return round(100 * (self.before - self.after), 9)  # so that one image of a hundred is one point
 
 
 def check_tolerance(tolerance: float | None) -> None:

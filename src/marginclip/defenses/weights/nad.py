@@ -82,7 +82,7 @@ class NAD(FineTune):
         super().prepare(model, images, labels)
         self.teacher = trainable_copy(model).eval()
         traced = trace(model)
-        self.taps = attention_taps(traced, images[:1])[-len(self.betas) :]
+        self.taps = attention_taps(traced, images[:2])[-len(self.betas) :]
         self.tapped = [TappedNetwork(network, traced, self.taps) for network in (self.network, self.teacher)]
 
     @property

@@ -72,6 +72,12 @@ class NeuralCleanse(FineTune):
                 self.suspect_class < self.num_classes,
                 f"defense.suspect_class must be a class in 0..{self.num_classes - 1}, got {self.suspect_class}",
             )
+        else:
+            require(
+                self.num_classes >= 3,
+                f"defense.suspect_class={self.suspect_class} looks for a class unlike the others, which needs at least 3 classes, got "
+                f"{self.num_classes}: give defense.suspect_class a class",
+            )
         self.frozen = [channels_last(frozen_copy(model, images[:1]))]
 
     @property
