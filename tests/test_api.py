@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import marginclip
 from marginclip.clipping import BoundedNetwork
+from marginclip.silence import on_gpu_of
 
 LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
@@ -75,3 +77,13 @@ def test_mistakes_are_one_sentence(net, clean, settings, message):
     with pytest.raises(marginclip.UserError) as caught:
         marginclip.repair(net, *clean, **settings)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("device", "settings"), [("cuda:1", {"accelerator": "gpu", "devices": [1]}), ("cuda", {"accelerator": "gpu", "devices": [0]}), ("cpu", {})])  # fmt: skip
+def test_a_model_on_a_gpu_is_repaired_on_that_one(device, settings):
+    class Placed(nn.Module):
+        def parameters(self, recurse=True):
+            yield SimpleNamespace(device=torch.device(device))
+
+    assert on_gpu_of(Placed()) == settings
+    assert on_gpu_of(nn.Flatten()) == {}

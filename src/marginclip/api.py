@@ -16,7 +16,7 @@ from marginclip.errors import nearest, require
 from marginclip.networks.logits import class_numbers, clean_logits, warn_if_poor
 from marginclip.networks.tracing import check_traceable
 from marginclip.precision import precision_for
-from marginclip.silence import silent_trainer
+from marginclip.silence import on_gpu_of, silent_trainer
 
 log = logging.getLogger(__name__)
 FOLDS = 2  # repairs of a part of the images, which tell what a repair costs on others
@@ -75,7 +75,7 @@ def repair(
     numeric = precision_for(precision)
 
     def make_trainer(epochs: int) -> L.Trainer:
-        return silent_trainer(epochs, precision=numeric)
+        return silent_trainer(epochs, precision=numeric, **on_gpu_of(model))
 
     network = chosen.fit(model, images, labels, make_trainer=make_trainer).network
     if points is None:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
 from marginclip.signals import TERMINATED
 
@@ -90,6 +92,12 @@ def silent_trainer(max_epochs: int = 1, **settings: Any) -> L.Trainer:
     alone: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}  # whatever a scheduler started beside it
     with without_lightning_messages():
         return L.Trainer(max_epochs=max_epochs, **(alone | SILENT | settings))
+
+
+def on_gpu_of(model: nn.Module) -> dict[str, Any]:
+    """Settings of a Trainer that computes on the GPU that ``model`` is on; none for a model on another device, where Lightning chooses."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return {"accelerator": "gpu", "devices": [device.index or 0]} if device.type == "cuda" else {}
 
 
 def nested_trainers(trainer: L.Trainer) -> Callable[[int], L.Trainer]:
