@@ -79,7 +79,14 @@ def test_mistakes_are_one_sentence(net, clean, settings, message):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("device", "settings"), [("cuda:1", {"accelerator": "gpu", "devices": [1]}), ("cuda", {"accelerator": "gpu", "devices": [0]}), ("cpu", {})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("cuda:1", {"accelerator": "gpu", "devices": [1]}),
+        ("cuda", {"accelerator": "gpu", "devices": [0]}),
+        ("cpu", {}),
+    ],
+)
 def test_a_model_on_a_gpu_is_repaired_on_that_one(device, settings):
     class Placed(nn.Module):
         def parameters(self, recurse=True):
