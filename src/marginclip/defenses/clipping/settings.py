@@ -83,11 +83,10 @@ class BoundStart:
         if start.quantile != self.quantile:
             log.info(REPLACED, fewest, FEW, SHARE_OF_FEW, QUANTILE_OF_FEW)
         bounded.set_from_images(images, share=1.0 if start.share is None else start.share, quantile=start.quantile)
-        return (
-            start
-            if start.kept is None or not start.fitted
-            else replace(start, share=fit_share(bounded, images, labels, start.kept))
-        )
+        if not start.fitted:
+            return start
+        assert start.kept is not None  # it is decided
+        return replace(start, share=fit_share(bounded, images, labels, start.kept))
 
 
 STARTS = ("noise", "clean")
