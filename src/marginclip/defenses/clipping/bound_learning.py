@@ -24,7 +24,7 @@ from marginclip.defenses.clipping.feasibility import (
     CheckedBounds,
     relax_until_accurate,
     start_offsets,
-)  # fmt: skip
+)
 from marginclip.defenses.clipping.settings import AscentPlan, BoundStart, minibatch
 from marginclip.errors import require
 from marginclip.maxmargin.lambda_control import LambdaController
